@@ -1,0 +1,3 @@
+from autosam3d.cli import main
+
+main()

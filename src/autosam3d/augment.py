@@ -1,0 +1,90 @@
+"""Random changes to a training crop, each drawn from the generator that is handed in."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from autosam3d.labels import LabelMap
+from autosam3d.recipe import Augment
+
+_AXIS = {"z": 0, "y": 1, "x": 2}
+
+
+def augment(
+    voxels: np.ndarray, labels: np.ndarray, spec: Augment, label_map: LabelMap, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One random draw of flips, quarter turns and intensity changes.
+
+    A mirror along x also exchanges the labels of left and right organs. Quarter turns need a crop that is square
+    in the axial plane; other crops get half turns only.
+
+    Args:
+        voxels: float32 [z, y, x], normalised.
+        labels: uint8 [z, y, x].
+    """
+    for name in spec.flip_axes:
+        if random.random() < spec.flip_prob:
+            voxels, labels = np.flip(voxels, _AXIS[name]), np.flip(labels, _AXIS[name])
+            if name == "x":
+                labels = label_map.mirror_table[labels]
+    if random.random() < spec.rotate90_prob:
+        square = voxels.shape[1] == voxels.shape[2]
+        turns = int(random.integers(1, 4)) if square else 2
+        voxels, labels = np.rot90(voxels, turns, (1, 2)), np.rot90(labels, turns, (1, 2))
+    if random.random() < spec.scale_prob:
+        voxels = voxels * np.float32(1 + random.uniform(-spec.scale_range, spec.scale_range))
+    if random.random() < spec.shift_prob:
+        voxels = voxels + np.float32(random.uniform(-spec.shift_range, spec.shift_range))
+    if random.random() < spec.noise_prob:
+        voxels = voxels + random.standard_normal(voxels.shape, np.float32) * np.float32(spec.noise_std)
+    return np.ascontiguousarray(voxels, np.float32), np.ascontiguousarray(labels)
+
+
+def affine_margin(
+    patch_size: tuple[int, int, int], spacing_mm: tuple[float, float, float], spec: Augment
+) -> tuple[int, int, int]:
+    """Voxels (z, y, x) that a crop needs around the patch on each side, so that `random_affine` stays inside it."""
+    if spec.affine_prob == 0:
+        return 0, 0, 0
+    _, edge_y, edge_x = (n * mm for n, mm in zip(patch_size, spacing_mm, strict=True))
+    angle = np.deg2rad(spec.rotate_degrees)
+    reach = [1.0]
+    for other in (edge_x / edge_y, edge_y / edge_x):
+        # cos(t) + other * sin(t) is largest at t = atan(other), or at the largest angle where that is smaller.
+        turn = min(angle, np.arctan(other))
+        reach.append(np.cos(turn) + other * np.sin(turn))
+    z, y, x = (
+        int(np.ceil((r * (1 + spec.zoom_range) - 1) * n / 2)) + 1 for n, r in zip(patch_size, reach, strict=True)
+    )
+    return z, y, x
+
+
+def random_affine(
+    voxels: np.ndarray,
+    labels: np.ndarray,
+    patch_size: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    spec: Augment,
+    random: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A patch from the middle of a larger crop, with probability `affine_prob` turned in the axial plane and zoomed.
+
+    The turn is a rotation in millimetres, so anisotropic voxels are not sheared. Linear for the image, nearest for
+    the labels.
+    """
+    if random.random() >= spec.affine_prob:
+        middle = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(voxels.shape, patch_size, strict=True))
+        return voxels[middle], labels[middle]
+    angle = np.deg2rad(random.uniform(-spec.rotate_degrees, spec.rotate_degrees))
+    zoom = 1 + random.uniform(-spec.zoom_range, spec.zoom_range, 3)
+    turn_mm = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    scale = np.asarray(spacing_mm)
+    matrix = (turn_mm * scale) / scale[:, None] * zoom
+    center_in, center_out = (np.array(voxels.shape) - 1) / 2, (np.array(patch_size) - 1) / 2
+    offset = center_in - matrix @ center_out
+    turned, turned_labels = (
+        ndimage.affine_transform(array, matrix, offset, patch_size, order=order, mode="nearest")  # type: ignore[arg-type]
+        for array, order in ((voxels, 1), (labels, 0))
+    )
+    return turned, turned_labels

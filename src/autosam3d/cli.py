@@ -1,0 +1,384 @@
+"""The command line: the only module that prints or exits. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from autosam3d import __version__
+from autosam3d.console import BatchView, LogToStderr, TrainingView, one_line, progress_bars
+from autosam3d.errors import AutoSam3dError, BatchError, ResourceError, UsageError
+
+app = typer.Typer(
+    name="autosam3d",
+    help="Automatic 3D multi-organ CT segmentation from SAM. Not a medical device.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Typer's own name for it differs between versions: click's class, or one of a copy inside Typer.
+_CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
+Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
+                                                       "Hugging Face id such as facebook/sam-vit-base.")]
+# What the operating system says of a path that cannot be, and what libraries say when memory has run out.
+_NO_SUCH_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment")
+
+
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        raise typer.BadParameter(f"expected auto, cpu, cuda or cuda:N, got {device!r}")
+    return device
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=_known_device)]
+Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 takes the cores this process may use.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, handlers=[LogToStderr(debug)])
+    logging.getLogger("autosam3d").setLevel(logging.INFO if verbose or debug else logging.WARNING)
+    logging.captureWarnings(True)
+    if version:
+        typer.echo(f"autosam3d {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe of the package, or a YAML file.")],
+    data: Annotated[Path, typer.Option(help="Dataset folder in the nnU-Net v2 layout.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE.")] = None,
+    sam: Sam = None,
+    overrides: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder for preprocessed cases; default OUT/cache.")] = None,
+) -> None:
+    """Train on a dataset, or go on with a run that was stopped."""
+    from autosam3d.dataset import open_dataset
+    from autosam3d.recipe import load_recipe
+
+    plan = load_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / plan.name
+    cases = open_dataset(data, plan)
+    _set_threads(threads)
+    from autosam3d.train import train as run_training
+
+    with TrainingView() as view:
+        result = run_training(plan, cases, folder, sam=sam, device=device, cache_dir=cache, observer=view.observer)
+    if result.stopped_by is not None:
+        typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
+        raise typer.Exit(128 + result.stopped_by)
+    best = f"best validation Dice {result.best_dice:.4f}" if result.best_dice is not None else "no validation cases"
+    typer.echo(f"{folder}: trained {result.epoch} epochs in {result.seconds / 60:.1f} min, {best}")
+
+
+@app.command()
+def segment(
+    model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="NIfTI file, DICOM series, or a folder of scans.")],
+    output: Annotated[Path, typer.Argument(help="NIfTI file, or a folder when INPUT is a folder of scans.")],
+    sam: Sam = None,
+    overlap: Annotated[float | None, typer.Option(help="Window overlap, 0 to 0.9; default: the recipe's.")] = None,
+    max_ram: Annotated[float | None, typer.Option(help="GiB that this process may use at most.")] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over mirror images: 8 times the work.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are not this tool's.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three planes.")] = False,
+    prefer: Annotated[str | None, typer.Option(help="sform or qform, where the two disagree.")] = None,
+    assume_ras: Annotated[bool, typer.Option(help="Take axes as RAS where the file does not say.")] = False,
+    intensity_offset: Annotated[float, typer.Option(help="Added to every voxel to make it HU.")] = 0.0,
+    volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
+    series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Read scans with implausible geometry or values.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment one CT scan, or a folder of them."""
+    from autosam3d.batch import check_inputs, segment_batch
+    from autosam3d.inference import SegmentOptions
+    from autosam3d.io import ReadOptions
+    from autosam3d.patches import Tiling
+
+    if prefer not in (None, "sform", "qform"):
+        raise UsageError("USAGE", f"--prefer {prefer}", "expected sform or qform", "name one of these")
+    # Beyond 0.9 each voxel is seen a thousand times and more.
+    if overlap is not None and not 0 <= overlap <= 0.9:
+        raise UsageError("USAGE", f"--overlap {overlap}", "expected 0 to 0.9", "the paper uses 0.75")
+    if max_ram is not None and not 0 < max_ram <= 2**20:
+        raise UsageError("USAGE", f"--max-ram {max_ram}", "expected a positive number of GiB", "try 8")
+    if not math.isfinite(intensity_offset):
+        raise UsageError("USAGE", f"--intensity-offset {intensity_offset}", "expected a number of HU", "try -1024")
+    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
+                          volume_index=volume, series=series, force=force)
+    jobs = check_inputs(source, output)
+    _set_threads(threads)
+    from autosam3d.checkpoint import load_model
+
+    loaded = load_model(model, sam=sam, device=_pick_device(device))
+    tiling = loaded.recipe.inference
+    if overlap is not None:
+        tiling = Tiling(overlap=overlap, importance=tiling.importance)
+    max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
+    how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
+    with progress_bars() as bars:
+        result = segment_batch(
+            jobs, loaded, options=options, how=how, overwrite=overwrite, preview=preview, progress=BatchView(bars),
+        )
+    _report_batch(result)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Segmentation file, or a folder of them.")],
+    truth: Annotated[Path, typer.Argument(help="True label map, or the folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json and report.html.")] = Path("evaluation"),
+    tolerance: Annotated[list[float] | None, typer.Option(help="NSD tolerance in mm; repeat it for several.")] = None,
+    ct: Annotated[Path | None, typer.Option(help="Folder of the scans, for the pictures.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the organ names from this recipe.")] = None,
+) -> None:
+    """Compare segmentations with the truth: Dice, NSD, HD95, volumes, and a report with pictures."""
+    from autosam3d.evaluate import evaluate_folder, write_csv, write_json
+    from autosam3d.recipe import load_recipe
+    from autosam3d.report import write_report
+    from autosam3d.scores import counted
+
+    tolerances = tuple(tolerance or (1.0,))
+    if not all(0 <= t < 1000 for t in tolerances):
+        raise UsageError("USAGE", "--tolerance", f"expected millimetres from 0, got {tolerances}", "try 1")
+    labels = load_recipe(recipe).labels if recipe else None
+    with progress_bars() as bars:
+        task = bars.add_task("comparing", total=None)
+        result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tolerances, ct_folder=ct,
+                                 progress=lambda done, total: bars.update(task, completed=done, total=total))
+        _make_folder(out)
+        write_csv(result, out / "scores.csv")
+        write_json(result, out / "scores.json")
+        bars.update(task, description="drawing the report")
+        write_report(result, out / "report.html")
+    typer.echo(result.summary())
+    typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
+    if result.missing:
+        cases = counted(len(result.missing), "case")
+        raise BatchError("MISSING", predictions, f"{cases} of the truth without a prediction: "
+                         f"{', '.join(result.missing[:5])}", "segment them, then evaluate again")
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a download section: btcv, amos_ct, ct_org.")],
+    source: Annotated[Path, typer.Argument(help="The folder as it was downloaded.")],
+    destination: Annotated[Path, typer.Argument(help="New folder, in the nnU-Net v2 layout.")],
+    overrides: Set = None,
+) -> None:
+    """Bring a downloaded dataset into the nnU-Net v2 layout and check every case."""
+    from autosam3d.prepare import prepare_dataset
+    from autosam3d.recipe import load_recipe
+
+    plan = load_recipe(recipe, overrides or ())
+    with progress_bars() as bars:
+        task = bars.add_task("preparing", total=None)
+        report = prepare_dataset(plan, source, destination,
+                                 progress=lambda done, total: bars.update(task, completed=done, total=total))
+    typer.echo(report.summary())
+
+
+@app.command()
+def info(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Recipe name, YAML file, or model folder.")],
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the whole recipe.")] = False,
+    overrides: Set = None,
+) -> None:
+    """Describe a recipe or a trained model: organs, preprocessing, parameters."""
+    from autosam3d.recipe import dump_recipe, load_recipe
+
+    path = Path(what)
+    if path.is_dir() or path.suffix == ".json":
+        from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
+        from autosam3d.describe import describe_model
+
+        if overrides:
+            raise UsageError("USAGE", "--set", "a trained model keeps its recipe", "name a recipe, or leave it out")
+        json_path = find_checkpoint(path)
+        typer.echo(dump_recipe(recipe_of(read_meta(json_path), json_path)) if as_yaml else describe_model(json_path))
+        return
+    from autosam3d.describe import describe_recipe
+
+    plan = load_recipe(what, overrides or ())
+    typer.echo(dump_recipe(plan) if as_yaml else describe_recipe(plan))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes of the package."""
+    from autosam3d.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        typer.echo(f"{name:16} {load_recipe(name).about}")
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
+    destination: Annotated[Path, typer.Argument(help="New folder for model.json and its weights.")],
+    sam: Sam = None,
+) -> None:
+    """Write a model with all its weights, SAM's too, so that it needs no other file."""
+    from autosam3d.checkpoint import pack_model
+
+    typer.echo(f"wrote {pack_model(model, destination, sam=sam)}")
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="New dataset folder.")],
+    train_cases: Annotated[int, typer.Option("--train", min=1, max=10000)] = 8,
+    val_cases: Annotated[int, typer.Option("--val", min=0, max=10000)] = 2,
+    test_cases: Annotated[int, typer.Option("--test", min=0, max=10000)] = 2,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a dataset of synthetic abdominal CTs with 13 organs, to try everything without patient data."""
+    from autosam3d.phantom import write_phantom_dataset
+
+    _make_folder(folder)
+    with progress_bars() as bars:
+        task = bars.add_task("phantoms", total=train_cases + val_cases + test_cases)
+        write_phantom_dataset(folder, train_cases, val_cases, test_cases, seed,
+                              progress=lambda done, total: bars.update(task, completed=done, total=total))
+    typer.echo(f"wrote {train_cases + val_cases + test_cases} cases to {folder}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for everything that the demo makes.")] = Path("demo"),
+    threads: Threads = 0,
+) -> None:
+    """Phantoms, training, segmentation and evaluation in one go, a few minutes on two cores."""
+    _make_folder(folder)
+    _set_threads(threads)
+    from autosam3d.demo import run_demo
+
+    with TrainingView() as view:
+        summary = run_demo(folder, view.observer, view.task)
+    typer.echo(summary)
+
+
+def main() -> None:
+    """Run the command line; every failure ends as one line on stderr and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # Ends by an exception, so that files half written are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]  # wherever it stands
+    code: Any = 0
+    try:
+        code = app(arguments, standalone_mode=False)
+    except AutoSam3dError as error:
+        _fail(f"error[{error.code}] {error}", error.exit_code, error if debug else None)
+    except typer.Abort:
+        code = 130
+    except _CommandLineError as error:
+        fault = error.format_message().rstrip(".")
+        _fail(f"error[USAGE] autosam3d: {fault}; see autosam3d --help", 2, error if debug else None)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        _fail("error[MEMORY] autosam3d: the memory that this process may use has run out; give a smaller scan or a "
+              "smaller batch, or use a machine with more memory", 5, error if debug else None)
+    except OSError as error:
+        _fail_by_system(error, debug)
+    except SystemExit as leave:
+        # 1 is typer's word for a reader of stdout that has gone, as in `| head`: the code of SIGPIPE.
+        code = 141 if leave.code == 1 else leave.code
+    if code == 130:
+        _fail("stopped", 130, None)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail_by_system(error: OSError, debug: bool) -> None:
+    """What the operating system refused at a place where nobody expected it."""
+    reason = (error.strerror or str(error)).lower()
+    if error.filename is None and sys.stdout is not None:
+        # Printing has failed: what is left is not tried again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if error.filename is not None and error.errno in _NO_SUCH_PATH:
+        _fail(f"error[PATH] {error.filename}: {reason}; check the path", 2, error if debug else None)
+    _fail(f"error[IO] {error.filename or 'autosam3d'}: {reason}; check the disk and try again", 5,
+          error if debug else None)
+
+
+def _fail(line: str, code: int, error: BaseException | None) -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        if error is not None:
+            import traceback
+
+            traceback.print_exception(error)
+        sys.stderr.write(one_line(line) + "\n")
+    sys.exit(code)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError("OUTPUT_PATH", path, f"expected a folder ({error.strerror})", "name another one") from None
+    except OSError as error:
+        raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be made ({error.strerror})",
+                            "name another folder") from None
+
+
+def _set_threads(threads: int) -> None:
+    """Threads of torch and of the libraries below it: those asked for, or the cores that are ours."""
+    count = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    import torch
+
+    torch.set_num_threads(count if threads or "WORLD_SIZE" not in os.environ else int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _pick_device(device: str) -> str:
+    import torch
+
+    from autosam3d.runtime import pick_device
+
+    return str(torch.device(pick_device(device)))
+
+
+def _report_batch(result: Any) -> None:
+    for path in result.written:
+        typer.echo(f"wrote {path}")
+    if result.skipped:
+        typer.echo(f"skipped {len(result.skipped)} that were finished before")
+    if result.failed:
+        if result.total == 1:
+            raise result.failed[0].error
+        for failure in result.failed:
+            typer.echo(one_line(f"error[{failure.error.code}] {failure.error}"), err=True)
+        raise BatchError("FAILED_CASES", result.output, f"{len(result.failed)} of {result.total} scans failed",
+                         "see the lines above; the others are done")

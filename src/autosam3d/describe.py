@@ -1,0 +1,79 @@
+"""What `autosam3d info` says about a recipe or a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
+from autosam3d.models.parameters import count_parameters
+from autosam3d.recipe import Recipe
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """Organs, preprocessing, sampling and both parameter sums of a recipe, as text."""
+    spec, pre, model = recipe.dataset, recipe.preprocess, recipe.model
+    spacing = "the scan's own" if pre.spacing_mm is None else " x ".join(f"{s:g}" for s in pre.spacing_mm) + " mm"
+    window = pre.hu_window
+    lines = [
+        f"{recipe.name}: {recipe.about}",
+        f"dataset      {spec.title} <{spec.url}>",
+        "organs       " + ", ".join(f"{i} {name}" for i, name in recipe.labels.by_index.items()),
+        "left/right   " + (", ".join(f"{r} - {left}" for r, left in recipe.labels.side_pairs) or "no pairs"),
+        f"spacing      {spacing} (z, y, x)",
+        f"intensity    clip {window.low_hu:g}..{window.high_hu:g} HU, minus {pre.subtract_hu:g}, "
+        f"over {pre.divide_hu:g}",
+        f"crops        {_by(model.patch_size)} voxels, {recipe.sampling.patches_per_volume} per case and epoch, "
+        f"{recipe.sampling.foreground_share:.0%} on an organ",
+        f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, AdamW {recipe.optim.lr:g}, "
+        f"{recipe.optim.schedule}",
+        f"windows      overlap {recipe.inference.overlap:g}, {recipe.inference.importance}",
+        "",
+        f"model        AutoSAM Adapter on {model.vit}, tokens of {_by(model.token_size)} voxels, "
+        f"grid {_by(model.token_grid)}",
+        describe_parameters(recipe),
+        "",
+        "folder layout",
+        *("  " + line for line in spec.layout.strip().splitlines()),
+    ]
+    return "\n".join(lines)
+
+
+def describe_parameters(recipe: Recipe) -> str:
+    """Parameters per part, and the two sums: as the paper counts them, and all that are tuned."""
+    report = count_parameters(recipe.model)
+    width = max(len(name) for name in report.parts)
+    lines = [f"  {name:{width}}  {count:>13,}" for name, count in report.parts.items()]
+    return "\n".join([
+        "parameters (with frozen SAM weights)",
+        *lines,
+        f"tuned, as the paper counts  {report.paper_counted:,}  (without position tables)",
+        f"tuned, all                  {report.tuned:,}",
+        f"frozen                      {report.frozen:,}",
+        f"total                       {report.total:,}",
+    ])
+
+
+def describe_model(path: Path) -> str:
+    """What a checkpoint is: its epoch, figures, SAM file and recipe."""
+    json_path = find_checkpoint(path)
+    meta = read_meta(json_path)
+    recipe = recipe_of(meta, json_path)
+    sam = meta.get("sam")
+    # A model is kept inside its last epoch, from 0; a training state counts the epochs that are done.
+    epochs = meta["epoch"] + (meta["kind"] == "model")
+    lines = [
+        f"{json_path}: {meta['kind']} checkpoint of autosam3d {meta['autosam3d']}, after {epochs} of "
+        f"{recipe.train.epochs} epochs",
+        f"weights      {meta['weights']['bytes'] / 1e6:.1f} MB, SHA-256 {meta['weights']['sha256']}",
+        f"SAM          {sam['source']}, SHA-256 {sam['sha256']}" if sam else "SAM          none: trained from scratch",
+    ]
+    dice = meta.get("metrics", {}).get("val_dice")
+    if dice is not None:
+        organs = meta["metrics"]["val_dice_per_organ"]
+        shown = ", ".join(f"{name} {d:.3f}" for name, d in organs.items() if d is not None)
+        lines.append(f"validation   Dice {dice:.4f} ({shown})")
+    return "\n".join([*lines, "", describe_recipe(recipe)])
+
+
+def _by(triple: tuple[int, ...]) -> str:
+    return " x ".join(str(n) for n in triple)

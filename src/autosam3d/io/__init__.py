@@ -1,0 +1,32 @@
+"""Image files in and out: the only package that opens them, and the only one that knows a file's own axis order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autosam3d.io.nifti import read_nifti_ct, read_nifti_labels
+from autosam3d.io.nifti_write import write_array, write_ct, write_segmentation
+from autosam3d.io.options import DEFAULTS, ReadOptions
+from autosam3d.volume import Segmentation, Volume
+
+__all__ = ["ReadOptions", "read_ct", "read_segmentation", "write_array", "write_ct", "write_segmentation"]
+
+
+def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
+    """A CT in Hounsfield units from a .nii or .nii.gz file, or from a folder with one DICOM series.
+
+    Raises:
+        VolumeError: the scan is broken, ambiguous, or not CT in Hounsfield units.
+        ResourceError: MEMORY.
+        UsageError: SERIES_CHOICE, VOLUME_INDEX; MissingExtraError where DICOM support is not installed.
+    """
+    if Path(path).is_dir() and not str(path).lower().endswith((".nii", ".nii.gz")):
+        from autosam3d.io.dicom import read_dicom_series  # pydicom is optional and slow to import
+
+        return read_dicom_series(path, options)
+    return read_nifti_ct(path, options)
+
+
+def read_segmentation(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
+    """A label map from a .nii or .nii.gz file; see `read_nifti_labels`."""
+    return read_nifti_labels(path, options)

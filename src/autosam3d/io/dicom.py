@@ -1,0 +1,258 @@
+"""A DICOM series in: the slices of one CT scan, put in order and into one `Volume`, or refused with the reason.
+
+What common readers pass over in silence is an error here: missing and cut slices, two series in one folder, gantry
+tilt, contradicting duplicates, missing tags.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from autosam3d.errors import UsageError, VolumeError
+from autosam3d.io.dicom_files import CtSlice, decode_hu, scan_folder
+from autosam3d.io.dicom_tags import hashed
+from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
+from autosam3d.io.intensity import check_hounsfield
+from autosam3d.io.memory import demand_ram
+from autosam3d.io.nifti import MIN_SLICES
+from autosam3d.io.options import DEFAULTS, ReadOptions
+from autosam3d.volume import Volume
+
+_SAME_PLACE_MM = 0.01
+# Orientation cosines are written with few digits; slices of one stack agree to this.
+_SAME_DIRECTION = 1e-3
+_MAX_OTHER_ORIENTATION_SHARE = 0.1
+_MAX_GAP = 1.5
+_MAX_GAP_SHARE = 0.2
+_MAX_UNEVEN = 2.0
+# Positions are rounded when written (0.6 mm spacing with one decimal); within this share of the spacing they are even.
+_EVEN_TOLERANCE = 0.05
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_log = logging.getLogger(__name__)
+
+
+def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
+    """The CT series in `folder` (and folders below) as float32 HU [z, y, x] nearest RAS+.
+
+    Slices are ordered by their position along the normal, never by name or number. Localizers and what is no image
+    are left out with a warning.
+
+    Raises:
+        VolumeError: see `io.dicom_files.scan_folder`, and PATIENTS, MIXED_SIZE, MIXED_FRAME, MIXED_ORIENTATION,
+            GANTRY_TILT, MISSING_SLICES (with the gaps), UNEVEN_SPACING, DUPLICATE_SLICE, FEW_SLICES, SPACING, NOT_HU.
+        UsageError: SERIES_CHOICE, listing the series by hash; MissingExtraError without pydicom.
+        ResourceError: MEMORY.
+    """
+    folder = Path(folder)
+    found = scan_folder(folder, options.force)
+    warnings = [f"left out: {count} {kind}" for kind, count in sorted(found.others.items())]
+    slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
+    _check_uniform(slices, folder, warnings)
+    where = f"{folder}: series {slices[0].series}"
+    places = _places(slices)
+    _check_number(len(places), where, options, warnings)
+    heights = _heights([place[0] for place in places], where)
+    rows, columns = slices[0].shape
+    demand_ram(rows * columns * (8 * len(places) + 24), where, options.max_ram_bytes)
+    voxels = _decode(places, folder, found.num_files, warnings)
+    voxels, step_mm = _even(voxels, heights, where, warnings)
+    affine, repaired = check_affine(_affine(places[0][0], step_mm), where)
+    warnings += repaired
+    shape = (columns, rows, len(voxels))
+    warnings += check_extent(affine, shape, where, options.force)
+    if options.intensity_offset:
+        voxels += np.float32(options.intensity_offset)
+        warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
+    warnings += check_hounsfield(voxels, where, may_be_nonfinite=False)
+    source = source_grid("dicom", shape, affine)
+    for warning in warnings:
+        _log.warning("%s", warning)
+    canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
+    return Volume(canonical, canonical_affine(source), source, tuple(warnings))
+
+
+def _choose_series(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> list[CtSlice]:
+    by_series: dict[str, list[CtSlice]] = defaultdict(list)
+    for ct_slice in slices:
+        by_series[ct_slice.series].append(ct_slice)
+    if options.series is not None:
+        chosen = next((key for key in (options.series, hashed(options.series)) if key in by_series), None)
+        if chosen is None:
+            raise UsageError("SERIES_CHOICE", folder, f"no such series; the folder has {_listing(by_series)}",
+                             "give its SeriesInstanceUID or hash to --series")
+    elif len(by_series) == 1:
+        chosen = next(iter(by_series))
+    else:
+        if len({s.patient for s in slices}) > 1:
+            raise VolumeError("PATIENTS", folder, "expected one patient, found several", "use one folder a patient")
+        stacks = [key for key, group in by_series.items() if len(group) >= MIN_SLICES]
+        if len(stacks) != 1:
+            raise UsageError("SERIES_CHOICE", folder, f"expected one CT series, found {_listing(by_series)}",
+                             "choose one with --series")
+        chosen = stacks[0]
+        warnings.append(f"series {chosen} is taken; {len(by_series) - 1} shorter ones are left out")
+    if len({s.patient for s in by_series[chosen]}) > 1:
+        raise VolumeError("PATIENTS", folder, "the slices of one series name different patients", "sort the folder")
+    return by_series[chosen]
+
+
+def _listing(by_series: dict[str, list[CtSlice]]) -> str:
+    return "; ".join(f"{key}: {len(group)} slices of {group[0].shape[0]} x {group[0].shape[1]}"
+                     for key, group in sorted(by_series.items()))
+
+
+def _without_strays(slices: list[CtSlice], folder: Path, warnings: list[str]) -> list[CtSlice]:
+    """Leave out the few slices that lie across the stack: scouts that are not marked as such."""
+    directions = [tuple(np.round(s.orientation, 2).ravel() + 0.0) for s in slices]
+    usual = slices[directions.index(Counter(directions).most_common(1)[0][0])].orientation
+    stack = [s for s in slices if np.abs(s.orientation - usual).max() <= _SAME_DIRECTION]
+    num_across = len(slices) - len(stack)
+    if num_across > max(1, _MAX_OTHER_ORIENTATION_SHARE * len(slices)):
+        raise VolumeError("MIXED_ORIENTATION", folder, f"{num_across} of {len(slices)} slices lie otherwise than the "
+                          "rest", "split the series by orientation")
+    if num_across:
+        warnings.append(f"left out: {num_across} slices that lie across the stack")
+    return stack
+
+
+def _check_uniform(slices: list[CtSlice], folder: Path, warnings: list[str]) -> None:
+    sizes = {(s.shape, (round(s.spacing_mm[0], 4), round(s.spacing_mm[1], 4))) for s in slices}
+    if len(sizes) > 1:
+        text = "; ".join(f"{r} x {c} pixels of {a:g} x {b:g} mm" for (r, c), (a, b) in sorted(sizes))
+        raise VolumeError("MIXED_SIZE", folder, f"expected slices of one size, got {text}", "split the series by size")
+    if len({s.frame_of_reference for s in slices}) > 1:
+        raise VolumeError("MIXED_FRAME", folder, "the slices name different frames of reference, so their positions "
+                          "cannot be compared", "split the series")
+    if len({(s.slope, s.intercept) for s in slices}) > 1:
+        warnings.append("rescale slope or intercept vary from slice to slice; each is applied to its own slice")
+    if any(s.rescale_type not in ("", "HU") for s in slices):
+        warnings.append("RescaleType is not HU")
+    if any(s.photometric == "MONOCHROME1" for s in slices):
+        warnings.append("MONOCHROME1 turns the display around, not the numbers; the numbers are taken as they are")
+    if not all(s.is_ct for s in slices):
+        warnings.append("accepted by force: images that are not marked as CT")
+
+
+def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: list[str]) -> None:
+    if num_slices >= MIN_SLICES:
+        return
+    fault = f"expected at least {MIN_SLICES} slices, got {num_slices}"
+    if not options.force or num_slices < 2:
+        raise VolumeError("FEW_SLICES", where, fault, "give the whole series, or use --force")
+    warnings.append(f"accepted by force: {fault}")
+
+
+def _normal(ct_slice: CtSlice) -> np.ndarray:
+    normal = np.cross(*ct_slice.orientation)
+    return normal / np.linalg.norm(normal)
+
+
+def _places(slices: list[CtSlice]) -> list[list[CtSlice]]:
+    """Slices in the order of their height, those in one place together."""
+    normal = _normal(slices[0])
+    places: list[list[CtSlice]] = []
+    for ct_slice in sorted(slices, key=lambda s: (float(s.position_lps @ normal), s.number)):
+        if places and abs(float((ct_slice.position_lps - places[-1][0].position_lps) @ normal)) < _SAME_PLACE_MM:
+            places[-1].append(ct_slice)
+        else:
+            places.append([ct_slice])
+    return places
+
+
+def _heights(stack: list[CtSlice], where: str) -> np.ndarray:
+    """Millimetres above the first slice, of a straight stack without holes."""
+    offsets = np.array([s.position_lps - stack[0].position_lps for s in stack])
+    normal = _normal(stack[0])
+    heights = offsets @ normal
+    _demand_straight(offsets - heights[:, None] * normal, heights, stack[0], where)
+    _demand_complete(heights, where)
+    return heights
+
+
+def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, warnings: list[str]) -> np.ndarray:
+    """float32 [slice, row, column]; a slice that is there twice is taken once, where the two are equal."""
+    voxels = np.empty((len(places), *places[0][0].shape), np.float32)
+    num_dropped = 0
+    for index, place in enumerate(places):
+        for ct_slice in place:
+            hu, dropped = decode_hu(ct_slice, f"{folder}: file {ct_slice.number} of {num_files}")
+            num_dropped += dropped
+            if ct_slice is place[0]:
+                voxels[index] = hu
+            elif not np.array_equal(hu, voxels[index]):
+                raise VolumeError("DUPLICATE_SLICE", folder, f"files {place[0].number} and {ct_slice.number} lie in "
+                                  "one place and differ: two phases or reconstructions", "split the series")
+    if num_dropped:
+        warnings.append(f"{num_dropped} slices have bits set above BitsStored (an overlay); these bits are dropped")
+    num_twice = sum(len(place) - 1 for place in places)
+    if num_twice:
+        warnings.append(f"{num_twice} slices were there twice, with equal pixels; each is taken once")
+    return voxels
+
+
+def _even(voxels: np.ndarray, heights: np.ndarray, where: str, warnings: list[str]) -> tuple[np.ndarray, float]:
+    """(voxels on even slices, their distance in mm)."""
+    gaps = np.diff(heights)
+    step_mm = float(heights[-1] / len(gaps))
+    if np.abs(heights - step_mm * np.arange(len(heights))).max() <= _EVEN_TOLERANCE * step_mm:
+        return voxels, step_mm
+    spread = f"slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart"
+    if gaps.max() > _MAX_UNEVEN * gaps.min():
+        raise VolumeError("UNEVEN_SPACING", where, spread, "reconstruct the scan with even slices")
+    step_mm = float(np.median(gaps))
+    warnings.append(f"{spread}; resampled to {step_mm:.3g} mm")
+    return _resample_slices(voxels, heights, step_mm), step_mm
+
+
+def _affine(first: CtSlice, step_mm: float) -> np.ndarray:
+    """(column, row, slice) to RAS+ mm. *Source*: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1."""
+    lps = np.eye(4)
+    lps[:3, 0] = first.orientation[0] * first.spacing_mm[1]
+    lps[:3, 1] = first.orientation[1] * first.spacing_mm[0]
+    lps[:3, 2] = _normal(first) * step_mm
+    lps[:3, 3] = first.position_lps
+    return _LPS_TO_RAS @ lps
+
+
+def _demand_straight(sideways: np.ndarray, heights: np.ndarray, first: CtSlice, where: str) -> None:
+    """The stack must rise along the normal; a tilted gantry lets it lean."""
+    drift = np.linalg.norm(sideways, axis=1)
+    # Lean as a ratio, with room for rounding of the written positions.
+    if drift.max() <= max(_SAME_DIRECTION * heights[-1], 0.1 * min(first.spacing_mm)):
+        return
+    lean = sideways[-1] / heights[-1]
+    if np.abs(sideways - heights[:, None] * lean).max() <= 0.5 * min(first.spacing_mm):
+        tilt = float(np.degrees(np.arctan(np.linalg.norm(lean))))
+        raise VolumeError("GANTRY_TILT", where, f"the gantry was tilted by {tilt:.1f} degrees, the volume is sheared",
+                          "resample the series to an orthogonal grid first, for example with a gantry-tilt correction")
+    raise VolumeError("MISALIGNED", where, f"slices are shifted sideways by up to {drift.max():.1f} mm",
+                      "export the series again")
+
+
+def _demand_complete(heights: np.ndarray, where: str) -> None:
+    gaps = np.diff(heights)
+    usual = float(np.median(gaps))
+    wide = np.flatnonzero(gaps > _MAX_GAP * usual)
+    if len(wide) == 0 or len(wide) > _MAX_GAP_SHARE * len(gaps):
+        return
+    num_missing = np.maximum(1, np.rint(gaps / usual).astype(int) - 1)
+    listed = ", ".join(f"{num_missing[i]} after slice {i + 1} at {heights[i]:.1f} mm" for i in wide[:5])
+    more = f" and {len(wide) - 5} more gaps" if len(wide) > 5 else ""
+    raise VolumeError("MISSING_SLICES", where, f"expected slices every {usual:.3g} mm, missing are {listed}{more}",
+                      "export the series again, whole")
+
+
+def _resample_slices(voxels: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
+    """Even slices by linear interpolation between neighbours; the last one lies at or below the last given."""
+    num_slices = int(np.floor(heights[-1] / step + 1e-6)) + 1
+    resampled = np.empty((num_slices, *voxels.shape[1:]), np.float32)
+    for index in range(num_slices):
+        height = index * step
+        above = int(np.clip(np.searchsorted(heights, height), 1, len(heights) - 1))
+        weight = np.clip((height - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
+        resampled[index] = (1 - weight) * voxels[above - 1] + weight * voxels[above]
+    return resampled

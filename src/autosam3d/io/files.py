@@ -1,0 +1,247 @@
+"""Files that are whole or absent: atomic writes, safe opening, and hashes. No image format is known here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
+from autosam3d.io.memory import size_text
+
+# What the operating system says when there is no room, and when the place may not be written.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+# The host is part of a temporary's name: a shared folder is swept of this host's dead writers only.
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class FileToWrite:
+    """One file of `atomic_write_all`."""
+
+    path: Path
+    write: Callable[[Path], None]
+    """Fills the temporary file that it is given."""
+    verify: Callable[[Path], None] | None = None
+    """Reads the temporary file back and raises where it is not what was meant."""
+    size_bytes: int | None = None
+    """How large it will be, where known; only for the message on a full disk."""
+
+
+def atomic_write(
+    path: str | Path,
+    write: Callable[[Path], None],
+    verify: Callable[[Path], None] | None = None,
+    *,
+    size_bytes: int | None = None,
+) -> None:
+    """Write a file so that `path` holds, at every moment, the old content or the whole new one.
+
+    `write` fills a temporary file beside `path`; it is flushed to disk, checked by `verify`, and renamed. On any
+    failure, an exception raised by a signal handler included, the temporary file goes and `path` is untouched.
+
+    Raises:
+        ResourceError: NO_SPACE, NOT_WRITABLE or IO; the message names the path, the bytes needed and the bytes free.
+        UsageError: OUTPUT_PATH, where the folder does not exist or `path` is a folder.
+    """
+    atomic_write_all([FileToWrite(Path(path), write, verify, size_bytes)])
+
+
+def atomic_write_all(files: Iterable[FileToWrite]) -> None:
+    """Write several files that belong together: all are complete on disk before the first one is renamed.
+
+    They are renamed in the given order; put the one that others look for last. Raises as `atomic_write`.
+    """
+    files = list(files)
+    temporaries: list[Path] = []
+    try:
+        for file in files:
+            temporary = _temporary_beside(file.path)
+            temporaries.append(temporary)
+            with _explained(file, temporary):
+                file.write(temporary)
+                _flush(temporary)
+                if file.verify is not None:
+                    file.verify(temporary)
+        for file, temporary in zip(files, temporaries, strict=True):
+            with _explained(file, temporary):
+                if file.path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file.path))
+                os.replace(temporary, file.path)  # noqa: PTH105 - said in the house's own word
+        for folder in dict.fromkeys(file.path.parent for file in files):
+            _flush_folder(folder)
+    finally:
+        # After success every temporary has been renamed away, so this removes only what a failure left.
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """`atomic_write` of bytes, read back and compared."""
+    atomic_write_all([bytes_to_write(path, content)])
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """`atomic_write` of UTF-8 text, line ends as they are."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def bytes_to_write(path: str | Path, content: bytes) -> FileToWrite:
+    """`content` as an entry for `atomic_write_all`."""
+
+    def verify(temporary: Path) -> None:
+        if temporary.read_bytes() != content:
+            raise OSError(errno.EIO, "what was read back differs from what was written")
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    return FileToWrite(Path(path), write, verify, len(content))
+
+
+def remove_stale_temporaries(folder: str | Path) -> list[Path]:
+    """Remove the temporary files that killed writers of this host left in `folder`; living writers keep theirs."""
+    removed = []
+    for path in Path(folder).glob(f".*.tmp-*-{_HOST}*"):
+        pid_text = path.name.rpartition(".tmp-")[2].partition("-")[0]
+        if pid_text.isdigit() and not _is_alive(int(pid_text)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal text.
+
+    Raises:
+        VolumeError: NOT_A_FILE or UNREADABLE.
+    """
+    with open_regular(path) as file, readable(path):
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; never waits on a FIFO and never touches a device.
+
+    Raises:
+        VolumeError: NOT_A_FILE or UNREADABLE.
+    """
+    with readable(path):
+        # Looked at before it is opened (opening a device can act on it) and again after (it may have been swapped).
+        _demand_regular(Path(path).stat().st_mode, path)
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, flags)
+        try:
+            _demand_regular(os.fstat(descriptor).st_mode, path)
+            return os.fdopen(descriptor, "rb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+
+@contextlib.contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Turn the operating system's faults while reading `path` into VolumeError UNREADABLE."""
+    try:
+        yield
+    except OSError as error:
+        raise VolumeError("UNREADABLE", path, f"cannot be read ({_reason(error)})",
+                          "check that it exists and that you may read it") from None
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise VolumeError("UNREADABLE", repr(str(path)), "a path cannot hold a null byte", "check the path") from None
+
+
+def _demand_regular(mode: int, path: str | Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise VolumeError("NOT_A_FILE", path, f"expected a regular file, got {kind}", "name the image file itself")
+
+
+def _temporary_beside(path: Path) -> Path:
+    # A file name may have 255 bytes at most on every common file system.
+    name = path.name.encode()[:180].decode(errors="ignore")
+    return path.with_name(f".{name}.tmp-{os.getpid()}-{_HOST}{secrets.token_hex(6)}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Some network file systems cannot flush a folder; the rename has happened all the same.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(file: FileToWrite, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except AutoSam3dError:
+        raise
+    except OSError as error:
+        raise _write_error(error, file, temporary) from error
+
+
+def _write_error(error: OSError, file: FileToWrite, temporary: Path) -> AutoSam3dError:
+    """The fault in the user's terms: where, how many bytes are needed, how many are free."""
+    if error.errno in _NO_SUCH_PLACE:
+        return UsageError("OUTPUT_PATH", file.path, f"cannot be written there ({_reason(error)})",
+                          "name a file in a folder that exists")
+    if error.errno in _NOT_WRITABLE:
+        return ResourceError("NOT_WRITABLE", file.path, f"expected a place that may be written ({_reason(error)})",
+                             "change the permissions or write elsewhere")
+    try:
+        written = temporary.stat().st_size
+    except OSError:
+        written = 0
+    needed = f"{file.size_bytes} bytes needed" if file.size_bytes else f"more than {written} bytes needed"
+    try:
+        free_bytes = shutil.disk_usage(file.path.parent).free
+        free = f"{free_bytes} bytes free ({size_text(free_bytes)})"
+    except OSError:
+        free = "free space unknown"
+    if error.errno in _NO_SPACE:
+        return ResourceError("NO_SPACE", file.path, f"{needed}, {free} ({_reason(error)})",
+                             "free some space, raise the quota or write elsewhere")
+    return ResourceError("IO", file.path, f"writing failed ({_reason(error)}); {needed}, {free}",
+                         "check the disk and try again")
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

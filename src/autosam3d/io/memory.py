@@ -1,0 +1,93 @@
+"""How much memory a reader may take, asked before it is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from autosam3d.errors import ResourceError
+
+# A share is left to the rest of the process and the machine.
+_USABLE_SHARE = 0.9
+
+
+def available_ram_bytes() -> int | None:
+    """Memory that this process may still take: the least of the machine's free memory, its control group and its
+    address-space limit. None where the platform tells none of them."""
+    limits = [limit for limit in (_machine(), _control_group(), _address_space()) if limit is not None]
+    return max(0, min(limits)) if limits else None
+
+
+def demand_ram(needed_bytes: int, where: str | Path, budget_bytes: int | None = None) -> None:
+    """Refuse before allocating.
+
+    Raises:
+        ResourceError: MEMORY, with the bytes needed and the bytes there are.
+    """
+    budget = budget_bytes
+    if budget is None:
+        available = available_ram_bytes()
+        if available is None:
+            return
+        budget = int(available * _USABLE_SHARE)
+    if needed_bytes > budget:
+        raise ResourceError("MEMORY", where, f"reading needs {size_text(needed_bytes)} of memory, "
+                            f"the budget is {size_text(budget)}", "crop or resample the scan, or use a larger machine")
+
+
+def size_text(num_bytes: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    size = float(num_bytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            return f"{num_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} PiB"
+
+
+def _machine() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _control_group() -> int | None:
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int(Path(limit_file).read_text("ascii"))  # "max" is no number: no limit
+            return limit - int(Path(usage_file).read_text("ascii")) + _cached_files(Path(usage_file).parent)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _cached_files(group: Path) -> int:
+    """File pages that a control group counts as used but gives back when memory runs short."""
+    for line in (group / "memory.stat").read_text("ascii").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft == resource.RLIM_INFINITY:
+            return None
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        return soft - pages * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return None

@@ -1,0 +1,116 @@
+"""The numbers that make one AutoSAM out of many. No torch here: recipes are read without it.
+
+*Source* of the defaults: the published parameter count 26,530,944 pins adapter 384, neck 256, prompt generator 16
+and decoder 128 (paper Table 1, SAM ViT-B, 16 outputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSpec:
+    """SAM's image encoder, as its 2D weights have it."""
+
+    embed_dim: int
+    num_blocks: int
+    num_heads: int
+    taps: tuple[int, int, int, int]
+    """Blocks (from 0) whose output feeds a neck; SAM's global-attention blocks in B, L and H."""
+    pretrain_patch: int = 16
+    """Edge of SAM's 2D patch kernel."""
+    pretrain_grid: int = 64
+    """Edge of SAM's table of absolute positions."""
+    pretrain_window: int = 14
+    """Attention window of SAM's local blocks: their tables have 2*14-1 rows, the global ones 2*64-1."""
+    mlp_ratio: float = 4.0
+
+
+VITS: dict[str, VitSpec] = {
+    "vit_b": VitSpec(embed_dim=768, num_blocks=12, num_heads=12, taps=(2, 5, 8, 11)),
+    "vit_l": VitSpec(embed_dim=1024, num_blocks=24, num_heads=16, taps=(5, 11, 17, 23)),
+    "vit_h": VitSpec(embed_dim=1280, num_blocks=32, num_heads=16, taps=(7, 15, 23, 31)),
+    # Not a SAM size: small enough for tests and for two CPU cores, trained from scratch.
+    "vit_tiny": VitSpec(embed_dim=96, num_blocks=4, num_heads=3, taps=(0, 1, 2, 3), pretrain_grid=32),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSamSpec:
+    """AutoSAM Adapter: 3D encoder from a 2D SAM, Auto Prompt Generator, multi-layer aggregation decoder.
+
+    All triples are (z, y, x).
+    """
+
+    num_outputs: int
+    """K: organs and background."""
+    patch_size: tuple[int, int, int] = (128, 128, 128)
+    """The crop that the model is built for; other sizes run, with interpolated depth positions."""
+    vit: str = "vit_b"
+    scale: tuple[int, int, int] = (4, 4, 4)
+    """How far the CT is (virtually) enlarged per axis before SAM's 16-voxel tokens are cut: 1, 2, 4, 8 or 16;
+    a token covers 16/scale voxels."""
+    attn_window: tuple[int, int, int] = (8, 8, 8)
+    """Tokens per attention window; a grid smaller than the window is one window."""
+    global_blocks: tuple[int, ...] = ()
+    """Blocks that attend over the whole grid."""
+    adapter_dim: int = 384
+    """Width of the spatial adapters; 0 leaves them out (ablation)."""
+    adapter_act: str = "relu"
+    """"relu" or "gelu"."""
+    depth_embed: bool = True
+    rel_pos_resize: str = "crop"
+    """How SAM's relative-position tables shrink: "crop" keeps what an offset means, "interp" squeezes them."""
+    neck_dim: int = 256
+    prompt_dim: int = 16
+    """Base width of the Auto Prompt Generator: its levels have 1, 2, 4, 8 and 10 times as many channels."""
+    prompt_generator: bool = True
+    """APG; False feeds F4 to the decoder as it is (Table 3)."""
+    prompt_residual: bool = False
+    """Prompt = F4 + APG(F4) instead of APG(F4)."""
+    aggregation: bool = True
+    """MLAM; False decodes from the prompt alone (Table 3)."""
+    head_dim: int = 128
+    """Width of the decoder's heads and of its fusion."""
+    fuse_stride: int = 2
+    """Where the image joins: 2 = half resolution (the public code), 1 = full resolution (the paper's words)."""
+    full_res_refine: bool = False
+    """A zero-started residual convolution over logits and image at full resolution."""
+    sam_norm: bool = False
+    """Apply SAM's RGB mean and deviation to the image (expects [0, 1])."""
+    checkpointing: bool = False
+    """Recompute encoder blocks in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        def demand(ok: bool, field: str, wish: str) -> None:
+            if not ok:
+                raise ValueError(f"{field}: expected {wish}, got {getattr(self, field)!r}")
+
+        demand(self.num_outputs >= 2, "num_outputs", "at least 2 (background and one organ)")
+        demand(self.vit in VITS, "vit", f"one of {', '.join(VITS)}")
+        demand(all(s in (1, 2, 4, 8, 16) for s in self.scale), "scale", "1, 2, 4, 8 or 16 per axis")
+        demand(
+            all(n >= 16 // s and n % (16 // s) == 0 for n, s in zip(self.patch_size, self.scale, strict=True)),
+            "patch_size", f"positive multiples of {tuple(16 // s for s in self.scale)} (16/scale)",
+        )
+        demand(all(n <= 1024 for n in self.patch_size), "patch_size", "at most 1024 per axis")
+        demand(all(w >= 1 for w in self.attn_window), "attn_window", "positive sizes")
+        demand(self.adapter_dim >= 0, "adapter_dim", "0 or more")
+        demand(self.adapter_act in ("relu", "gelu"), "adapter_act", "relu or gelu")
+        demand(self.rel_pos_resize in ("crop", "interp"), "rel_pos_resize", "crop or interp")
+        for field in ("neck_dim", "prompt_dim", "head_dim"):
+            demand(getattr(self, field) >= 1, field, "a positive width")
+        demand(self.fuse_stride in (1, 2), "fuse_stride", "1 or 2")
+        blocks = VITS[self.vit].num_blocks
+        demand(all(0 <= b < blocks for b in self.global_blocks), "global_blocks", f"blocks from 0 to {blocks - 1}")
+
+    @property
+    def token_size(self) -> tuple[int, int, int]:
+        """Voxels per token (z, y, x)."""
+        return tuple(16 // s for s in self.scale)  # type: ignore[return-value]
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """Tokens per patch (d, h, w)."""
+        return tuple(n // t for n, t in zip(self.patch_size, self.token_size, strict=True))  # type: ignore[return-value]

@@ -1,0 +1,394 @@
+"""A recipe: everything that makes a training run what it is, typed, checked and kept with the model.
+
+Each dataset has one complete file in ``recipes/``; there is no
+inheritance. ``--set train.epochs=3`` overrides one key. Every number is checked before any data is touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from autosam3d.errors import RecipeError
+from autosam3d.labels import LabelMap
+from autosam3d.models.spec import AutoSamSpec
+from autosam3d.patches import Tiling
+from autosam3d.preprocess import Preprocess
+from autosam3d.recipe_yaml import dump_yaml, parse_yaml
+
+MAX_RECIPE_BYTES = 1 << 20
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _demand(ok: bool, field_name: str, wish: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{field_name}: expected {wish}, got {got!r}")
+
+
+def _is_glob_below(glob: str) -> bool:
+    return bool(glob) and not glob.startswith("/") and ".." not in glob.split("/") and "\\" not in glob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """How the dataset looks as it is downloaded, for `autosam3d prepare`."""
+
+    __pydantic_config__ = _STRICT
+    images: str
+    """Glob below the source folder, for example ``Training/img/img*.nii.gz``."""
+    labels: str
+    """Glob of the label maps."""
+    case_pattern: str
+    """Regular expression with one group, the case id, searched in image and label file names alike."""
+    id_range: tuple[int, int] | None = None
+    """Only cases whose number lies in first..last; None takes all."""
+    test_ids: tuple[str, ...] = ()
+    val_ids: tuple[str, ...] = ()
+    test_images: str | None = None
+    """Glob of a separate test folder, where the dataset has one."""
+    test_labels: str | None = None
+    label_values: dict[int, str] | None = None
+    """Value in the file to organ name or "background"; None where values are already 1..n in recipe order."""
+    num_cases: int | None = None
+    """How many cases the whole download has, after `id_range`; fewer means that some are missing."""
+
+    def __post_init__(self) -> None:
+        try:
+            groups = re.compile(self.case_pattern).groups
+        except (re.error, RecursionError, OverflowError):
+            groups = 0
+        _demand(groups == 1, "case_pattern", "a regular expression with one group", self.case_pattern)
+        for name in ("images", "labels", "test_images", "test_labels"):
+            glob = getattr(self, name)
+            _demand(glob is None or _is_glob_below(glob), name, "a glob below the source folder", glob)
+        if self.id_range is not None:
+            _demand(0 <= self.id_range[0] <= self.id_range[1], "id_range", "first..last", self.id_range)
+        _demand(min(self.label_values or (0,)) >= 0, "label_values", "values of 0 or more", self.label_values)
+        both = sorted(set(self.test_ids) & set(self.val_ids))
+        _demand(not both, "val_ids", "ids that are not in test_ids", both)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Where cases come from. Training reads the nnU-Net v2 layout; `download` tells `prepare` how to make it."""
+
+    __pydantic_config__ = _STRICT
+    title: str
+    url: str
+    layout: str
+    """Told to the user when a folder does not look right."""
+    download: Download | None = None
+    fold: int = 0
+    """Which entry of splits_final.json; without that file `val_share` decides."""
+    val_share: float = 0.0
+    """Share of the training cases held out for validation, chosen by a hash of the case name."""
+    background_organs: tuple[str, ...] = ()
+    """Organs that the dataset has and the recipe does not want: they become background."""
+
+    def __post_init__(self) -> None:
+        _demand(self.fold >= 0, "fold", "0 or more", self.fold)
+        _demand(0 <= self.val_share < 1, "val_share", "0 up to less than 1", self.val_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which crops a step sees."""
+
+    __pydantic_config__ = _STRICT
+    patches_per_volume: int = 1
+    """Crops per case and epoch."""
+    foreground_share: float = 0.5
+    """Share of crops centred on an organ voxel (0.5 = the paper's 1:1); the others fall anywhere."""
+    balance_organs: bool = False
+    """Foreground centres: first an organ at random, then a voxel of it; False: any organ voxel alike."""
+
+    def __post_init__(self) -> None:
+        _demand(self.patches_per_volume >= 1, "patches_per_volume", "1 or more", self.patches_per_volume)
+        _demand(0 <= self.foreground_share <= 1, "foreground_share", "0 to 1", self.foreground_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Probabilities and ranges of the random changes to a training crop (paper, appendix; ranges MONAI's usual)."""
+
+    __pydantic_config__ = _STRICT
+    flip_prob: float = 0.1
+    """For each axis by itself; a flip along x swaps left and right organs by the recipe's pairs."""
+    flip_axes: tuple[Literal["z", "y", "x"], ...] = ("z", "y", "x")
+    rotate90_prob: float = 0.1
+    """Quarter turns in the axial plane."""
+    scale_prob: float = 0.2
+    scale_range: float = 0.1
+    """Intensity times 1 + u, u in -range..range."""
+    shift_prob: float = 0.0
+    shift_range: float = 0.1
+    """Intensity plus u, in normalised units."""
+    affine_prob: float = 0.0
+    """A small rotation and zoom together (not in the paper; off unless a recipe says so)."""
+    rotate_degrees: float = 10.0
+    zoom_range: float = 0.1
+    noise_prob: float = 0.0
+    noise_std: float = 0.02
+    """Gaussian noise, in normalised units."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip_prob", "rotate90_prob", "scale_prob", "shift_prob", "affine_prob", "noise_prob"):
+            _demand(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1", getattr(self, name))
+        for name in ("scale_range", "zoom_range"):
+            _demand(0 <= getattr(self, name) < 1, name, "0 up to less than 1", getattr(self, name))
+        for name in ("shift_range", "noise_std"):
+            _demand(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _demand(0 <= self.rotate_degrees <= 180, "rotate_degrees", "0 to 180", self.rotate_degrees)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule (paper 4.1)."""
+
+    __pydantic_config__ = _STRICT
+    lr: float = 5e-4
+    """Learning rate at the end of the warm-up."""
+    momentum: float = 0.9
+    """beta1 of AdamW, the paper's "momentum"."""
+    beta2: float = 0.999
+    weight_decay: float = 1e-5
+    """Not on norms, biases and position tables."""
+    schedule: Literal["exp_warmup_poly", "exponential", "constant"] = "exp_warmup_poly"
+    warmup_epochs: int = 5
+    per_step: bool = False
+    """Follow the schedule within an epoch too; False holds the rate for a whole epoch (the public code)."""
+    clip_norm: float = 1.0
+    """Gradient norm at most; 0 switches clipping off."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights that is validated and kept; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        _demand(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
+        for name in ("momentum", "beta2", "ema"):
+            _demand(0 <= getattr(self, name) < 1, name, "0 up to less than 1", getattr(self, name))
+        _demand(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _demand(self.warmup_epochs >= 0, "warmup_epochs", "0 or more", self.warmup_epochs)
+        _demand(self.clip_norm >= 0, "clip_norm", "0 or more", self.clip_norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    __pydantic_config__ = _STRICT
+    epochs: int = 200
+    batch_size: int = 1
+    """Crops per device and step."""
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the device multiplies bf16 in hardware, else fp32; the loss is always fp32."""
+    validate_every: int = 10
+    """Epochs between validations; the last epoch is always validated."""
+    val_cases: int = 0
+    """Validate on the first n validation cases only; 0 takes all."""
+    val_overlap: float = 0.25
+    """Window overlap in validation, smaller than in `inference` to save time."""
+    save_every_steps: int = 200
+    """Steps between saves of the training state; every epoch that validates saves too."""
+    num_workers: int = 0
+    """Processes that load crops; 0 loads in a thread beside the training."""
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    batch_dice: bool = False
+    """Pool voxels over the batch before the Dice ratio; False takes it per crop (MONAI's way)."""
+    freeze_sam: bool = True
+    """Keep SAM's weights frozen when they are given; without SAM weights everything is trained."""
+    max_nan_steps: int = 5
+    """Stop after so many steps in a row whose loss is not finite."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "validate_every", "save_every_steps", "max_nan_steps"):
+            _demand(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
+        for name in ("val_cases", "num_workers", "dice_weight", "ce_weight"):
+            _demand(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _demand(self.num_workers <= 64, "num_workers", "at most 64", self.num_workers)
+        _demand(0 <= self.seed < 2**63, "seed", "0 up to less than 2**63", self.seed)
+        _demand(self.dice_weight + self.ce_weight > 0, "dice_weight", "a weight above 0 here or in ce_weight", 0)
+        _demand(0 <= self.val_overlap < 1, "val_overlap", "0 up to less than 1", self.val_overlap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, whole. `model.num_outputs` follows from the organs and is not written in the file."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    """Letters, digits, ``_``, ``-`` and ``.``: it becomes a part of file names."""
+    about: str
+    """One line."""
+    labels: LabelMap
+    dataset: Dataset
+    preprocess: Preprocess
+    model: AutoSamSpec
+    sampling: Sampling = field(default_factory=Sampling)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    train: Training = field(default_factory=Training)
+    inference: Tiling = field(default_factory=Tiling)
+
+    def __post_init__(self) -> None:
+        fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name) is not None
+        _demand(fits, "name", "1 to 64 letters, digits, _, - or .", self.name)
+        _demand(self.about.isprintable(), "about", "one line of text", self.about)
+        _demand(
+            self.model.num_outputs == self.labels.num_outputs, "model.num_outputs",
+            f"{self.labels.num_outputs} (organs and background)", self.model.num_outputs,
+        )
+        values = (self.dataset.download and self.dataset.download.label_values) or {}
+        strangers = sorted(set(values.values()) - {*self.labels.organs, "background"})
+        _demand(not strangers, "dataset.download.label_values", "names of organs or background", strangers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, ready for JSON or YAML."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 of the named sections (of all, where none is named); equal settings, equal digest."""
+        whole = self.as_dict()
+        part = {key: whole[key] for key in sections} if sections else whole
+        return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that the package carries."""
+    return sorted(p.name[:-5] for p in resources.files("autosam3d.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe by name or from a YAML file, with ``key.path=value`` overrides.
+
+    Raises:
+        RecipeError: unknown name or key (with the nearest known one), wrong type or value, unsafe YAML.
+    """
+    text, where = _read_text(source)
+    tree = parse_yaml(text, where)
+    for override in overrides:
+        _apply_override(tree, override)
+    return recipe_from_dict(tree, where)
+
+
+def recipe_from_dict(tree: Mapping[str, Any], where: str | Path = "recipe") -> Recipe:
+    """A recipe from plain values, as `Recipe.as_dict` gives them or a YAML file holds them."""
+    tree = dict(tree)
+    for path, value in _numbers(tree):
+        if not math.isfinite(value):
+            raise RecipeError("BAD_VALUE", f"{where}: {path}", f"expected a finite number, got {value}",
+                              "correct the value")
+    model, labels = tree.get("model"), tree.get("labels")
+    if isinstance(model, Mapping) and isinstance(labels, Mapping) and isinstance(labels.get("organs"), (list, tuple)):
+        tree["model"] = {"num_outputs": len(labels["organs"]) + 1} | dict(model)
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree, allow_nan=True), strict=True)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every float below `node` with its dotted path."""
+    if isinstance(node, float):
+        yield path, node
+    elif isinstance(node, (Mapping, list, tuple)):
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        for key, child in items:
+            yield from _numbers(child, f"{path}.{key}" if path else str(key))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return dump_yaml(recipe.as_dict())
+
+
+def _read_text(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    # os.path.exists, unlike Path.exists, also says no to a name that no file system could hold.
+    if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not os.path.exists(path):  # noqa: PTH110
+        if source not in recipe_names():
+            near = difflib.get_close_matches(source, recipe_names(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"the package has {', '.join(recipe_names())}"
+            raise RecipeError("NO_RECIPE", source, "no recipe of this name and no such file", hint)
+        return resources.files("autosam3d.recipes").joinpath(f"{source}.yaml").read_text("utf-8"), source
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecipeError("UNREADABLE", path, "expected a file, got something else", "name a recipe file")
+        if status.st_size > MAX_RECIPE_BYTES:
+            raise RecipeError("TOO_LARGE", path, f"expected at most 1 MiB of YAML, got {status.st_size} bytes",
+                              "name a recipe file")
+        return path.read_bytes().decode("utf-8"), str(path)
+    except OSError as error:
+        raise RecipeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
+    except UnicodeDecodeError:
+        raise RecipeError("ENCODING", path, "expected UTF-8 text", "save the file as UTF-8") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError("OVERRIDE", f"--set {override}", "expected KEY.PATH=VALUE",
+                          "write for example train.epochs=3")
+    value = parse_yaml(f"value: {text}", f"--set {override}")["value"]
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise RecipeError("OVERRIDE", f"--set {override}", f"{part} is a value, not a section", "shorten the path")
+        node = child
+    node[parts[-1]] = value
+
+
+def _explain(error: ValidationError, where: str | Path) -> RecipeError:
+    """One line from pydantic's list: a typo with the nearest key if there is one, else the first fault."""
+    faults = error.errors(include_url=False)
+    first = next((f for f in faults if f["type"] == "unexpected_keyword_argument"), faults[0])
+    path = ".".join(str(p) for p in first["loc"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if first["type"] == "unexpected_keyword_argument":
+        *section, key = [str(p) for p in first["loc"]]
+        near = difflib.get_close_matches(key, _known_keys(section), 1)
+        remedy = f"did you mean {'.'.join([*section, near[0]])}?" if near else "remove it"
+        return RecipeError("UNKNOWN_KEY", f"{where}: {path}", f"no such key{more}", remedy)
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError("MISSING_KEY", f"{where}: {path}", f"expected a value, got none{more}", "add the key")
+    message = first["msg"].removeprefix("Value error, ")
+    own_check = re.match(r"([a-z_.0-9]+): (?=expected)", message)  # a check of ours starts with the field at fault
+    if own_check:
+        message = message[own_check.end() :]
+        if path.rpartition(".")[2] != own_check[1]:
+            path = f"{path}.{own_check[1]}" if path else own_check[1]
+    elif "expected" not in message:
+        message = f"{message[0].lower()}{message[1:]}, got {first.get('input')!r}"
+    message = message if len(message) <= 300 else f"{message[:297]}..."
+    return RecipeError("BAD_VALUE", f"{where}: {path or 'recipe'}", f"{message}{more}", "correct the value")
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    """Keys that the schema allows below `section`."""
+    schema = _ADAPTER.json_schema()
+    node: Mapping[str, Any] = schema
+    for part in section:
+        node = node.get("properties", {}).get(part, {})
+        for variant in (node, *node.get("anyOf", ())):
+            if "$ref" in variant:
+                node = schema["$defs"][variant["$ref"].rsplit("/", 1)[1]]
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))

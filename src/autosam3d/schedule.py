@@ -1,0 +1,30 @@
+"""Learning rate over the epochs."""
+
+from __future__ import annotations
+
+import math
+
+from autosam3d.recipe import Optim
+
+# The public code warms up by exp(10 * (e / warmup - 1)): from 4.5e-5 of the full rate to all of it.
+_WARMUP_STEEPNESS = 10.0
+_POLY_POWER = 0.9
+# "exponential" ends at a hundredth of the full rate.
+_EXPONENTIAL_END = 0.01
+
+
+def learning_rate(epoch: float, epochs: int, optim: Optim) -> float:
+    """The rate at `epoch` (from 0; fractions allowed) of a run of `epochs`.
+
+    *Source*: paper 4.1, "warm-up exponential decay", as the public code has it: exponential warm-up, then
+    polynomial decay over the whole run, so the rate is full at epoch `warmup_epochs` and falls from the next on.
+    The option "exponential" decays as the words say.
+    """
+    if 0 < optim.warmup_epochs >= epoch:
+        return optim.lr * math.exp(_WARMUP_STEEPNESS * (epoch / optim.warmup_epochs - 1))
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "exponential":
+        span = max(epochs - optim.warmup_epochs, 1)
+        return optim.lr * _EXPONENTIAL_END ** ((epoch - optim.warmup_epochs) / span)
+    return optim.lr * max(1 - epoch / epochs, 0.0) ** _POLY_POWER

@@ -1,0 +1,306 @@
+"""Training: one plain loop. START with `train`, which is the whole run from top to bottom.
+
+Everything random is drawn from (seed, epoch, position), so a run that was stopped anywhere and started again ends
+with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autosam3d.data import CachedCase, CropDataset, StepSampler, cache_cases, demand_organs, load_batches
+from autosam3d.dataset import CaseSet
+from autosam3d.errors import CheckpointError
+from autosam3d.inference import label_prepared
+from autosam3d.losses import dice_ce_loss
+from autosam3d.metrics import dice_per_label
+from autosam3d.patches import Tiling
+from autosam3d.recipe import Recipe
+from autosam3d.runlog import RunLog
+from autosam3d.runtime import TorchPredictor
+from autosam3d.schedule import learning_rate
+from autosam3d.training_run import (
+    Interrupted,
+    Observer,
+    Run,
+    StopRequest,
+    build_fabric,
+    copy_into,
+    demand_space,
+    local_ranks,
+    prepare_run_folder,
+    resume,
+    save_model,
+    save_state,
+    start_run,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    stopped_by: int | None
+    """The signal that stopped the run, which resumes where it stood; None when it is finished."""
+    epoch: int
+    best_dice: float | None
+    """Mean validation Dice of the best checkpoint; None without validation cases."""
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    cases: CaseSet,
+    run_folder: Path,
+    *,
+    sam: str | Path | None = None,
+    device: str = "auto",
+    cache_dir: Path | None = None,
+    observer: Observer | None = None,
+) -> TrainResult:
+    """Train, or go on training, the AutoSAM of `recipe` on `cases`.
+
+    Args:
+        run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe.
+        sam: SAM weights, a file or a Hugging Face id. None trains everything from scratch.
+        device: "auto", "cpu", "cuda" or "cuda:N". Started by `torchrun`, each process takes its own device.
+        cache_dir: for preprocessed cases; default ``run_folder/cache``.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe or SAM file, or the device is absent.
+        VolumeError: a case is broken, an organ is nowhere, or the cases are not those that the run began with.
+        CheckpointError: the SAM file does not fit; the saved state cannot be read; the loss stayed non-finite (the
+            last good state is kept).
+        ResourceError: the disk is full or not writable.
+    """
+    observer = observer or Observer()
+    fabric = build_fabric(device, recipe.train.precision)
+    if not fabric.is_global_zero:
+        observer = Observer()
+    prepare_run_folder(run_folder, recipe, fabric)
+    stop = StopRequest()
+    with stop.listen():
+        # What can be wrong at once comes before the cases, which may take an hour to prepare.
+        run = start_run(recipe, fabric, run_folder, sam, stop, observer)
+        demand_space(run)
+        try:
+            train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir or run_folder / "cache")
+        except Interrupted:
+            return TrainResult(stop.signal, 0, None, 0.0)
+        demand_organs(train_cases, recipe, cases.folder)
+        keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
+        run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+        dataset = CropDataset(train_cases, recipe)
+        sampler = StepSampler(dataset, recipe.train.batch_size, fabric.global_rank, fabric.world_size)
+        resume(run)
+        runlog = RunLog(run_folder, run.progress.global_step, enabled=fabric.is_global_zero)
+        try:
+            return _train_epochs(run, dataset, sampler, val_cases, runlog)
+        finally:
+            runlog.close()
+
+
+def _train_epochs(
+    run: Run, dataset: CropDataset, sampler: StepSampler, val_cases: list[CachedCase], runlog: RunLog
+) -> TrainResult:
+    recipe, progress = run.recipe, run.progress
+    while progress.epoch < recipe.train.epochs:
+        if not _train_steps(run, dataset, sampler, runlog):
+            return _leave(run)
+        last = progress.epoch + 1 == recipe.train.epochs
+        if last or (progress.epoch + 1) % recipe.train.validate_every == 0:
+            try:
+                _validate_and_keep(run, val_cases, runlog)
+            except Interrupted:
+                return _leave(run)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        if last or progress.epoch % recipe.train.validate_every == 0:
+            save_state(run)
+    return _leave(run)
+
+
+def _leave(run: Run) -> TrainResult:
+    progress = run.progress
+    finished = progress.epoch >= run.recipe.train.epochs
+    if not finished:
+        save_state(run)
+    best = progress.best_dice if progress.best_dice >= 0 else None
+    return TrainResult(None if finished else run.stop.signal, progress.epoch, best, progress.seconds)
+
+
+def _train_steps(run: Run, dataset: CropDataset, sampler: StepSampler, runlog: RunLog) -> bool:
+    """The remaining steps of the current epoch. False when a stop was asked for."""
+    recipe, progress, fabric = run.recipe, run.progress, run.fabric
+    sampler.epoch, sampler.first_step = progress.epoch, progress.step_in_epoch
+    if len(sampler) == 0:
+        return not run.should_stop()
+    batches = load_batches(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
+    run.wrapped.train()
+    total = sampler.steps_per_epoch * recipe.train.epochs
+    mark = time.perf_counter()
+    for voxels, labels in batches:
+        waited = time.perf_counter() - mark
+        rate = _set_learning_rate(run, sampler.steps_per_epoch)
+        values, good = train_step(run, voxels.to(fabric.device, non_blocking=True), labels.to(fabric.device))
+        run.bad_steps = 0 if good else run.bad_steps + 1
+        if run.bad_steps >= recipe.train.max_nan_steps:
+            save_state(run)
+            raise CheckpointError(
+                "NONFINITE", run.folder, f"the loss was not finite for {run.bad_steps} steps in a row at step "
+                f"{progress.global_step + 1}; the last good state is kept",
+                "lower optim.lr or use train.precision=fp32")
+        progress.step_in_epoch += 1
+        progress.global_step += 1
+        took = time.perf_counter() - mark
+        progress.seconds += took
+        values |= {"lr": rate, "seconds": took, "data_wait": waited / took}
+        runlog.step(progress.epoch, progress.global_step, values)
+        run.observer.on_step(progress.global_step, total, values)
+        if run.should_stop():
+            return False
+        if progress.global_step % recipe.train.save_every_steps == 0:
+            save_state(run)
+        mark = time.perf_counter()
+    return True
+
+
+def train_step(run: Run, voxels: Tensor, labels: Tensor) -> tuple[dict[str, float], bool]:
+    """One optimiser step. False, and no change of any weight, where loss or gradient is not finite."""
+    recipe = run.recipe
+    logits = run.wrapped(voxels)
+    loss = dice_ce_loss(logits, labels, dice_weight=recipe.train.dice_weight, ce_weight=recipe.train.ce_weight,
+                        batch_dice=recipe.train.batch_dice)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.fabric.backward(loss.total)
+    parameters = [p for p in run.network.parameters() if p.requires_grad]
+    limit = recipe.optim.clip_norm or math.inf
+    # The gradients of all ranks were averaged in backward, so this norm, and the decision, is the same on each.
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    good = bool(torch.isfinite(norm))
+    if good:
+        run.optimizer.step()
+        _update_average(run)
+    else:
+        log.warning("step %d: the gradient is not finite, step skipped", run.progress.global_step)
+    values = {"loss": float(loss.total.detach()), "dice_loss": float(loss.dice), "ce_loss": float(loss.cross_entropy),
+              "grad_norm": float(norm)}
+    return values, good
+
+
+def _update_average(run: Run) -> None:
+    if not run.average:
+        return
+    # The average of a young run would mostly remember the start: let its memory grow with the run.
+    decay = min(run.recipe.optim.ema, (1 + run.progress.global_step) / (10 + run.progress.global_step))
+    with torch.no_grad():
+        for name, tensor in run.tuned.items():
+            run.average[name].lerp_(tensor, 1 - decay)
+
+
+def _set_learning_rate(run: Run, steps_per_epoch: int) -> float:
+    optim, progress = run.recipe.optim, run.progress
+    epoch = progress.epoch + (progress.step_in_epoch / steps_per_epoch if optim.per_step else 0.0)
+    rate = learning_rate(epoch, run.recipe.train.epochs, optim)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+@contextmanager
+def _averaged_weights(run: Run) -> Iterator[None]:
+    """Inside, the network has the averaged weights, where there are any."""
+    if not run.average:
+        yield
+        return
+    own = {name: tensor.clone() for name, tensor in run.tuned.items()}
+    copy_into(run.tuned, run.average)
+    try:
+        yield
+    finally:
+        copy_into(run.tuned, own)
+
+
+def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) -> None:
+    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
+    progress = run.progress
+    started = time.perf_counter()
+    with _averaged_weights(run):
+        dice = validate(run, val_cases) if val_cases else None
+        mean = float(np.nanmean(dice)) if dice is not None and np.isfinite(dice).any() else None
+        if mean is None or mean > progress.best_dice:
+            progress.best_epoch = progress.epoch
+            progress.best_dice = mean if mean is not None else progress.best_dice
+            save_model(run, _metrics_dict(run.recipe, dice, mean))
+    progress.seconds += time.perf_counter() - started
+    if mean is not None:
+        runlog.validation(progress.epoch, progress.global_step, _metrics_dict(run.recipe, dice, mean))
+        run.observer.on_message(f"epoch {progress.epoch + 1}: validation Dice {mean:.3f} "
+                                f"(best {progress.best_dice:.3f}, epoch {progress.best_epoch + 1})")
+
+
+def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
+    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ."""
+    recipe, fabric = run.recipe, run.fabric
+    was_training = run.network.training
+    run.network.eval()
+    predictor = TorchPredictor(run.network, recipe.model.patch_size, fabric.device, recipe.train.precision)
+    tiling = Tiling(overlap=recipe.train.val_overlap, importance=recipe.inference.importance)
+    table = np.full((len(cases), len(recipe.labels.organs)), np.nan)
+
+    def watch(done: int, total: int) -> None:
+        if fabric.world_size == 1 and run.stop.signal is not None:
+            raise Interrupted
+
+    try:
+        for index in range(fabric.global_rank, len(cases), fabric.world_size):
+            case = cases[index]
+            predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
+                                       air=recipe.preprocess.air, progress=watch)
+            table[index] = dice_per_label(predicted, case.labels, recipe.labels.num_outputs)
+            run.observer.on_validation(index + 1, len(cases))
+    finally:
+        run.network.train(was_training)
+    if fabric.world_size > 1:
+        # Each row was filled by one rank; the others hold NaN there.
+        everyone = fabric.all_gather(fabric.to_device(torch.from_numpy(table)))
+        assert isinstance(everyone, Tensor)
+        table = np.nan_to_num(everyone.cpu().numpy(), nan=-1.0).max(axis=0)
+        table[table < 0] = np.nan
+    present = np.isfinite(table)
+    return np.where(present.any(0), np.nansum(table, 0) / np.maximum(present.sum(0), 1), np.nan)
+
+
+def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -> dict[str, Any]:
+    if dice is None:
+        return {}
+    organs = {name: (float(d) if np.isfinite(d) else None) for name, d in zip(recipe.labels.organs, dice, strict=True)}
+    return {"val_dice": mean, "val_dice_per_organ": organs}
+
+
+def _cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Training and validation cases. The ranks of a node share the work of making the cache, then each reads it."""
+    recipe, fabric = run.recipe, run.fabric
+    wanted = [*cases.train, *(cases.val[: recipe.train.val_cases] if recipe.train.val_cases else cases.val)]
+
+    def watch(done: int, total: int) -> None:
+        run.observer.on_cache(done, total)
+        if run.stop.signal is not None:
+            raise Interrupted
+
+    if fabric.world_size > 1:
+        cache_cases(wanted[fabric.local_rank :: local_ranks()], recipe, cache_dir, watch)
+        fabric.barrier()
+    cached = cache_cases(wanted, recipe, cache_dir, watch)
+    return cached[: len(cases.train)], cached[len(cases.train) :]

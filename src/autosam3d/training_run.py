@@ -1,0 +1,346 @@
+"""A training run: its parts, its folder, and its state on disk, from which it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+from autosam3d.checkpoint import (
+    SamSource,
+    attach_sam,
+    load_strictly,
+    read_checkpoint,
+    save_checkpoint,
+)
+from autosam3d.errors import CheckpointError, ResourceError, UsageError, VolumeError
+from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
+from autosam3d.io.memory import size_text
+from autosam3d.models.autosam import AutoSam
+from autosam3d.models.sam_weights import frozen_names
+from autosam3d.recipe import Recipe, dump_recipe
+from autosam3d.runtime import bf16_in_hardware, pick_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the training state on disk."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    """Steps of `epoch` that are done; an epoch whose steps are all done may still lack its validation."""
+    global_step: int = 0
+    best_dice: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+    """Time spent so far, over all starts of the run."""
+
+
+@dataclass
+class Observer:
+    """What the command line shows; every call is optional."""
+
+    on_cache: Callable[[int, int], None] = lambda done, total: None
+    on_step: Callable[[int, int, Mapping[str, float]], None] = lambda done, total, values: None
+    on_validation: Callable[[int, int], None] = lambda done, total: None
+    on_message: Callable[[str], None] = lambda text: None
+
+
+class Interrupted(Exception):
+    """Raised between cases, or between windows of a validation, when a stop was asked for."""
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) ask for a stop; the loop saves at the next step.
+
+    A second signal ends at once; the last save stays whole.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        before = {s: signal.signal(s, self._on_signal) for s in (getattr(signal, name) for name in names)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@dataclass
+class Run:
+    """The parts of a training run that its steps share."""
+
+    recipe: Recipe
+    fabric: Fabric
+    network: AutoSam
+    """The bare network."""
+    wrapped: nn.Module
+    """The same, as Fabric runs it."""
+    optimizer: torch.optim.Optimizer
+    folder: Path
+    sam: SamSource | None
+    stop: StopRequest
+    observer: Observer
+    progress: Progress = field(default_factory=Progress)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Moving average of the tuned weights; empty when `optim.ema` is 0."""
+    bad_steps: int = 0
+    """Steps in a row, up to the last one, whose gradient was not finite."""
+    data_sha256: str = ""
+    """Of everything that the preprocessed cases were made from."""
+
+    @cached_property
+    def tuned(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint keeps: all, less the frozen ones of a SAM file."""
+        state = self.network.state_dict()
+        left_out = set(frozen_names(self.network)) if self.sam and self.recipe.train.freeze_sam else set()
+        return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+    def should_stop(self) -> bool:
+        """True on all ranks as soon as one was asked to stop."""
+        asked = self.stop.signal is not None
+        if self.fabric.world_size == 1:
+            return asked
+        return bool(self.fabric.all_reduce(torch.tensor(float(asked), device=self.fabric.device), reduce_op="sum"))
+
+
+def build_fabric(device: str, precision: str) -> Fabric:
+    """Fabric for one device, or for all processes that `torchrun` started.
+
+    Raises:
+        UsageError: DEVICE, the machine has no such device.
+    """
+    kind, _, number = pick_device(device).partition(":")
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    mixed = precision == "bf16" or (precision == "auto" and bf16_in_hardware(kind))
+    alone = [int(number)] if number and kind != "cpu" else 1
+    fabric = Fabric(
+        accelerator=kind,
+        devices=local_ranks() if distributed else alone,
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")) if distributed else 1,
+        # Ranks wait for each other while cases are prepared and while rank 0 saves: longer than the usual limit.
+        strategy=DDPStrategy(timeout=timedelta(hours=2)) if distributed else "auto",
+        precision="bf16-mixed" if mixed else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def local_ranks() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
+    """Make `folder` with its recipe.yaml, or check that the run in it is of the same recipe and settings.
+
+    Raises:
+        UsageError: OTHER_RUN.
+        ResourceError: UNWRITABLE or NOT_WRITABLE.
+    """
+    path = folder / "recipe.yaml"
+    text = dump_recipe(recipe)
+    if fabric.is_global_zero:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_stale_temporaries(folder)
+            if not path.exists():
+                write_text_atomic(path, text)
+        except OSError as error:
+            raise ResourceError("UNWRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
+                                "name another folder") from None
+    fabric.barrier()
+    there = path.read_bytes().decode("utf-8", errors="replace")
+    if there != text:
+        pairs = zip_longest(there.splitlines(), text.splitlines(), fillvalue="nothing")
+        old, new = next((a.strip(), b.strip()) for a, b in pairs if a != b)
+        raise UsageError("OTHER_RUN", folder, f"it holds a run of another recipe or other settings: expected {old!r} "
+                         f"as in its recipe.yaml, got {new!r}", "name a new folder, or give the same settings")
+
+
+def start_run(
+    recipe: Recipe, fabric: Fabric, folder: Path, sam: str | Path | None, stop: StopRequest, observer: Observer
+) -> Run:
+    """Network and optimiser, fresh."""
+    torch.manual_seed(recipe.train.seed)
+    network = AutoSam(recipe.model)
+    source = attach_sam(network, None, sam, freeze=recipe.train.freeze_sam) if sam is not None else None
+    if source is None:
+        log.warning("no SAM weights: every weight is trained from scratch, which is not the paper's method")
+    optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=recipe.optim.lr,
+                                  betas=(recipe.optim.momentum, recipe.optim.beta2), fused=True)
+    wrapped, optimizer = fabric.setup(network, optimizer)
+    run = Run(recipe, fabric, network, wrapped, optimizer, folder, source, stop, observer)
+    if recipe.optim.ema > 0:
+        run.average = {name: tensor.detach().clone() for name, tensor in run.tuned.items()}
+    return run
+
+
+def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels only, not on norms, biases and position tables (method 4.1)."""
+    decayed, bare = [], []
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        table = name.endswith(("pos_embed", "depth_embed", "rel_pos_d", "rel_pos_h", "rel_pos_w"))
+        (bare if parameter.ndim <= 1 or table else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": recipe.optim.weight_decay}, {"params": bare, "weight_decay": 0.0}]
+
+
+def demand_space(run: Run) -> None:
+    """Refuse a run whose checkpoints cannot fit on the disk, at the start rather than hours later.
+
+    Raises:
+        ResourceError: NO_SPACE.
+    """
+    if not run.fabric.is_global_zero:
+        return
+    weights = sum(t.nbytes for t in run.tuned.values())
+    state = weights + sum(t.nbytes for t in run.average.values())
+    state += 2 * sum(p.nbytes for p in run.network.parameters() if p.requires_grad)  # AdamW's two moments
+    # last, previous and the next one being written; best and the next one.
+    needed = 3 * state + 2 * weights - sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise ResourceError("NO_SPACE", run.folder, f"expected {size_text(needed)} free for the checkpoints, got "
+                            f"{size_text(free)}", "free some space or name another folder with --out")
+
+
+def save_state(run: Run) -> None:
+    """The whole state of training to ``last.json``; the one before stays as ``previous.json``."""
+    run.fabric.barrier()
+    if run.fabric.is_global_zero:
+        tensors = {f"model.{name}": tensor for name, tensor in run.tuned.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in run.average.items()}
+        names = {id(parameter): name for name, parameter in run.network.named_parameters()}
+        for parameter, state in run.optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
+        place = {"progress": vars(run.progress), "data_sha256": run.data_sha256, "world_size": run.fabric.world_size}
+        save_checkpoint(run.folder / "last.json", tensors, _meta(run, "training") | place,
+                        previous=run.folder / "previous.json")
+    run.fabric.barrier()
+
+
+def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
+    """The weights as they are to ``best.json``."""
+    if run.fabric.is_global_zero:
+        save_checkpoint(run.folder / "best.json", run.tuned, _meta(run, "model") | {"metrics": dict(metrics)})
+
+
+def _meta(run: Run, kind: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "contains": "tuned" if run.sam and run.recipe.train.freeze_sam else "all",
+        "recipe": run.recipe.as_dict(),
+        "sam": vars(run.sam) if run.sam else None,
+        "epoch": run.progress.epoch,
+        "torch": torch.__version__,
+    }
+
+
+def resume(run: Run) -> None:
+    """Take up the state in the run folder, if there is one; a damaged last state falls back to the one before.
+
+    Raises:
+        CheckpointError: there are states and none can be read.
+        UsageError: OTHER_SAM.
+        VolumeError: DATA_CHANGED.
+    """
+    last, fault = run.folder / "last.json", None
+    for path in (last, run.folder / "previous.json"):
+        if not path.exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+            _demand_state(checkpoint.meta, path)
+        except CheckpointError as error:
+            log.warning("%s", error)
+            fault = fault or error
+            continue
+        _demand_same_origin(run, checkpoint.meta, path)
+        _load_state(run, checkpoint.tensors, path)
+        run.progress = Progress(**checkpoint.meta["progress"])
+        # Positions of crops are the same for any number of processes; only steps are counted in larger bites.
+        bites = checkpoint.meta["world_size"], run.fabric.world_size
+        run.progress.step_in_epoch = run.progress.step_in_epoch * bites[0] // bites[1]
+        if path != last and run.fabric.is_global_zero:
+            # Else the next save would keep the damaged state as the previous one.
+            write_text_atomic(last, path.read_text("utf-8"))
+        run.observer.on_message(f"resuming at epoch {run.progress.epoch + 1}, step {run.progress.global_step}")
+        return
+    if fault is not None:
+        raise CheckpointError(fault.code, run.folder, f"its saved states cannot be read ({fault.where}: {fault.fault})",
+                              "restore last.json and its weights from a copy, or name a new run folder")
+
+
+def _demand_state(meta: Mapping[str, Any], path: Path) -> None:
+    if meta.get("kind") != "training":
+        raise CheckpointError("MISMATCH", path, f"expected a training state, got a checkpoint of kind "
+                              f"{meta.get('kind')!r}", "do not rename checkpoints")
+
+
+def _demand_same_origin(run: Run, meta: Mapping[str, Any], path: Path) -> None:
+    before, now = (meta.get("sam") or {}).get("sha256"), run.sam.sha256 if run.sam else None
+    if before != now:
+        raise UsageError("OTHER_SAM", path, "the run began with other SAM weights" if before else
+                         "the run began without SAM weights", "give the same --sam, or name a new run folder")
+    if meta["data_sha256"] != run.data_sha256:
+        raise VolumeError("DATA_CHANGED", path, "expected the training and validation files that the run began with, "
+                          "got others", "restore them, or name a new run folder")
+
+
+def _load_state(run: Run, tensors: Mapping[str, Tensor], path: Path) -> None:
+    sections: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        section, _, rest = name.partition(".")
+        sections[section][rest] = tensor
+    load_strictly(run.network, sections["model"], set(run.tuned), path)
+    if run.average:
+        copy_into(run.average, sections["average"])
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in sections["optimizer"].items():
+        key, _, parameter_name = name.partition(".")
+        states[parameter_name][key] = tensor
+    parameters = dict(run.network.named_parameters())
+    for name, state in states.items():
+        run.optimizer.state[parameters[name]] = {key: t.to(parameters[name].device) for key, t in state.items()}
+
+
+@torch.no_grad()
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Overwrite each tensor of `target` by its namesake."""
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+

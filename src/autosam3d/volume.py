@@ -1,0 +1,111 @@
+"""What a scan and a segmentation are, once they are in memory.
+
+Arrays are indexed [z, y, x]: z grows to the head (S), y to the front (A), x to the right (R), as near as the
+file's axes allow. The affine maps voxel (x, y, z) to world millimetres, RAS+, as nibabel has it. The order of the
+file is kept in `SourceGrid`, which only `io` uses.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SourceGrid:
+    """How the file stored the array, so that a segmentation can be written back onto the same grid.
+
+    Canonical axis ``i`` (0 = x, 1 = y, 2 = z) is the file's axis ``axis_of[i]``, reversed where ``flipped[i]``.
+    """
+
+    kind: str
+    """"nifti", "dicom" or "array"."""
+    shape: tuple[int, int, int]
+    """In the file's own axis order."""
+    affine: np.ndarray
+    """4x4, the file's voxel indexes to RAS+ mm, as the file has it."""
+    axis_of: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+    header: bytes | None = None
+    """The NIfTI header's own bytes; None for other kinds."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One CT scan.
+
+    Attributes:
+        voxels_hu: float32 [z, y, x] in Hounsfield units.
+        affine: 4x4 float64, voxel (x, y, z) to RAS+ mm, for `voxels_hu` as it lies here.
+        source: the grid of the file it came from, None for an array made in memory.
+        warnings: what the reader put right or found odd, one sentence each.
+    """
+
+    voxels_hu: np.ndarray
+    affine: np.ndarray
+    source: SourceGrid | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.voxels_hu.ndim != 3:
+            raise ValueError(f"voxels_hu: expected 3 axes [z, y, x], got shape {self.voxels_hu.shape}")
+        if np.shape(self.affine) != (4, 4):
+            raise ValueError(f"affine: expected 4x4, got shape {np.shape(self.affine)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.voxels_hu.shape  # type: ignore[return-value]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """(z, y, x), in the order of the array."""
+        return spacing_of(self.affine)
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Integer labels on a grid.
+
+    Attributes:
+        labels: uint8 or uint16 [z, y, x]; 0 is background.
+        affine: as in `Volume`.
+        source: as in `Volume`.
+        organs: label value to organ name, where the file or the model says so.
+    """
+
+    labels: np.ndarray
+    affine: np.ndarray
+    source: SourceGrid | None = None
+    organs: dict[int, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.labels.shape  # type: ignore[return-value]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """(z, y, x), in the order of the array."""
+        return spacing_of(self.affine)
+
+    def volume_ml(self, label: int) -> float:
+        voxel_mm3 = math.prod(self.spacing_mm)
+        return float(np.count_nonzero(self.labels == label)) * voxel_mm3 / 1000
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel edge lengths (z, y, x) in mm of an affine whose columns are (x, y, z)."""
+    x, y, z = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
+    return float(z), float(y), float(x)
+
+
+def same_grid(a: Volume | Segmentation, b: Volume | Segmentation, tolerance_vox: float = 1e-3) -> bool:
+    """True where shapes agree and no corner of the one lies further than `tolerance_vox` voxels from the other's."""
+    if a.shape != b.shape:
+        return False
+    far = np.array([(x, y, z, 1.0) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    far[:, :3] *= np.array(a.shape[::-1]) - 1
+    apart_mm = np.abs((far @ (np.asarray(a.affine) - np.asarray(b.affine)).T)[:, :3]).max()
+    return bool(apart_mm <= tolerance_vox * min(a.spacing_mm))

@@ -1,0 +1,389 @@
+"""Broken, odd and hostile DICOM folders; the companion of `make_nifti`, with the same tables.
+
+``BROKEN[name] = (maker, code, exit_code)`` and ``ODD[name] = (maker, words)``. A maker writes slices into the folder
+that it is given and returns the path to read. Every text tag carries ``Doe``: it must turn up in no message.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from make_nifti import ct_array
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.filewriter import dcmwrite
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    ImplicitVRLittleEndian,
+    MRImageStorage,
+    RLELossless,
+    RTStructureSetStorage,
+    SecondaryCaptureImageStorage,
+)
+
+Maker = Callable[[Path], Path]
+Change = Callable[[FileDataset, int], None]
+NUM_SLICES, ROWS, COLUMNS = 12, 20, 24
+SPACING = (3.0, 2.5, 2.0)  # z, y (between rows), x (between columns)
+SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
+
+
+def hu_array(num_slices: int = NUM_SLICES) -> np.ndarray:
+    """int16 [slice, row, column] HU that twelve bits above -1024 can hold."""
+    return ct_array((COLUMNS, ROWS, num_slices)).T.clip(-1024, 3071)
+
+
+def make_slice(index: int, hu: np.ndarray, height_mm: float) -> FileDataset:
+    """One axial CT slice, head first, supine: rows run to the left, columns to the back."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = f"{SERIES_UID}.{index + 1}"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = SERIES_UID, "1.2.3", "1.2.4"
+    ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Doe^Jane", "Doe-4711", "19700101"
+    ds.StudyDescription, ds.SeriesDescription, ds.InstitutionName = "Doe study", "Doe series", "Doe hospital"
+    ds.Modality, ds.ImageType, ds.InstanceNumber = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"], index + 1
+    ds.ImagePositionPatient = [-20.5, -30.25, height_mm]
+    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    ds.PixelSpacing = [SPACING[1], SPACING[2]]
+    ds.Rows, ds.Columns, ds.SamplesPerPixel = *hu.shape, 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
+    ds.PixelData = (hu + 1024).astype("<u2").tobytes()
+    return ds
+
+
+def save(ds: FileDataset, path: Path) -> None:
+    syntax = ds.file_meta.TransferSyntaxUID
+    dcmwrite(path, ds, enforce_file_format=False, force_encoding=True, implicit_vr=syntax == ImplicitVRLittleEndian,
+             little_endian=syntax != ExplicitVRBigEndian)
+
+
+def series(
+    change: Change | None = None, *, num_slices: int = NUM_SLICES, skip: tuple[int, ...] = (),
+    height: Callable[[int], float] = lambda i: -100 + SPACING[0] * i, after: Callable[[Path], None] | None = None,
+) -> Maker:
+    """A folder with one series; `change(dataset, index)` acts on every slice, `after(folder)` on the folder."""
+
+    def maker(folder: Path) -> Path:
+        folder = folder / "series"
+        folder.mkdir()
+        voxels = hu_array(num_slices)
+        for index in range(num_slices):
+            if index in skip:
+                continue
+            ds = make_slice(index, voxels[index], height(index))
+            if change is not None:
+                change(ds, index)
+            save(ds, folder / f"slice{index:03d}.dcm")
+        if after is not None:
+            after(folder)
+        return folder
+
+    return maker
+
+
+def _set(only: int | None = None, **tags: object) -> Change:
+    def change(ds: FileDataset, index: int) -> None:
+        if only is None or index == only:
+            for name, value in tags.items():
+                setattr(ds, name, value)
+
+    return change
+
+
+def _delete(name: str, only: int | None = None) -> Change:
+    def change(ds: FileDataset, index: int) -> None:
+        if only is None or index == only:
+            delattr(ds, name)
+
+    return change
+
+
+def _cut(share: float) -> Callable[[Path], None]:
+    def after(folder: Path) -> None:
+        path = folder / "slice005.dcm"
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * share)])
+
+    return after
+
+
+def _extra(index: int, height_mm: float, change: Change | None = None, name: str = "zextra.dcm",
+           hu: np.ndarray | None = None) -> Callable[[Path], None]:
+    def after(folder: Path) -> None:
+        ds = make_slice(index, hu_array()[min(index, NUM_SLICES - 1)] if hu is None else hu, height_mm)
+        ds.SOPInstanceUID = f"{SERIES_UID}.99"
+        if change is not None:
+            change(ds, index)
+        save(ds, folder / name)
+
+    return after
+
+
+def _second_series(num_slices: int, patient: str = "Doe-4711") -> Callable[[Path], None]:
+    def after(folder: Path) -> None:
+        for index in range(num_slices):
+            ds = make_slice(index, hu_array()[index], SPACING[0] * index)
+            ds.SeriesInstanceUID, ds.PatientID = "1.2.826.0.1.3680043.8.498.2", patient
+            save(ds, folder / f"other{index:03d}.dcm")
+
+    return after
+
+
+def _tilt(degrees: float) -> Change:
+    """A gantry tilted about x: the slices lean, their positions still lie one above the other."""
+    sine, cosine = float(np.sin(np.radians(degrees))), float(np.cos(np.radians(degrees)))
+
+    def change(ds: FileDataset, index: int) -> None:
+        ds.ImageOrientationPatient = [1, 0, 0, 0, round(cosine, 8), round(-sine, 8)]
+        ds.GantryDetectorTilt = degrees
+
+    return change
+
+
+def _sideways(ds: FileDataset, index: int) -> None:
+    ds.ImagePositionPatient = [-20.5 + 12 * (index == 6), -30.25, -100 + SPACING[0] * index]
+
+
+def _syntax(uid: str) -> Change:
+    def change(ds: FileDataset, index: int) -> None:
+        ds.file_meta.TransferSyntaxUID = uid
+        if uid == ExplicitVRBigEndian:
+            ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+            ds["PixelData"].VR = "OW"
+
+    return change
+
+
+def _unknown_codec(ds: FileDataset, index: int) -> None:
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.103"  # MPEG-4: never a decoder for single frames
+    ds.PixelData = encapsulate([b"\xff" * 64])
+    ds["PixelData"].is_undefined_length = True
+
+
+def _rle(ds: FileDataset, index: int) -> None:
+    ds.compress(RLELossless, generate_instance_uid=False)
+
+
+def _broken_rle(ds: FileDataset, index: int) -> None:
+    ds.file_meta.TransferSyntaxUID = RLELossless
+    ds.PixelData = encapsulate([b"\x02\0\0\0" + b"\xf0" * 200])
+    ds["PixelData"].is_undefined_length = True
+
+
+def _broken_jpeg(uid: str) -> Change:
+    def change(ds: FileDataset, index: int) -> None:
+        ds.file_meta.TransferSyntaxUID = uid
+        ds.PixelData = encapsulate([b"\xff\x4f\xff\x51" + b"\0" * 200])
+        ds["PixelData"].is_undefined_length = True
+
+    return change
+
+
+def _deflated_bomb(folder: Path) -> None:
+    path = folder / "slice005.dcm"
+    content = path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", DeflatedExplicitVRLittleEndian.encode()[:20], 1)
+    head = content[:132] + _meta(DeflatedExplicitVRLittleEndian)
+    squeezer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    body = b"".join(squeezer.compress(bytes(1 << 20)) for _ in range(64)) + squeezer.flush()
+    path.write_bytes(head + body)
+
+
+def _meta(syntax: str) -> bytes:
+    value = syntax.encode() + b"\0" * (len(syntax) % 2)
+    element = b"\x02\0\x10\0UI" + struct.pack("<H", len(value)) + value
+    return b"\x02\0\0\0UL" + struct.pack("<HI", 4, len(element)) + element
+
+
+def _nested(folder: Path) -> None:
+    """20,000 sequences, each inside the other: 400 kB that crash parsers which recurse in C++."""
+    level = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    (folder / "slice005.dcm").write_bytes(bytes(128) + b"DICM" + _meta(ExplicitVRLittleEndian) + level * 20_000)
+
+
+def _forged_length(folder: Path) -> None:
+    path = folder / "slice005.dcm"
+    content = path.read_bytes()
+    at = content.index(b"\xe0\x7f\x10\0OW") + 8
+    path.write_bytes(content[:at] + struct.pack("<I", 0xFFFFFFF0) + content[at + 4 :][:300])
+
+
+def _forged_tag_length(folder: Path) -> None:
+    path = folder / "slice005.dcm"
+    path.write_bytes(path.read_bytes().replace(b"\x10\0\x10\0PN\x08\0", b"\x10\0\x10\0UT\0\0\xf0\xff\xff\xff", 1))
+
+
+def _empty(folder: Path) -> Path:
+    return folder
+
+
+def _no_dicom(folder: Path) -> Path:
+    (folder / "readme.txt").write_text("x" * 1000)
+    (folder / "scan.nii.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
+    return folder
+
+
+def _bits_above(ds: FileDataset, index: int) -> None:
+    """An old overlay in the four bits above the twelve of the image."""
+    stored = np.frombuffer(ds.PixelData, "<u2") | (np.arange(ROWS * COLUMNS) % 16 << 12).astype("<u2")
+    ds.PixelData = stored.astype("<u2").tobytes()
+
+
+def _signed(bits: int) -> Change:
+    def change(ds: FileDataset, index: int) -> None:
+        stored = np.frombuffer(ds.PixelData, "<u2").astype(np.int32) - 1024
+        ds.PixelData = (stored & ((1 << bits) - 1)).astype("<u2").tobytes()
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.RescaleIntercept = bits, bits - 1, 1, 0
+
+    return change
+
+
+def _varying_rescale(ds: FileDataset, index: int) -> None:
+    ds.RescaleIntercept = -1024 - index
+    ds.PixelData = (np.frombuffer(ds.PixelData, "<u2") + index).astype("<u2").tobytes()
+
+
+def _wrong_texts(ds: FileDataset, index: int) -> None:
+    ds.SpecificCharacterSet = "NO SUCH SET"
+    ds.PatientBirthDate, ds.StudyDate, ds.AccessionNumber = "00000000", "Doe-date", "Doe" * 20
+    ds.PatientName = "Doe^J\xf6rg"
+
+
+def _links_and_directory(folder: Path) -> None:
+    (folder / "DICOMDIR").write_bytes((folder / "slice000.dcm").read_bytes())
+    (folder / "link.dcm").symlink_to("/etc/passwd")
+
+
+def _shuffled(ds: FileDataset, index: int) -> None:
+    """What order could be taken from, taken away: the number is gone, and names run the other way."""
+    del ds.InstanceNumber
+
+
+def _rename_backwards(folder: Path) -> None:
+    for number, path in enumerate(sorted(folder.iterdir(), reverse=True)):
+        path.rename(folder / f"a{number:03d}.dcm")
+
+
+def _another_modality(ds: FileDataset, index: int) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
+    ds.Modality = "MR"
+
+
+def _secondary_capture(ds: FileDataset, index: int) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    del ds.ImagePositionPatient
+
+
+def _structure_set(ds: FileDataset, index: int) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = RTStructureSetStorage
+    ds.Modality, ds.StructureSetROISequence = "RTSTRUCT", Sequence([])
+    del ds.PixelData, ds.Rows
+
+
+def _multiframe(ds: FileDataset, index: int) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    ds.NumberOfFrames = 4
+
+
+def _across(ds: FileDataset, index: int) -> None:
+    ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+
+
+_HEIGHTS_UNEVEN = [0, 3, 6.4, 9.1, 12, 15.3, 18, 21.5, 24, 27, 30.2, 33]
+BROKEN: dict[str, tuple[Maker, str, int]] = {
+    "45_empty_folder": (_empty, "NO_DICOM", 3),
+    "45_no_dicom": (_no_dicom, "NO_DICOM", 3),
+    "46_cut_in_pixels": (series(after=_cut(0.7)), "SLICE_CORRUPT", 3),
+    "46_cut_in_header": (series(after=_cut(0.2)), "SLICE_CORRUPT", 3),
+    "46_cut_to_nothing": (series(after=_cut(0)), "SLICE_CORRUPT", 3),
+    "46_cut_last_bytes": (series(after=_cut(0.995)), "SLICE_CORRUPT", 3),
+    "47_two_missing": (series(skip=(4, 5)), "MISSING_SLICES", 3),
+    "47_one_missing": (series(skip=(7,)), "MISSING_SLICES", 3),
+    "48_place_taken_twice": (series(after=_extra(3, -100 + 9, hu=hu_array()[5])), "DUPLICATE_SLICE", 3),
+    "50_two_series": (series(after=_second_series(10)), "SERIES_CHOICE", 2),
+    "50_two_patients": (series(after=_second_series(10, "Doe-2")), "PATIENTS", 3),
+    "50_patients_in_one_series": (series(_set(only=4, PatientID="Doe-3")), "PATIENTS", 3),
+    "50_frames_of_reference": (series(_set(only=4, FrameOfReferenceUID="1.9")), "MIXED_FRAME", 3),
+    "51_half_across": (series(lambda ds, i: _across(ds, i) if i % 2 else None), "MIXED_ORIENTATION", 3),
+    "51_only_localizers": (series(_set(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])), "MODALITY", 3),
+    "52_gantry_tilt": (series(_tilt(13.5)), "GANTRY_TILT", 3),
+    "52_shifted_sideways": (series(_sideways), "MISALIGNED", 3),
+    "53_very_uneven": (series(height=lambda i: 7.0 * (i // 2) + 2 * (i % 2)), "UNEVEN_SPACING", 3),
+    "55_no_pixel_spacing": (series(_delete("PixelSpacing", 3)), "TAG_MISSING", 3),
+    "55_zero_pixel_spacing": (series(_set(only=3, PixelSpacing=[0, 1])), "TAG_INVALID", 3),
+    "56_no_position": (series(_delete("ImagePositionPatient", 3)), "TAG_MISSING", 3),
+    "56_no_orientation": (series(_delete("ImageOrientationPatient", 3)), "TAG_MISSING", 3),
+    "56_orientation_zero": (series(_set(only=3, ImageOrientationPatient=[0] * 6)), "TAG_INVALID", 3),
+    "56_orientation_skewed": (series(_set(ImageOrientationPatient=[1, 0, 0, 0.6, 0.8, 0])), "AFFINE_SHEAR", 3),
+    "56_two_coordinates": (series(_set(only=3, ImagePositionPatient=[1, 2])), "TAG_INVALID", 3),
+    "57_no_rescale": (series(_delete("RescaleSlope")), "NOT_HU", 3),
+    "57_rescale_zero": (series(_set(RescaleSlope=0)), "TAG_INVALID", 3),
+    "57_rescale_forgotten": (series(_set(RescaleIntercept=0)), "NOT_HU", 3),
+    "58_mixed_size": (series(_set(only=3, Rows=16, PixelData=bytes(16 * COLUMNS * 2))), "MIXED_SIZE", 3),
+    "58_mixed_spacing": (series(_set(only=3, PixelSpacing=[2, 2])), "MIXED_SIZE", 3),
+    "59_no_codec": (series(_unknown_codec), "CODEC", 3),
+    "59_unknown_syntax": (series(_syntax("1.2.3.4")), "CODEC", 3),
+    "60_broken_fragments": (series(_broken_rle), "SLICE_CORRUPT", 3),
+    "60_broken_jpeg2000": (series(_broken_jpeg("1.2.840.10008.1.2.4.90")), "SLICE_CORRUPT", 3),
+    "61_deflated_bomb": (series(after=_deflated_bomb), "CODEC", 3),
+    "62_nested": (series(after=_nested), "NESTING", 3),
+    "63_forged_length": (series(after=_forged_length), "SLICE_CORRUPT", 3),
+    "63_forged_tag_length": (series(after=_forged_tag_length), "SLICE_CORRUPT", 3),
+    "63_forged_rows": (series(_set(only=3, Rows=65535, Columns=65535)), "LENGTH", 3),
+    "63_more_rows_than_bytes": (series(_set(only=3, Rows=8000, Columns=8000)), "LENGTH", 3),
+    "64_enhanced": (series(_multiframe), "MULTIFRAME", 3),
+    "64_frames_in_classic": (series(_set(NumberOfFrames=2)), "MULTIFRAME", 3),
+    "65_mr": (series(_another_modality), "MODALITY", 3),
+    "65_secondary_captures": (series(_secondary_capture), "MODALITY", 3),
+    "66_colour": (series(_set(SamplesPerPixel=3, PhotometricInterpretation="RGB")), "DTYPE", 3),
+    "66_one_bit": (series(_set(BitsAllocated=1)), "DTYPE", 3),
+    "69_bad_number": (series(after=lambda folder: _spoil_number(folder)), "TAG_INVALID", 3),
+    "41_seven_slices": (series(num_slices=7), "FEW_SLICES", 3),
+    "35_constant": (series(_set(PixelData=bytes(ROWS * COLUMNS * 2))), "NO_CONTENT", 3),
+}
+
+
+def _spoil_number(folder: Path) -> None:
+    path = folder / "slice005.dcm"
+    content = path.read_bytes()
+    assert b"-20.5\\-30.25" in content
+    path.write_bytes(content.replace(b"-20.5\\-30.25", b"Doe 5\\-30.25", 1))
+
+
+ODD: dict[str, tuple[Maker, str | None]] = {
+    "00_good": (series(), None),
+    "48_twice_the_same": (series(after=_extra(3, -100 + 9)), "1 slices were there twice"),
+    "50_short_second_series": (series(after=_second_series(3)), "shorter ones are left out"),
+    "51_localizer": (series(after=_extra(0, 50, _set(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))), "1 localizer"),
+    "51_unmarked_localizer": (series(after=_extra(0, 50, _across)), "lie across the stack"),
+    "54_no_numbers_names_reversed": (series(_shuffled, after=_rename_backwards), None),
+    "57_varying_rescale": (series(_varying_rescale), "vary from slice to slice"),
+    "59_rle": (series(_rle), None),
+    "65_structure_set_beside": (series(after=_extra(0, 0, _structure_set)), "1 RTSTRUCT"),
+    "65_dose_report_beside": (series(after=_extra(0, 0, _secondary_capture)), "1 secondary capture"),
+    "66_monochrome1": (series(_set(PhotometricInterpretation="MONOCHROME1")), "MONOCHROME1"),
+    "66_bits_above": (series(_bits_above), "bits set above BitsStored"),
+    "66_signed_16": (series(_signed(16)), None),
+    "66_signed_12_of_16": (series(_signed(12)), None),
+    "66_big_endian": (series(_syntax(ExplicitVRBigEndian)), None),
+    "66_implicit": (series(_syntax(ImplicitVRLittleEndian)), None),
+    "67_directory_and_links": (series(after=_links_and_directory), "1 links"),
+    "69_wrong_texts": (series(_wrong_texts), None),
+    "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
+}
+UNEVEN: Maker = series(height=lambda i: _HEIGHTS_UNEVEN[i])
+HTJ2K: Maker = series(_broken_jpeg(HTJ2KLossless))

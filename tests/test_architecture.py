@@ -1,0 +1,65 @@
+"""The documents name what there is, and the environment is the one the project is tested in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SOURCES = sorted(p.relative_to(REPO / "src/autosam3d") for p in (REPO / "src/autosam3d").rglob("*.py"))
+
+
+def test_architecture_lists_every_module() -> None:
+    text = (REPO / "ARCHITECTURE.md").read_text("utf-8")
+    listed = set(re.findall(r"^\| `([a-z0-9_/]+\.py)` \|", text, re.MULTILINE))
+    expected = {str(p) for p in SOURCES if p.name not in ("__init__.py", "__main__.py") or str(p) == "io/__init__.py"}
+    assert listed == expected
+
+
+def test_every_recipe_is_in_the_readme() -> None:
+    text = (REPO / "README.md").read_text("utf-8")
+    for recipe in (REPO / "src/autosam3d/recipes").glob("*.yaml"):
+        assert f"`{recipe.stem}`" in text
+
+
+def test_readme_links_and_pictures_exist() -> None:
+    for document in REPO.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text("utf-8")):
+            assert (REPO / target).exists(), f"{document.name} points to {target}"
+
+
+def test_no_unsafe_calls() -> None:
+    unsafe = re.compile(r"pickle\.load|weights_only=False|allow_pickle=True|extractall|yaml\.unsafe|\beval\(|\bexec\(|"
+                        r"shell=True|except Exception|except:")
+    hits = [f"{path}: {line.strip()}" for path in SOURCES
+            for line in (REPO / "src/autosam3d" / path).read_text("utf-8").splitlines() if unsafe.search(line)
+            and not line.strip().startswith("#")]
+    assert [h for h in hits if ".eval()" not in h] == []
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["segment", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    """What keeps `autosam3d --help` under a second: neither torch nor scipy nor pydantic is loaded for it."""
+    code = (
+        "import sys; sys.argv = ['autosam3d', *sys.argv[1:]]\n"
+        "from autosam3d.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as leave: code = leave.code\n"
+        "heavy = {'torch', 'scipy', 'monai', 'nibabel', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchvision_is_not_beside_a_cpu_torch() -> None:
+    """Its CUDA build breaks torch's operators; it must not slip in through another package."""
+    names = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
+    import torch
+
+    assert "+cpu" not in torch.__version__ or "torchvision" not in names

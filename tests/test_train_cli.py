@@ -1,0 +1,307 @@
+"""`autosam3d train` as a user meets it: exit codes, one line of error, signals, kills, and two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import command_line
+from autosam3d.checkpoint import read_checkpoint
+from autosam3d.recipe import Recipe
+from command_line import Done, Started
+from mini_run import (
+    environment,
+    log_rows,
+    mini_recipe,
+    weights_of,
+    write_mini_dataset,
+    write_recipe,
+    write_sam,
+)
+
+# Long enough to be met in the middle: 4 epochs of 4 steps, saved at every one.
+RECIPE = mini_recipe(sampling__patches_per_volume=2, train__epochs=4, optim__ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_mini_dataset(folder / "data")
+    write_recipe(folder / "mini.yaml", RECIPE)
+    write_sam(folder / "sam.safetensors")
+    return folder
+
+
+def arguments(folder: Path, run: Path, *more: str | Path) -> list[str | Path]:
+    return ["train", folder / "mini.yaml", "--data", folder / "data", "--out", run, "--device", "cpu", "--threads", "1",
+            "--cache", folder / "cache", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A run that nothing disturbed."""
+    done = command_line.run(*arguments(folder, folder / "whole", "--sam", folder / "sam.safetensors"))
+    assert done.code == 0 and "trained 4 epochs" in done.out, done.err
+    return folder / "whole"
+
+
+def demand_equal(run: Path, expected: Path) -> None:
+    for name in ("best", "last"):
+        assert weights_of(run, name) == weights_of(expected, name)
+    assert log_rows(run) == log_rows(expected)
+    assert (run / "validation.csv").read_text() == (expected / "validation.csv").read_text()
+
+
+def wait_for_steps(run: Path, count: int, child: Started, seconds: float = 60) -> None:
+    """Until log.csv has `count` steps."""
+    end = time.monotonic() + seconds
+    log = run / "log.csv"
+    while not log.exists() or log.read_text().count("\n") <= count:
+        assert time.monotonic() < end, child.err.read_text()
+        time.sleep(0.005)
+
+
+# ---- stopping ----
+
+
+def test_signals_save_and_the_same_command_goes_on(folder: Path, whole: Path,
+                                                   tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = arguments(folder, run, "--sam", folder / "sam.safetensors")
+    for steps, number, code in ((2, signal.SIGTERM, 143), (5, signal.SIGINT, 130), (9, signal.SIGUSR1, 138)):
+        child = command_line.start(*command)
+        wait_for_steps(run, steps, child)
+        child.kill(number)
+        done = child.wait(10)
+        assert done.code == code, done.err
+        assert "the same command goes on" in done.err and "Traceback" not in done.err
+        saved = read_checkpoint(run / "last.json").meta["progress"]["global_step"]
+        assert steps <= saved == len(log_rows(run)) - 1 < 16
+    done = command_line.run(*command)
+    assert done.code == 0, done.err
+    demand_equal(run, whole)
+
+
+def test_two_signals_end_at_once(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = command_line.start(*arguments(folder, run))
+    wait_for_steps(run, 2, child)
+    child.kill(signal.SIGINT)
+    child.kill(signal.SIGTERM)
+    assert child.wait(10).code in (130, 143)  # 143: it had saved before the second one came
+    read_checkpoint(run / "last.json")
+
+
+def kill_often(folder: Path, run: Path, kills: int, seed: int) -> int:
+    """Kill -9 after a random part of the time that a whole run takes; returns how many hit a living process."""
+    random = np.random.default_rng(seed)
+    command = arguments(folder, run, "--sam", folder / "sam.safetensors")
+    hit = 0
+    for _ in range(kills):
+        child = command_line.start(*command)
+        steps_before = len(log_rows(run)) - 1 if (run / "log.csv").exists() else 0
+        if random.random() < 0.3 or steps_before >= 15:
+            time.sleep(random.uniform(0, 0.5))  # also while it starts
+        else:
+            wait_for_steps(run, steps_before + int(random.integers(0, 3)), child)
+            time.sleep(random.uniform(0, 0.1))
+        child.kill(signal.SIGKILL)
+        hit += child.wait().code == -signal.SIGKILL
+    done = command_line.run(*command)
+    assert done.code == 0, done.err
+    return hit
+
+
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(folder: Path, whole: Path,
+                                                                    tmp_path: Path) -> None:
+    assert kill_often(folder, tmp_path / "run", kills=5, seed=0) >= 4
+    demand_equal(tmp_path / "run", whole)
+    assert not [p.name for p in (tmp_path / "run").iterdir() if ".tmp-" in p.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_killed_at_many_random_moments(folder: Path, whole: Path, tmp_path: Path,
+                                       seed: int) -> None:
+    assert kill_often(folder, tmp_path / "run", kills=10, seed=seed) >= 5
+    demand_equal(tmp_path / "run", whole)
+
+
+def test_the_real_command_line_in_a_process_of_its_own(folder: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [str(a) for a in arguments(folder, run, "--sam", folder / "sam.safetensors")]
+    with subprocess.Popen([sys.executable, "-m", "autosam3d", *options], env=environment(), stderr=subprocess.PIPE,
+                          text=True) as process:
+        end = time.monotonic() + 120
+        while not (run / "log.csv").exists() or len(log_rows(run)) < 4:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 143, error
+    done = command_line.run(*options)
+    assert done.code == 0, done.err
+    demand_equal(run, whole)
+
+
+# ---- what cannot be meant, read or written ----
+
+
+def demand_failure(done: Done, exit_code: int, code: str, *words: str) -> None:
+    error = done.demand_error(code, exit_code)
+    for word in words:
+        assert word in error
+
+
+def test_wrong_usage(folder: Path, tmp_path: Path) -> None:
+    data, run, recipe = folder / "data", tmp_path / "run", folder / "mini.yaml"
+    base = ["--data", data, "--out", run]
+    demand_failure(command_line.run("train", recipe, *base, "--device", "cuda:7"), 2, "DEVICE", "cuda:7")
+    demand_failure(command_line.run("train", recipe, *base, "--device", "tpu"), 2, "USAGE", "tpu")
+    demand_failure(command_line.run("train", "btvc", *base), 2, "NO_RECIPE", "btcv")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "train.epoch=3"), 2, "UNKNOWN_KEY", "train.epochs")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "train.epochs=-3"), 2, "BAD_VALUE", "epochs")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "train.num_workers=1000"), 2, "BAD_VALUE", "64")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "optim.lr=.nan"), 2, "BAD_VALUE", "optim.lr")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "model.patch_size=[15,16,16]"), 2, "BAD_VALUE")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "nonsense"), 2, "OVERRIDE")
+    demand_failure(command_line.run("train", recipe), 2, "USAGE")
+    assert not run.exists() or list(run.iterdir()) == []  # nothing was begun
+
+
+def test_data_that_is_absent_or_of_another_recipe(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = folder / "mini.yaml"
+    demand_failure(command_line.run("train", recipe, "--data", tmp_path / "absent", "--out", run), 3, "DATASET")
+    demand_failure(command_line.run("train", recipe, "--data", recipe, "--out", run), 3, "DATASET")
+    demand_failure(command_line.run("train", "btcv", "--data", folder / "data", "--out", run), 3, "LABELS")
+    assert not run.exists()
+
+
+def test_a_damaged_scan_names_the_file(folder: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(folder / "data", tmp_path / "data"))
+    scan = data / "imagesTr" / "c2_0000.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-300])
+    done = command_line.run("train", folder / "mini.yaml", "--data", data, "--out", tmp_path / "run", "--device", "cpu")
+    demand_failure(done, 3, "TRUNCATED", "c2_0000.nii.gz")
+
+
+def test_places_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    demand_failure(command_line.run(*arguments(folder, tmp_path / "file" / "run")), 5, "UNWRITABLE", "file")
+    demand_failure(command_line.run(*arguments(folder, tmp_path / "run", "--cache", tmp_path / "file" / "cache")), 5,
+                   "NOT_WRITABLE", "--cache")
+
+
+def test_sam_files_that_are_none(folder: Path, tmp_path: Path) -> None:
+    text, cut, other, pickled = (tmp_path / name for name in ("text.pth", "cut.safetensors", "other.pth", "p.pth"))
+    text.write_text("<html>Not found</html>")
+    cut.write_bytes((folder / "sam.safetensors").read_bytes()[:-1000])
+    torch.save({"image_encoder.pos_embed": torch.ones(1, 64, 64, 768)}, other)
+    pickled.write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x00\x85q\x01Rq\x02.")
+    run = tmp_path / "run"
+    for path, code in ((text, "CORRUPT"), (cut, "CORRUPT"), (other, "MISMATCH"), (pickled, "UNSAFE"),
+                       (tmp_path / "absent.pth", "NOT_FOUND")):
+        demand_failure(command_line.run(*arguments(folder, run, "--sam", path)), 4, code)
+
+
+def test_another_run_or_another_sam_in_the_folder(folder: Path, whole: Path,
+                                                  tmp_path: Path) -> None:
+    sam = folder / "sam.safetensors"
+    demand_failure(command_line.run(*arguments(folder, whole, "--sam", sam, "--set", "train.seed=9")), 2, "OTHER_RUN",
+                   "seed: 9")
+    other = write_sam(tmp_path / "other.safetensors", seed=4)
+    demand_failure(command_line.run(*arguments(folder, whole, "--sam", other)), 2, "OTHER_SAM")
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    for name in ("last.json", "previous.json"):
+        (run / name).write_text("{")
+    demand_failure(command_line.run(*arguments(folder, run, "--sam", sam)), 4, "CORRUPT")
+
+
+def test_info_and_pack_of_a_trained_model(folder: Path, whole: Path, tmp_path: Path) -> None:
+    text = command_line.run("info", whole).demand_ok().out
+    assert "two blobs" in text and "right_kidney" in text
+    command_line.run("pack", whole, tmp_path / "packed").demand_ok()
+    assert (tmp_path / "packed" / "model.json").is_file()
+    demand_failure(command_line.run("info", tmp_path), 4, "NO_MODEL")
+
+
+# ---- two processes ----
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def two_processes(folder: Path, recipe: Path, run: Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+            "--master-port", str(free_port()), "-m", "autosam3d", "train", str(recipe), "--data", str(folder / "data"),
+            "--out", str(run), "--device", "cpu", "--sam", str(folder / "sam.safetensors")]
+
+
+def recipe_of_batch(path: Path, batch_size: int, **changes: object) -> Path:
+    recipe: Recipe = mini_recipe(train__batch_size=batch_size, train__epochs=2, train__validate_every=1,
+                                 optim__lr=5e-4, **changes)
+    return write_recipe(path, recipe)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_double_batch(folder: Path, tmp_path: Path) -> None:
+    single, double = (recipe_of_batch(tmp_path / f"{n}.yaml", n) for n in (1, 2))
+    done = subprocess.run(two_processes(folder, single, tmp_path / "two"), env=environment(), capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    alone = command_line.run("train", double, "--data", folder / "data", "--out", tmp_path / "one", "--device", "cpu",
+                "--threads", "1", "--sam", folder / "sam.safetensors")
+    assert alone.code == 0, alone.err
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert json.loads((two / "last.json").read_text())["world_size"] == 2
+    ours, theirs = (read_checkpoint(run / "last.json").tensors for run in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5)
+    steps = [[row[:3] for row in log_rows(run)] for run in (two, one)]
+    assert steps[0] == steps[1]
+    val = [np.loadtxt(run / "validation.csv", delimiter=",", skiprows=1) for run in (two, one)]
+    np.testing.assert_allclose(*val, atol=0.02)
+    assert sorted(p.name.split("-")[0] for p in two.glob("*.safetensors")) == ["best", "last", "last"]
+    assert not [p.name for p in two.iterdir() if ".tmp" in p.name]
+
+
+@pytest.mark.slow
+def test_one_process_of_two_killed_ends_both_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of_batch(tmp_path / "mini.yaml", 1, sampling__patches_per_volume=4)
+    expected, run = tmp_path / "whole", tmp_path / "run"
+    done = subprocess.run(two_processes(folder, recipe, expected), env=environment(), capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        before = len(log_rows(run)) if (run / "log.csv").exists() else 1
+        with subprocess.Popen(two_processes(folder, recipe, run), env=environment(), stderr=subprocess.PIPE,
+                              text=True) as process:
+            end = time.monotonic() + 120
+            while not (run / "log.csv").exists() or len(log_rows(run)) < before + 2:
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.01)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            victim = int(children[-1]) if number == signal.SIGKILL else process.pid
+            subprocess.run(["kill", f"-{int(number)}", str(victim)], check=True)
+            process.communicate(timeout=60)
+        assert process.returncode != 0
+    done = subprocess.run(two_processes(folder, recipe, run), env=environment(), capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr
+    demand_equal(run, expected)
