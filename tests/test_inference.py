@@ -201,9 +201,9 @@ def test_label_prepared_is_segment_without_resampling() -> None:
 
 
 def by_gradient(patches: np.ndarray) -> np.ndarray:
-    """Right where HU rises to the right, left where it falls: equivariant to mirrors, sides swapped."""
-    slope = np.gradient(patches[:, 0], axis=-1)
-    probs = np.stack([np.abs(slope) <= 1e-3, slope > 1e-3, slope < -1e-3], axis=1)
+    """Right or left by the sign of the product of the three slopes: every mirror swaps the sides."""
+    slope = np.prod(np.gradient(patches[:, 0], axis=(1, 2, 3)), axis=0)
+    probs = np.stack([np.abs(slope) <= 1e-6, slope > 1e-6, slope < -1e-6], axis=1)
     return probs.astype(np.float32)
 
 

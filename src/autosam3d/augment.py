@@ -16,18 +16,19 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One random draw of flips, quarter turns and intensity changes.
 
-    A mirror along x also exchanges the labels of left and right organs. Quarter turns need a crop that is square
-    in the axial plane; other crops get half turns only.
+    An odd number of mirrored axes makes the body its own mirror image: the labels of left and right organs trade
+    places. An even number is a turn of the body (two axes: half a turn about the third), and a turned right kidney is
+    a right kidney; so are quarter turns. Those need a crop that is square in the axial plane; other crops get half
+    turns only.
 
     Args:
         voxels: float32 [z, y, x], normalised.
         labels: uint8 [z, y, x].
     """
-    for name in spec.flip_axes:
-        if random.random() < spec.flip_prob:
-            voxels, labels = np.flip(voxels, _AXIS[name]), np.flip(labels, _AXIS[name])
-            if name == "x":
-                labels = label_map.mirror_table[labels]
+    mirrored = [_AXIS[name] for name in spec.flip_axes if random.random() < spec.flip_prob]
+    voxels, labels = np.flip(voxels, mirrored), np.flip(labels, mirrored)
+    if len(mirrored) % 2:
+        labels = label_map.mirror_table[labels]
     if random.random() < spec.rotate90_prob:
         square = voxels.shape[1] == voxels.shape[2]
         turns = int(random.integers(1, 4)) if square else 2

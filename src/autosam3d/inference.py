@@ -160,8 +160,8 @@ def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions) -> Me
 class MirrorPredictor:
     """Averages a predictor over mirror images (test-time augmentation).
 
-    Mirrored are the axes that the model was trained to see mirrored; in a mirror image along x a right kidney looks
-    like a left one, so the channels of side pairs trade places on the way back.
+    Mirrored are the axes that the model was trained to see mirrored. With an odd number of them a right kidney looks
+    like a left one, so the channels of side pairs trade places on the way back; an even number is a turn of the body.
 
     Args:
         predictor: is called 2, 4 or 8 times per batch.
@@ -182,7 +182,7 @@ class MirrorPredictor:
         mean: np.ndarray | None = None
         for axes in self._flips:
             probs = np.flip(self._predictor.predict(np.ascontiguousarray(np.flip(patches, axes))), axes)
-            swap = self._swap if 4 in axes else range(self.num_outputs)
+            swap = self._swap if len(axes) % 2 else range(self.num_outputs)
             if mean is None:
                 mean = probs.astype(np.float32)
                 continue

@@ -125,7 +125,7 @@ class Augment:
 
     __pydantic_config__ = _STRICT
     flip_prob: float = 0.1
-    """For each axis by itself; a flip along x swaps left and right organs by the recipe's pairs."""
+    """For each axis by itself; an odd number of flips swaps left and right organs by the recipe's pairs."""
     flip_axes: tuple[Literal["z", "y", "x"], ...] = ("z", "y", "x")
     rotate90_prob: float = 0.1
     """Quarter turns in the axial plane."""
@@ -150,6 +150,7 @@ class Augment:
             _demand(0 <= getattr(self, name) < 1, name, "0 up to less than 1", getattr(self, name))
         for name in ("shift_range", "noise_std"):
             _demand(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _demand(len(set(self.flip_axes)) == len(self.flip_axes), "flip_axes", "each axis once", self.flip_axes)
         _demand(0 <= self.rotate_degrees <= 180, "rotate_degrees", "0 to 180", self.rotate_degrees)
 
 

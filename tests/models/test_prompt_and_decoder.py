@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosam3d.models.mask_decoder import MaskDecoder
+from autosam3d.models.mask_decoder import MaskDecoder, conv_enlarged
 from autosam3d.models.prompt_generator import PromptGenerator, instance_norm, resize
 
 
@@ -127,6 +127,30 @@ def test_decoder_equals_the_literal_order(
     ct = torch.randn(2, 1, *(n * t for n, t in zip((2, 3, 2), token, strict=True)), dtype=torch.float64)
     got = decoder(inputs[:-1], inputs[-1], ct)
     torch.testing.assert_close(got, literal_decoder(decoder, inputs, ct), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(12, 8, 10), (6, 4, 10), (7, 9, 5), (3, 4, 5), (3, 8, 5), (1, 2, 3)])
+def test_enlarging_and_convolving_trade_places(size: tuple[int, int, int]) -> None:
+    """Whole and broken ratios, axes that stay or shrink; the result and both gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 6, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    got, wanted = conv_enlarged(x, weight, size), F.conv3d(resize(x, size), weight, padding=1)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+    cotangent = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), cotangent) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_enlarging_last_is_as_exact_in_bfloat16_as_enlarging_first() -> None:
+    torch.manual_seed(0)
+    x, weight, size = torch.randn(2, 32, 6, 6, 6), torch.randn(8, 32, 3, 3, 3), (24, 12, 12)
+    exact = F.conv3d(resize(x, size), weight, padding=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, last = F.conv3d(resize(x, size), weight, padding=1), conv_enlarged(x, weight, size)
+    assert last.dtype == torch.bfloat16
+    first_off, last_off = ((y.float() - exact).norm() / exact.norm() for y in (first, last))
+    assert last_off < 0.01 and last_off < 2.5 * first_off
 
 
 def test_refinement_starts_as_nothing_and_learns() -> None:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 Triple = tuple[int, int, int]
 
-_SEAM = 100.0
-"""What two tokens on different sides of a seam lose in their logit: exp(-100) is 0 beside any float32 sum."""
+_SEAM = 1000.0
+"""What two tokens on different sides of a seam lose in their logit. Weights far from their start give logits of a few
+hundred: they, too, must not reach across a seam."""
 
 
 class WindowAttention(nn.Module):
