@@ -2,19 +2,21 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
-PIP = $(PY) -m pip install -q --disable-pip-version-check
+PIP = PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install -q --disable-pip-version-check
+TORCH_INDEX ?=
+NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 
 .PHONY: demo test lint bench clean
 
 # torch comes first and alone: a machine that has only the CPU build must not be handed the CUDA one by
-# another package's requirement.
+# another package's requirement. Where pip would take a CUDA build that is not wanted, name the index of PyTorch's
+# CPU wheels: make demo TORCH_INDEX=URL
 $(VENV)/.ok: pyproject.toml constraints.txt
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(PY) || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch, then the rest, into $(VENV) (once)"
-	@$(PIP) -c constraints.txt torch 2>&1 | grep -v "is ignored" || true
-	@$(PY) -c "import torch"
-	@$(PIP) -c constraints.txt -e ".[dicom,sam,dev]" 2>&1 | grep -v "is ignored" || true
-	@$(PY) -c "import autosam3d, pydicom, transformers, pytest"
+	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) -c constraints.txt -e ".[dicom,sam,dev]"
+	@$(PY) -W ignore -c "import autosam3d, torch, pydicom, transformers, pytest"
 	@touch $@
 
 demo: $(VENV)/.ok
