@@ -2,7 +2,7 @@
 
 One shifted block of ViT-B (12 heads of 64 channels, windows of 8x8x8 tokens) over 16^3 tokens, between the two
 projections: from queries, keys and values to their mix. Run as
-``OMP_NUM_THREADS=1 python benchmarks/bench_attention.py``.
+``OMP_NUM_THREADS=1 python benchmarks/bench_attention.py``; it also lists what training in float32 spends its time on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from autosam3d.models.attention import WindowAttention, offset_table, split_windows, window_seams
 from measured import in_child, measure, write_result
@@ -55,6 +56,11 @@ def setup() -> tuple[WindowAttention, Tensor, Tensor]:
     return attention, qkv, seams
 
 
+def rows_width() -> int:
+    """Channels of the widened q and k: their own, a one-hot code per axis, two per seam, filled up to eights."""
+    return -(-(DIM // HEADS + sum(WINDOW) + 2 * sum(s > 0 for s in SHIFT)) // 8) * 8
+
+
 def child(form: str, precision: str, passes: str) -> None:
     attention, qkv, seams = setup()
     if precision == "bf16":
@@ -72,7 +78,13 @@ def child(form: str, precision: str, passes: str) -> None:
         if passes == "training":
             mixed.float().sum().backward()
 
-    print(json.dumps(measure(work, runs=2)))
+    result: dict[str, object] = dict(measure(work, runs=2))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        work()
+    costs = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in costs)
+    result["shares"] = {event.key: round(event.self_cpu_time_total / whole, 2) for event in costs[:4]}
+    print(json.dumps(result))
 
 
 def main() -> None:
@@ -89,10 +101,14 @@ def main() -> None:
                 row[f"times_faster_than_{other}"] = round(row[other]["cpu_seconds"] / row["widened"]["cpu_seconds"], 2)
                 row[f"times_less_memory_than_{other}"] = round(row[other]["peak_mb"] / row["widened"]["peak_mb"], 2)
             rows[f"{precision} {passes}"] = row
+    head_dim, width = DIM // HEADS, rows_width()
+    # Multiply-adds per pair of tokens: forward two products, backward four, and the flash kernel makes the map anew.
+    products = {"plain": 6 * head_dim, "widened": 7 * width}
     settings = {"grid": GRID, "window": WINDOW, "shift": SHIFT, "dim": DIM, "heads": HEADS}
     about = {"widened": "this project's", "plain": "matmul, three biases, mask, softmax, matmul",
              "fused": "bias and mask as one tensor, SDPA's attn_mask"}
     write_result("attention", {"settings": settings, "forms": about,
+                               "multiply_adds_per_pair_of_tokens_fp32_training": products,
                                "largest_relative_difference_fp32": float(f"{apart:.2g}"), "rows": rows}, SEED)
 
 

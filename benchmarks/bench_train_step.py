@@ -1,6 +1,7 @@
 """A training step of the small network (vit_tiny, 64^3 voxels, batch 1), in float32 and with bfloat16 autocast.
 
-Forward, a plain loss, backward and AdamW, everything tuned. Run as
+Forward, a plain loss, backward and AdamW, everything tuned; and the share of a training step's time that it waits for
+crops, cut from cached phantoms with every augmentation switched on. Run as
 ``OMP_NUM_THREADS=1 python benchmarks/bench_train_step.py``; it also lists the five costliest operations.
 """
 
@@ -8,13 +9,21 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from autosam3d.data import CropDataset, CropLoader, StepSampler, cache_cases
+from autosam3d.dataset import open_dataset
 from autosam3d.models.autosam import AutoSam
 from autosam3d.models.spec import AutoSamSpec
+from autosam3d.phantom import write_phantom_dataset
+from autosam3d.recipe import Augment, load_recipe
 from measured import in_child, measure, write_result
 
 SEED, EDGE = 0, 64
@@ -53,11 +62,43 @@ def child(precision: str, batch: str) -> None:
     print(json.dumps({"step": training, "forward_cpu_seconds": inference["cpu_seconds"], "share_of_step": shares}))
 
 
+def loader_child(precision: str, batch: str) -> None:
+    """Share of the wall time of training steps spent waiting for the next batch of crops."""
+    torch.manual_seed(SEED)
+    model = AutoSam(SPEC)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    everything = Augment(flip_prob=0.5, rotate90_prob=0.5, scale_prob=0.5, shift_prob=0.5, affine_prob=0.5,
+                         noise_prob=0.5)
+    recipe = load_recipe("phantom", ["model.patch_size=[64,64,64]", "model.scale=[4,4,4]"])
+    recipe = replace(recipe, augment=everything, sampling=replace(recipe.sampling, patches_per_volume=24))
+    with tempfile.TemporaryDirectory() as folder:
+        write_phantom_dataset(Path(folder) / "data", 1, 0, 0, SEED)
+        cases = cache_cases(open_dataset(Path(folder) / "data", recipe).train, recipe, Path(folder) / "cache")
+        dataset = CropDataset(cases, recipe)
+        sampler = StepSampler(dataset, int(batch))
+        waited, steps, mark = 0.0, 0, time.perf_counter()
+        started = mark
+        for ct, truth in CropLoader(dataset, sampler, 0, False):
+            waited += time.perf_counter() - mark if steps else 0.0  # the first batch has nothing to hide behind
+            started = started if steps else time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(ct)
+            F.cross_entropy(logits[:, :6].float(), truth.long().clamp(max=5)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps, mark = steps + 1, time.perf_counter()
+        print(json.dumps({"steps": steps, "share_waiting_for_data": round(waited / (mark - started), 4)}))
+
+
 def main() -> None:
+    loader = {f"{p} batch {b}": in_child(__file__, "loader", p, b) for p in ("fp32", "bf16") for b in ("1", "2")}
     rows = {f"{p} batch {b}": in_child(__file__, p, b) for p in ("fp32", "bf16") for b in ("1", "2")}
     settings = {"vit": SPEC.vit, "ct": [EDGE] * 3, "parameters": sum(p.numel() for p in AutoSam(SPEC).parameters())}
-    write_result("train_step", {"settings": settings, "rows": rows}, SEED)
+    write_result("train_step", {"settings": settings, "rows": rows, "loader": loader}, SEED)
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+    if sys.argv[1:2] == ["loader"]:
+        loader_child(*sys.argv[2:])
+    else:
+        child(*sys.argv[1:]) if len(sys.argv) > 1 else main()

@@ -45,8 +45,10 @@ _RECIPE: dict[str, Any] = {
 
 
 def mini_recipe(**changes: Any) -> Recipe:
-    """The recipe with `changes`, whose keys have ``__`` for a dot: ``train__epochs=2``."""
+    """The recipe with `changes`, whose keys have ``__`` for a dot: ``train__epochs=2``. One epoch has no warm-up."""
     tree = json.loads(json.dumps(_RECIPE))
+    if changes.get("train__epochs") == 1:
+        tree["optim"]["warmup_epochs"] = 0
     for key, value in changes.items():
         *sections, last = key.split("__")
         node = tree

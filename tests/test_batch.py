@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 import unicodedata
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +17,12 @@ from autosam3d import batch
 from autosam3d.batch import Job, check_inputs, segment_batch
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.inference import SegmentOptions
-from autosam3d.io import read_segmentation, write_ct
+from autosam3d.io import ReadOptions, read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.labels import LabelMap
 from autosam3d.patches import Tiling
 from autosam3d.preprocess import HuWindow, Preprocess
 from autosam3d.recipe import Recipe, load_recipe
-from autosam3d.volume import Volume
+from autosam3d.volume import Segmentation, Volume
 
 LABELS = LabelMap(organs=("right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),))
 
@@ -298,3 +300,46 @@ def test_an_output_folder_that_cannot_be_is_refused_before_the_work(tmp_path, mo
     with pytest.raises(AutoSam3dError) as caught:
         segment_batch(check_inputs(tmp_path / "a.nii.gz", tmp_path / "file" / "deep" / "seg.nii.gz"), model)
     assert caught.value.code == "OUTPUT_PATH" and model.asked == 0
+
+
+def test_a_scan_smaller_than_a_window_is_warned_of_in_its_report(tmp_path, model, caplog) -> None:
+    """Row 41 of the catalogue: it is padded, segmented, and keeps its shape."""
+    scans = write_scans(tmp_path / "scans", "large.nii.gz")
+    small = read_ct(scans / "large.nii.gz")
+    write_ct(scans / "narrow.nii.gz", replace(small, voxels_hu=small.voxels_hu[:, :, 22:34], source=None))
+    segment_batch(check_inputs(scans, tmp_path / "out"), model)
+    warnings = {name: json.loads((tmp_path / "out" / f"{name}.report.json").read_text())["warnings"]
+                for name in ("large", "narrow")}
+    assert warnings["large"] == []
+    assert any("smaller than the model's window (16 x 28 x 12 of 8 x 16 x 16 voxels, " in w for w in warnings["narrow"])
+    assert "smaller than the model's window" in caplog.text
+    assert read_segmentation(tmp_path / "out/narrow.nii.gz").shape == (16, 40, 12)
+
+
+def test_the_scan_is_let_go_before_labels_are_written(tmp_path, model, monkeypatch) -> None:
+    scans = write_scans(tmp_path / "scans", "a.nii.gz")
+    alive: list[weakref.ref] = []
+
+    def read(*args: object) -> Volume:
+        volume = read_ct(*args)
+        alive.append(weakref.ref(volume.voxels_hu))
+        return volume
+
+    def write(*args: object) -> None:
+        assert alive[-1]() is None
+        write_segmentation(*args)
+
+    monkeypatch.setattr(batch, "read_ct", read)
+    monkeypatch.setattr(batch, "write_segmentation", write)
+    result = segment_batch(check_inputs(scans, tmp_path / "out"), model)
+    assert not result.failed and len(alive) == 1
+
+
+def test_volumes_are_counted_without_room_for_all_voxels(tmp_path, model) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (300, 64, 64)).astype(np.uint8)
+    run = batch._Run(model, ReadOptions(), SegmentOptions(), False)
+    tracemalloc.start()
+    volumes = run._findings(Segmentation(labels, np.diag([10.0, 10.0, 10.0, 1.0])))["volumes_ml"]
+    assert tracemalloc.get_traced_memory()[1] < labels.size
+    tracemalloc.stop()
+    assert volumes == {name: float(np.count_nonzero(labels == i)) for i, name in LABELS.by_index.items()}

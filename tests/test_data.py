@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from autosam3d.data import (
+    KEY_BYTES,
     CachedCase,
     CropDataset,
+    CropLoader,
     StepSampler,
     cache_cases,
     demand_organs,
-    load_batches,
+    open_cached,
 )
 from autosam3d.dataset import Case, open_dataset
 from autosam3d.errors import AutoSam3dError, ResourceError, VolumeError
@@ -136,6 +141,41 @@ def test_what_a_killed_writer_left_is_swept_and_replaced(cases: tuple[Case, ...]
     assert np.array_equal(entry.labels, blobs(0)[1])
     assert sorted(p.name for p in (tmp_path / entry.key).iterdir()) == [
         "centers.npy", "info.json", "labels.npy", "voxels.npy"]
+
+
+def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, ...], tmp_path: Path,
+                                                             monkeypatch: Any) -> None:
+    [made] = cache_cases(cases[:1], mini_recipe(), tmp_path)
+    assert len(bytes.fromhex(made.key)) == KEY_BYTES
+    for function in ("_crc", "sha256_of", "_build_entry"):
+        monkeypatch.setattr(f"autosam3d.data.{function}", lambda *_: pytest.fail("the work was done again"))
+    opened = open_cached(tmp_path, made.key, made.name)
+    assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)
+    for name in ("voxels", "labels", "centers"):
+        assert np.array_equal(getattr(opened, name), getattr(made, name))
+    assert isinstance(opened.voxels, np.memmap) and isinstance(opened.labels, np.memmap)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def pickle_inside(path: Path) -> None:
+    np.save(path, np.array([os.getpid, {}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("info.json", Path.unlink), ("info.json", shorten), ("voxels.npy", Path.unlink), ("voxels.npy", shorten),
+    ("labels.npy", lambda path: np.save(path, np.zeros((3, 3, 3), np.uint8))), ("centers.npy", pickle_inside),
+    ("labels.npy", lambda path: np.save(path, np.zeros(SHAPE, np.float32))),
+])
+def test_an_entry_that_is_not_what_was_checked_is_not_opened(cases: tuple[Case, ...], tmp_path: Path, name: str,
+                                                             damage: Any) -> None:
+    [made] = cache_cases(cases[:1], mini_recipe(), tmp_path)
+    damage(tmp_path / made.key / name)
+    with pytest.raises(ResourceError) as caught:
+        open_cached(tmp_path, made.key, made.name)
+    assert caught.value.code == "CACHE"
 
 
 def test_the_key_follows_settings_and_content(cases: tuple[Case, ...], tmp_path: Path) -> None:
@@ -267,7 +307,7 @@ def test_batches_are_the_items_in_order_with_and_without_workers(cases: tuple[Ca
     dataset = CropDataset(cache_cases(cases, recipe, tmp_path), recipe)
     expected = [[dataset[item] for item in step] for step in items(dataset, 1, 2)]
     for workers in (0, 2):
-        batches = list(load_batches(dataset, StepSampler(dataset, 2), workers, pin_memory=False))
+        batches = list(CropLoader(dataset, StepSampler(dataset, 2), workers, pin_memory=False))
         assert len(batches) == len(expected)
         for (voxels, labels), step in zip(batches, expected, strict=True):
             assert voxels.shape == (2, 1, 16, 16, 16) and str(voxels.dtype) == "torch.float32"
@@ -281,7 +321,29 @@ def test_a_fault_while_cutting_reaches_the_training(monkeypatch: Any) -> None:
     dataset = CropDataset([case_in_memory(organs={1: 9}) for _ in range(4)], mini_recipe())
     monkeypatch.setattr(CropDataset, "_start", lambda *_: (_ for _ in ()).throw(OSError("disk gone")))
     with pytest.raises(OSError, match="disk gone"):
-        list(load_batches(dataset, StepSampler(dataset, 2), 0, pin_memory=False))
+        list(CropLoader(dataset, StepSampler(dataset, 2), 0, pin_memory=False))
+
+
+def test_workers_live_through_the_epochs_and_through_signals_to_the_group(monkeypatch: Any) -> None:
+    dataset = CropDataset([case_in_memory(organs={1: 9}) for _ in range(4)], mini_recipe())
+
+    def marked(_: CropDataset, item: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return torch.tensor(os.getpid()), torch.tensor(item)
+
+    monkeypatch.setattr(CropDataset, "__getitem__", marked)
+    sampler = StepSampler(dataset, 2)
+    loader = CropLoader(dataset, sampler, 2, pin_memory=False)
+    workers = []
+    for epoch, first_step in ((0, 1), (1, 0), (2, 0)):
+        sampler.epoch, sampler.first_step = epoch, first_step
+        batches = list(loader)
+        assert [b.tolist() for _, b in batches] == [[list(i) for i in step] for step in items(dataset, 1, 2, epoch,
+                                                                                              first_step)]
+        workers.append({pid for pids, _ in batches for pid in pids.tolist()})
+    assert os.getpid() not in workers[1] and len(workers[1]) == 2
+    assert workers[0] < workers[1] == workers[2]
 
 
 def starts_of(dataset: CropDataset, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from autosam3d.errors import CheckpointError
 from autosam3d.models.autosam import AutoSam
 from autosam3d.models.parameters import count_parameters
 from autosam3d.recipe import load_recipe, recipe_names
+from command_line import mini_model, run
 from mini_run import mini_recipe
 
 
@@ -30,7 +31,8 @@ def test_every_recipe_is_described(name: str) -> None:
 
 def test_the_papers_count_is_told_to_the_digit() -> None:
     text = describe_parameters(load_recipe("amos_ct"))
-    assert "tuned, as the paper counts  26,530,944" in text
+    assert "tuned, as the paper counts  26,530,944  without the tables depth_embed and rel_pos_d\n" in text
+    assert "tuned, tables in full       26,601,856  with both, rel_pos_d in 27/127 rows as SAM has\n" in text
 
 
 def test_parts_sum_to_what_is_tuned() -> None:
@@ -82,3 +84,13 @@ def test_a_changed_json_is_not_described(model_folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         describe_model(model_folder)
     assert caught.value.code == "HASH"
+
+
+def test_info_takes_a_folder_without_a_model_for_the_recipe_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "openkbp").mkdir()
+    (tmp_path / "openkbp/dataset.json").write_text("{}")
+    assert run("info", "openkbp", cwd=tmp_path).demand_ok().out.startswith("openkbp: ")
+    (tmp_path / "phantom").symlink_to(mini_model())
+    assert "model checkpoint of autosam3d" in run("info", "phantom", cwd=tmp_path).demand_ok().out
+    (tmp_path / "runs").mkdir()
+    assert "best.json" in run("info", "runs", cwd=tmp_path).demand_error("NO_MODEL", 4)

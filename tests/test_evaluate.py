@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from autosam3d.errors import UsageError, VolumeError
-from autosam3d.evaluate import case_name, evaluate_folder, read_pair, write_csv, write_json
+from autosam3d.evaluate import _values, case_name, evaluate_folder, read_pair, write_csv, write_json
 from autosam3d.labels import LabelMap
 from autosam3d.metrics import ABSENT_RULE, OrganScore
 from autosam3d.scores import CaseResult, Evaluation, estimate, read_json
+from command_line import run
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 ORGANS = LabelMap(organs=("liver", "spleen"))
@@ -285,6 +287,59 @@ def test_other_json_is_refused(tmp_path, text):
     with pytest.raises(VolumeError) as caught:
         read_json(tmp_path / "scores.json")
     assert caught.value.code == "EVALUATION"
+
+
+def without_orientation(path: Path) -> None:
+    """Leave the spacing, and neither of the two transforms."""
+    image = nib.load(path)
+    image.header.set_qform(None, 0)
+    image.header.set_sform(None, 0)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+
+
+def test_files_that_segment_reads_with_an_option_are_evaluated_with_it(folders, tmp_path):
+    """Truth, prediction and CT without orientation: refused as they are, all three read with --assume-ras."""
+    predictions, truth = folders
+    ct = np.where(label_map() > 0, 60, -900).astype(np.int16)
+    for i in range(3):
+        for path in (predictions / f"case_{i}.nii.gz", truth / f"case_{i}.nii.gz",
+                     save(truth.with_name("imagesTs") / f"case_{i}_0000.nii.gz", ct)):
+            without_orientation(path)
+    out = tmp_path / "out"
+    line = run("evaluate", predictions, truth, "--out", out, cwd=tmp_path).demand_error("NO_ORIENTATION", 3)
+    assert "--assume-ras" in line and not out.exists()
+    done = run("evaluate", predictions, truth, "--out", out, "--assume-ras", cwd=tmp_path)
+    assert done.code == 0 and "3 cases: Dice 0.9375" in done.out
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("data:image/jpeg") == 9 and "window -160 to 240 HU" in page and "could not be read" not in page
+    done = run("evaluate", predictions, truth, "--prefer", "bogus", cwd=tmp_path)
+    assert "--prefer bogus" in done.demand_error("USAGE", 2)
+
+
+def test_force_and_prefer_reach_the_readers_of_an_evaluation(folders, tmp_path):
+    for folder in folders:
+        save(folder / "case_0.nii.gz", label_map(), np.diag([2.0, 2.0, 25.0, 1.0]))
+    assert "--force" in run("evaluate", *folders, "--out", tmp_path / "a").demand_error("SPACING", 3)
+    assert run("evaluate", *folders, "--out", tmp_path / "a", "--force").code == 0
+    for folder in folders:
+        image = nib.load(save(folder / "case_0.nii.gz", label_map()))
+        image.header.set_qform(AFFINE, 1)
+        image.header.set_sform(np.diag([-2.0, 2.0, 3.0, 1.0]), 1)  # turned round, unlike the qform
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), folder / "case_0.nii.gz")
+    done = run("evaluate", *folders, "--out", tmp_path / "b")
+    assert done.code == 3 and "--prefer" in done.err
+    assert run("evaluate", *folders, "--out", tmp_path / "b", "--prefer", "qform").code == 0
+
+
+@pytest.mark.parametrize("shape", [(30, 40, 50), (0, 4, 4), (3, 0, 2)])
+def test_values_of_a_label_map_are_found_without_room_for_all_voxels(shape):
+    labels = np.random.default_rng(0).choice([0, 3, 250], shape).astype(np.uint8)
+    assert list(_values(labels)) == sorted(set(labels.ravel().tolist()))
+    labels = np.zeros((400, 64, 64), np.uint8)
+    tracemalloc.start()
+    _values(labels)
+    assert tracemalloc.get_traced_memory()[1] < 400 * 64 * 64
+    tracemalloc.stop()
 
 
 def test_real_truth_against_itself_is_perfect(real_data, tmp_path):

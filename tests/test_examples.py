@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TINY = ["train.epochs=1", "sampling.patches_per_volume=1", "model.patch_size=[16, 32, 32]", "train.val_overlap=0",
-        "model.head_dim=8", "model.fuse_stride=2", "inference.overlap=0"]
+TINY = ["train.epochs=1", "optim.warmup_epochs=0", "sampling.patches_per_volume=1", "model.patch_size=[16, 32, 32]",
+        "train.val_overlap=0", "model.head_dim=8", "model.fuse_stride=2", "inference.overlap=0"]
 
 
 @pytest.mark.slow

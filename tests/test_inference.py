@@ -246,7 +246,14 @@ def test_tta_without_mirrors_in_training_is_the_plain_prediction(caplog) -> None
 # ------------------------------------------------------------------------------------------------ memory and faults
 
 
-def test_too_little_memory_is_refused_with_the_numbers(monkeypatch) -> None:
+@pytest.fixture
+def no_process(monkeypatch) -> None:
+    """Plans hold what a scan takes, without the program."""
+    monkeypatch.setattr(inference, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "_FIRST_USE_BYTES", 0)
+
+
+def test_too_little_memory_is_refused_with_the_numbers(no_process, monkeypatch) -> None:
     monkeypatch.setattr(memory, "_lives_in_memory", lambda folder: True)
     scan = make_scan(np.zeros((40, 50, 60), np.uint8))
     oracle = Oracle()
@@ -255,10 +262,11 @@ def test_too_little_memory_is_refused_with_the_numbers(monkeypatch) -> None:
     assert caught.value.code == "MEMORY" and oracle.calls == 0
     assert "40 x 50 x 60" in caught.value.where
     # Scan 469 KiB, prepared 469, half sums 188, slabs 422, labels 117, two windows 30: 1.66 MiB and a tenth.
-    assert caught.value.fault == "needs 1.8 MiB of memory at least, 1.0 MiB are allowed"
+    assert caught.value.fault == ("needs 1.8 MiB of memory at least, 0 bytes of them for the program itself, "
+                                  "1.0 MiB are allowed")
 
 
-def test_less_memory_means_smaller_batches_then_half_sums_then_the_disk(tmp_path, monkeypatch) -> None:
+def test_less_memory_means_smaller_batches_then_half_sums_then_the_disk(no_process, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(memory, "_lives_in_memory", lambda folder: False)
     monkeypatch.setattr(memory.tempfile, "gettempdir", lambda: str(tmp_path))
     labels = np.random.default_rng(0).integers(0, 3, (40, 50, 60)).astype(np.uint8)
@@ -291,7 +299,7 @@ def test_free_memory_is_asked_where_no_limit_is_given(monkeypatch) -> None:
         inference.segment(make_scan(np.zeros((40, 50, 60), np.uint8)), Model(make_recipe(), Oracle()))
 
 
-def test_no_room_on_the_disk_is_named(tmp_path, monkeypatch) -> None:
+def test_no_room_on_the_disk_is_named(no_process, tmp_path, monkeypatch) -> None:
     def full(*args: object, **options: object) -> None:
         if options.get("scratch"):
             raise OSError(28, "No space left on device")
@@ -308,7 +316,7 @@ def test_no_room_on_the_disk_is_named(tmp_path, monkeypatch) -> None:
     assert caught.value.code == "DISK" and "No space left" in caught.value.fault
 
 
-def test_the_plan_bounds_what_is_really_taken() -> None:
+def test_the_plan_bounds_what_is_really_taken(no_process) -> None:
     import tracemalloc
 
     scan = make_scan(np.zeros((64, 96, 96), np.uint8))

@@ -15,7 +15,6 @@ from autosam3d import patches
 from autosam3d.patches import (
     Stitcher,
     Tiling,
-    crop_at,
     gaussian_importance,
     grid_starts,
     pad_to,
@@ -89,7 +88,7 @@ def test_importance_is_nearly_that_of_monai() -> None:
     np.testing.assert_allclose(ours, theirs / theirs.max(), atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ padding and crops
+# ------------------------------------------------------------------------------------------------ padding
 
 
 @given(shape=SIZES, size=SIZES)
@@ -101,26 +100,6 @@ def test_unpad_undoes_pad(shape: Size, size: Size) -> None:
     assert np.count_nonzero(padded == -7.0) == padded.size - ct.size
     slabs = (padded[None, z : z + 3] for z in range(0, padded.shape[0], 3))
     np.testing.assert_array_equal(np.concatenate(list(unpad_slabs(slabs, padding, padded.shape)), axis=1)[0], ct)
-
-
-@given(shape=SIZES, size=SIZES, data=st.data())
-def test_crop_holds_its_centre_and_stays_inside(shape: Size, size: Size, data: st.DataObject) -> None:
-    center = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
-    array = np.arange(1, np.prod(shape) + 1, dtype=np.int32).reshape(shape)
-    crop = crop_at(array, center, size, fill=0)
-    assert crop.shape == size and array[center] in crop
-    # Only an axis that is shorter than the patch is filled.
-    assert np.count_nonzero(crop) == np.prod(np.minimum(shape, size))
-    crop[:] = -1
-    assert array.min() == 1  # a copy
-    both = crop_at(np.stack([array, -array]), center, size, fill=0)
-    np.testing.assert_array_equal(both[0], -both[1])
-
-
-def test_crop_far_from_the_border_is_centred() -> None:
-    array = np.zeros((30, 30, 30))
-    array[15, 14, 13] = 1
-    assert crop_at(array, (15, 14, 13), (8, 6, 5))[4, 3, 2] == 1
 
 
 # ------------------------------------------------------------------------------------------------ stitching

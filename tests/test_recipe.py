@@ -33,6 +33,28 @@ def refused(source: str | Path, *overrides: str) -> RecipeError:
     return caught.value
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_happens_to_have_a_recipes_name_does_not_hide_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kind == "folder":
+        (tmp_path / "openkbp").mkdir()
+    else:
+        (tmp_path / "openkbp").write_text("name: other")
+    assert load_recipe("openkbp").name == "openkbp"
+    # A path is meant as one, and so is a name that ends as YAML files do.
+    (tmp_path / "openkbp.yaml").write_text(dump_recipe(load_recipe("phantom")))
+    assert load_recipe("openkbp.yaml").name == "phantom"
+    assert refused("./openkbp").code in ("UNREADABLE", "MISSING_KEY")
+
+
+def test_a_folder_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert refused("runs").code == "UNREADABLE"
+
+
 def test_the_package_has_its_recipes() -> None:
     assert set(ALL) <= set(recipe_names())
 

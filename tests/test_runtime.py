@@ -97,9 +97,17 @@ def test_activations_are_counted_without_being_computed() -> None:
     """At the widest the input (1 channel), the first convolution (5) and its ReLU (5) live at once."""
     size = (64, 64, 64)
     voxels = 4 * 64**3
-    predictor = TorchPredictor(make_network(), size, num_outputs=3)
+    predictor = TorchPredictor(make_network(), size, "cpu", "fp32", num_outputs=3)
     one, four = predictor.activation_bytes(1), predictor.activation_bytes(4)
-    assert 1.5 * 10 * voxels <= one <= 1.5 * 13 * voxels and four == 4 * one
+    assert 2 * 10 * voxels <= one <= 2 * 13 * voxels and four == 4 * one
+
+
+def test_activations_are_counted_in_the_precision_that_is_used() -> None:
+    """In bf16 the casts of the input are counted, and the results of the convolutions take half the room."""
+    size = (64, 64, 64)
+    low, high = (TorchPredictor(make_network(), size, "cpu", p, num_outputs=3).activation_bytes(1)
+                 for p in ("bf16", "fp32"))
+    assert 0.45 * high < low < 0.9 * high
 
 
 def test_a_network_that_cannot_be_counted_counts_as_nothing() -> None:

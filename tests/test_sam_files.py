@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,13 @@ def test_pickles_that_run_code_are_unsafe(
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_pickle_named_safetensors_is_corrupt(tmp_path: Path) -> None:
+    for payload in (STATE, _Command()):
+        torch.save(payload, tmp_path / "weights.safetensors")
+        expect("CORRUPT", tmp_path / "weights.safetensors")
+    assert not Path("pwned").exists()
+
+
 def test_compressed_members_are_unsafe(whole: Path, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.pth"
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
@@ -154,41 +163,102 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     expect("NOT_FOUND", tmp_path / "pipe")
 
 
-def test_without_network_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and nobody to ask for more."""
     constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put_in_cache(cache: Path, hub_id: str, name: str) -> Path:
+    """A weight file as the hub lays it out: refs/main names the snapshot, whose file is a link to a blob."""
+    folder = cache / f"models--{hub_id.replace('/', '--')}"
+    for part in ("refs", "blobs", "snapshots/0123abc"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "refs/main").write_text("0123abc")
+    blob = folder / "blobs" / f"blob_of_{name}"
+    if name.endswith(".safetensors"):
+        save_file(STATE, blob)
+    else:
+        torch.save(STATE, blob)
+    (folder / "snapshots/0123abc" / name).symlink_to(f"../../blobs/{blob.name}")
+    return blob
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_cached_file_of_either_name_is_taken_without_asking_the_hub(
+    name: str, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asking in ("hf_hub_download", "get_hf_file_metadata"):
+        monkeypatch.setattr(f"huggingface_hub.{asking}", lambda *_, **__: pytest.fail("the hub was asked"))
+    blob = put_in_cache(hub_cache, "facebook/sam-vit-base", name)
+    state, digest = read_sam_state("facebook/sam-vit-base")
+    assert state.keys() == STATE.keys() and digest == hashlib.sha256(blob.read_bytes()).hexdigest()
+
+
+def test_offline_the_message_says_what_to_do(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = expect("OFFLINE", "facebook/sam-vit-base")
-    assert "facebook/sam-vit-base" in str(error)
-    assert "sam_vit_b_01ec64.pth" in error.remedy
-    assert "pass its path" in error.remedy
+    assert "facebook/sam-vit-base" in str(error) and "HF_HUB_OFFLINE" in error.fault and str(hub_cache) in error.fault
+    assert "sam_vit_b_01ec64.pth" in error.remedy and "give --sam its path" in error.remedy
 
 
-def test_hub_files_are_tried_in_order(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    hub = pytest.importorskip("huggingface_hub")
+@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}],
+                         ids=["offline", "unreachable"])
+def test_without_network_a_process_says_one_line_and_soon(env: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    put_in_cache(tmp_path / "hub", "some/other-model", "pytorch_model.bin")
+    code = ("import sys, logging; logging.basicConfig(level=logging.WARNING)\n"
+            "from autosam3d.errors import CheckpointError\n"
+            "from autosam3d.sam_files import read_sam_state\n"
+            "import huggingface_hub, time\n"
+            "print(len(read_sam_state('some/other-model')[0]))\n"
+            "begun = time.monotonic()\n"
+            "try: read_sam_state('facebook/sam-vit-base')\n"
+            "except CheckpointError as error: print(error.code, time.monotonic() - begun)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+                          env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"} | env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    count, answer = done.stdout.splitlines()
+    assert int(count) == len(STATE) and answer.startswith("OFFLINE ")
+    assert float(answer.split()[1]) < 5
+
+
+def test_hub_files_are_tried_in_order(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
     asked: list[str] = []
 
-    def download(repo: str, name: str) -> str:
-        asked.append(name)
-        if name.endswith("safetensors"):
+    def ask(url: str, timeout: float) -> None:
+        asked.append(url.rpartition("/")[2])
+        if url.endswith("safetensors"):
             raise _hub_error("RemoteEntryNotFoundError")
+
+    def download(repo: str, name: str, **_: object) -> str:
+        asked.append(f"download {name}")
         return str(whole)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     state, _ = read_sam_state("wanglab/medsam-vit-base")
-    assert asked == ["model.safetensors", "pytorch_model.bin"]
+    assert asked == ["model.safetensors", "pytorch_model.bin", "download pytorch_model.bin"]
     assert state.keys() == STATE.keys()
 
 
-@pytest.mark.parametrize(("name", "code"), [("RepositoryNotFoundError", "NOT_FOUND"), ("HfHubHTTPError", "OFFLINE")])
-def test_hub_failures_have_codes(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
-
-    def download(repo: str, file: str) -> str:
+@pytest.mark.parametrize(("name", "code"), [
+    ("RepositoryNotFoundError", "NOT_FOUND"), ("GatedRepoError", "NOT_FOUND"),
+    ("RemoteEntryNotFoundError", "NOT_FOUND"), ("HfHubHTTPError", "OFFLINE"),
+    ("LocalEntryNotFoundError", "OFFLINE"), ("FileMetadataError", "OFFLINE"),
+])
+def test_hub_failures_have_codes(name: str, code: str, hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(url: str, timeout: float) -> None:
         raise _hub_error(name)
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
     expect(code, "facebook/sam-vit-base")
+
+
+def test_an_id_that_the_hub_cannot_have_is_not_found(hub_cache: Path) -> None:
+    expect("NOT_FOUND", "a--b/c..d")
 
 
 def _hub_error(name: str) -> Exception:

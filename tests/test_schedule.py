@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from autosam3d.errors import RecipeError
 from autosam3d.recipe import Optim
-from autosam3d.schedule import learning_rate
+from autosam3d.schedule import demand_full_rate, learning_rate
 
 PAPER = Optim(lr=5e-4, warmup_epochs=5)
 
@@ -57,3 +58,15 @@ def test_fractions_of_epochs_lie_between_their_neighbours() -> None:
     for epoch in (0, 3, 7, 150):
         ends = sorted(learning_rate(e, 200, PAPER) for e in (epoch, epoch + 1))
         assert ends[0] < learning_rate(epoch + 0.5, 200, PAPER) < ends[1]
+
+
+@pytest.mark.parametrize(("warmup_epochs", "epochs"), [(5, 5), (1, 1), (9, 3)])
+def test_a_run_that_never_sees_the_full_rate_is_refused(warmup_epochs: int, epochs: int) -> None:
+    optim = Optim(lr=1e-3, warmup_epochs=warmup_epochs)
+    assert max(learning_rate(epoch, epochs, optim) for epoch in range(epochs)) < 1e-3
+    with pytest.raises(RecipeError) as caught:
+        demand_full_rate(optim, epochs)
+    assert caught.value.exit_code == 2 and "optim.warmup_epochs" in caught.value.where
+    longer = warmup_epochs + 1
+    demand_full_rate(optim, longer)
+    assert max(learning_rate(epoch, longer, optim) for epoch in range(longer)) == 1e-3

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +19,29 @@ import torch
 from safetensors.torch import load_file
 
 import autosam3d.checkpoint as checkpoint_module
+import autosam3d.data as data_module
 import autosam3d.train as train_module
 import autosam3d.training_run as run_module
 from autosam3d.augment import augment
 from autosam3d.checkpoint import load_model, read_checkpoint
 from autosam3d.data import cache_cases
 from autosam3d.dataset import CaseSet, open_dataset
-from autosam3d.errors import AutoSam3dError, CheckpointError, ResourceError, UsageError, VolumeError
+from autosam3d.errors import (
+    AutoSam3dError,
+    CheckpointError,
+    RecipeError,
+    ResourceError,
+    UsageError,
+    VolumeError,
+)
 from autosam3d.io import read_ct, write_ct
 from autosam3d.losses import SegmentationLoss, dice_ce_loss
 from autosam3d.models.autosam import AutoSam
 from autosam3d.models.sam_weights import convert_sam_state, frozen_names
-from autosam3d.recipe import Recipe
+from autosam3d.preprocess import prepare_ct
+from autosam3d.recipe import Recipe, dump_recipe
 from autosam3d.schedule import learning_rate
+from autosam3d.stopping import Interrupted, StopRequest
 from autosam3d.train import TrainResult, train
 from autosam3d.training_run import Observer, Run, build_fabric, parameter_groups
 from autosam3d.volume import Volume
@@ -213,6 +224,103 @@ def test_a_second_signal_ends_at_once(start: Callable[..., TrainResult], tmp_pat
     assert read_checkpoint(tmp_path / "run" / "last.json").meta["progress"]["global_step"] == 2
 
 
+@pytest.mark.parametrize("where", ["forward", "backward", "validation"])
+def test_a_stop_gives_up_the_pass_at_work(where: str, whole_ema: Path, sam: Path, start: Callable[..., TrainResult],
+                                          tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each pass marks its way through the network: the first block, the decoder, and back to the first block.
+    way: list[str] = []
+    real = train_module.start_run
+
+    def watched(*args: Any) -> Run:
+        run = real(*args)
+
+        def after_block(module: Any, arguments: Any, output: torch.Tensor) -> None:
+            way.append("block" if module.training else "validation")
+            if way.count("block" if where == "forward" else where) == 3:
+                terminate()
+            if output.requires_grad:
+                output.register_hook(lambda _: way.append("gradient"))
+
+        def after_decoder(module: Any, arguments: Any, output: torch.Tensor) -> None:
+            way.append("decoder" if module.training else "validated")
+            if where == "backward" and way.count("decoder") == 3:
+                output.register_hook(lambda _: terminate())
+
+        run.network.image_encoder.blocks[0].register_forward_hook(after_block)
+        run.network.decoder.register_forward_hook(after_decoder)
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "start_run", watched)
+        assert start(EMA, tmp_path / "run", sam=sam).stopped_by == signal.SIGTERM
+    step = ["block", "decoder", "gradient"]
+    assert way == {"forward": 2 * step + step[:1], "backward": 2 * step + step[:2],
+                   "validation": 6 * step + 2 * ["validation", "validated"] + ["validation"]}[where]
+    steps = 6 if where == "validation" else 2
+    assert read_checkpoint(tmp_path / "run" / "last.json").meta["progress"]["global_step"] == steps
+    assert len(log_rows(tmp_path / "run")) == 1 + steps
+    start(EMA, tmp_path / "run", sam=sam)
+    demand_equal(tmp_path / "run", whole_ema)
+
+
+def test_what_is_saved_already_is_not_saved_again(start: Callable[..., TrainResult], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    saves: list[int] = []
+    real = run_module.save_checkpoint
+
+    def signalled(path: Path, *args: Any, **options: Any) -> None:
+        terminate()
+        real(path, *args, **options)
+        saves.append(read_checkpoint(path).meta["progress"]["global_step"])
+
+    monkeypatch.setattr(run_module, "save_checkpoint", signalled)
+    assert start(RECIPE, tmp_path / "run").stopped_by == signal.SIGTERM
+    assert saves == [2]
+
+
+def test_a_signal_that_comes_twice_is_one_request_among_several_processes() -> None:
+    for echo_s, ended in ((0.0, True), (60.0, False)):
+        stop = StopRequest(echo_s)
+        with stop.listen():
+            terminate()
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                assert ended
+            else:
+                assert not ended
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            stop.demand_none()
+
+
+@pytest.mark.parametrize("function", ["prepare_ct", "_save_array"])
+def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = getattr(data_module, function), itertools.count()
+
+    def endless(*args: Any) -> Any:
+        if next(calls) == 4:  # the fifth case, or the second array of the second
+            terminate()
+            time.sleep(30)
+        return real(*args)
+
+    started = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, function, endless)
+        result = train(RECIPE, cases, tmp_path / "run", device="cpu")
+    assert result.stopped_by == signal.SIGTERM and time.monotonic() - started < 15
+    cache = tmp_path / "run" / "cache"
+    assert not [p for p in cache.rglob("*") if ".tmp" in p.name]
+    made = {"prepare_ct": 4, "_save_array": 1}[function]
+    assert sorted(len(list(entry.iterdir())) for entry in cache.iterdir()) == [1] * (made == 1) + [4] * made
+    assert len(list(cache.glob("*/info.json"))) == made
+    prepared: list[int] = []
+    monkeypatch.setattr(data_module, "prepare_ct", lambda *args: prepared.append(1) or prepare_ct(*args))
+    assert train(RECIPE, cases, tmp_path / "run", device="cpu").stopped_by is None
+    assert len(prepared) == 6 - made
+
+
 def test_stopped_while_cases_are_prepared(cases: CaseSet, tmp_path: Path) -> None:
     observer = Observer(on_cache=lambda done, total: terminate() if done == 2 else None)
     result = train(RECIPE, cases, tmp_path / "run", device="cpu", observer=observer)
@@ -227,6 +335,30 @@ def test_another_recipe_is_not_trained_in_the_same_folder(whole: Path, start: Ca
     with pytest.raises(UsageError) as caught:
         start(replace(RECIPE, optim=replace(RECIPE.optim, lr=1e-4)), whole)
     assert caught.value.code == "OTHER_RUN" and "lr: 0.0001" in caught.value.fault
+
+
+@pytest.mark.parametrize("kept", [None, "last", "previous", "best"])
+def test_a_run_that_never_saved_gives_way_to_another_recipe(kept: str | None, stopped: Path, whole: Path,
+                                                            start: Callable[..., TrainResult]) -> None:
+    shutil.copy(whole / "best.json", stopped / "best.json")
+    for name in {"last", "previous", "best"} - {kept}:
+        (stopped / f"{name}.json").unlink()
+    other = mini_recipe(train__epochs=2)
+    if kept is not None:
+        with pytest.raises(UsageError) as caught:
+            start(other, stopped)
+        assert caught.value.code == "OTHER_RUN" and "--out" in caught.value.remedy
+        return
+    assert start(other, stopped).epoch == 2
+    assert (stopped / "recipe.yaml").read_text() == dump_recipe(other)
+    assert [row[1] for row in log_rows(stopped)[1:]] == ["1", "2", "3", "4"]  # nothing of the run before
+    assert start(other, stopped).epoch == 2
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused(cases: CaseSet, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        train(mini_recipe(optim__warmup_epochs=3), cases, tmp_path / "run", device="cpu")
+    assert caught.value.code == "BAD_VALUE" and not (tmp_path / "run").exists()
 
 
 def test_a_damaged_recipe_file_is_not_taken_for_the_same_run(whole: Path, start: Callable[..., TrainResult],
@@ -392,6 +524,10 @@ def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_weights(
     with pytest.raises(CheckpointError) as caught:
         start(recipe, tmp_path / "run")
     assert caught.value.code == "NONFINITE" and caught.value.exit_code == 4 and "step 7;" in caught.value.fault
+    # The settings that it names are another run, so the remedy sends it to another folder.
+    assert "new folder (--out)" in caught.value.remedy
+    with pytest.raises(UsageError, match="--out"):
+        start(replace(recipe, optim=replace(recipe.optim, lr=1e-4)), tmp_path / "run")
     state = read_checkpoint(tmp_path / "run" / "last.json")
     assert state.meta["progress"]["global_step"] == 6
     steps = {float(t) for name, t in state.tensors.items() if name.startswith("optimizer.step.")}

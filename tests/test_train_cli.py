@@ -137,6 +137,37 @@ def test_killed_at_many_random_moments(folder: Path, whole: Path, tmp_path: Path
     demand_equal(tmp_path / "run", whole)
 
 
+def test_with_workers_it_is_the_same_run_and_killed_it_starts_at_once_again(folder: Path, whole: Path,
+                                                                            tmp_path: Path) -> None:
+    # The processes that cut crops outlive a killed training by seconds: they must not hold its folder.
+    run = tmp_path / "run"
+    command = arguments(folder, run, "--sam", folder / "sam.safetensors", "--set", "train.num_workers=2")
+    child = command_line.start(*command)
+    wait_for_steps(run, 6, child)  # in the second epoch
+    child.kill(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+    done = command_line.run(*command)
+    assert done.code == 0, done.err
+    demand_equal(run, whole)
+
+
+def test_two_trainings_in_one_folder_do_not_mix(folder: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = arguments(folder, run, "--sam", folder / "sam.safetensors")
+    child = command_line.start(*command)
+    wait_for_steps(run, 2, child)
+    child.kill(signal.SIGSTOP)
+    try:
+        with command_line.unchanged(run):
+            for more in ((), ("--set", "train.seed=3")):
+                error = command_line.run(*command, *more).demand_error("RUNNING", 2)
+                assert f"process {child.pid} " in error
+    finally:
+        child.kill(signal.SIGCONT)
+    assert child.wait().code == 0
+    demand_equal(run, whole)
+
+
 def test_the_real_command_line_in_a_process_of_its_own(folder: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [str(a) for a in arguments(folder, run, "--sam", folder / "sam.safetensors")]
@@ -173,6 +204,8 @@ def test_wrong_usage(folder: Path, tmp_path: Path) -> None:
     demand_failure(command_line.run("train", recipe, *base, "--set", "train.epochs=-3"), 2, "BAD_VALUE", "epochs")
     demand_failure(command_line.run("train", recipe, *base, "--set", "train.num_workers=1000"), 2, "BAD_VALUE", "64")
     demand_failure(command_line.run("train", recipe, *base, "--set", "optim.lr=.nan"), 2, "BAD_VALUE", "optim.lr")
+    demand_failure(command_line.run("train", recipe, *base, "--set", "optim.warmup_epochs=4"), 2, "BAD_VALUE",
+                   "optim.warmup_epochs", "train.epochs")
     demand_failure(command_line.run("train", recipe, *base, "--set", "model.patch_size=[15,16,16]"), 2, "BAD_VALUE")
     demand_failure(command_line.run("train", recipe, *base, "--set", "nonsense"), 2, "OVERRIDE")
     demand_failure(command_line.run("train", recipe), 2, "USAGE")
@@ -279,6 +312,98 @@ def test_two_processes_train_as_one_with_the_double_batch(folder: Path, tmp_path
     np.testing.assert_allclose(*val, atol=0.02)
     assert sorted(p.name.split("-")[0] for p in two.glob("*.safetensors")) == ["best", "last", "last"]
     assert not [p.name for p in two.iterdir() if ".tmp" in p.name]
+
+
+# Run by each of two processes: five starts of one run, of which four are stopped, and one that nothing disturbs.
+_STOPPED_RANKS = """
+import json, logging, os, signal, sys
+from pathlib import Path
+import torch
+import autosam3d.data as data_module
+import autosam3d.train as train_module
+from autosam3d.dataset import CaseSet, open_dataset
+from mini_run import mini_recipe
+
+torch.set_num_threads(1)
+folder, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+recipe = mini_recipe(train__batch_size=1, train__epochs=2, train__validate_every=1)
+found = open_dataset(folder / "data", recipe)
+# Three validation cases: the first process has two, the second one.
+cases = CaseSet(found.folder, found.train, (*found.val, found.train[0]), ())
+warnings, hashed, steps, windows, tests = [], [], 0, 0, {}
+
+class Warnings(logging.Handler):
+    def emit(self, record):
+        warnings.append(record.getMessage())
+
+logging.getLogger("autosam3d").addHandler(Warnings())
+
+def signalled(name, real):
+    def call(*args, **options):
+        if name in tests:
+            tests[name] -= 1
+            if tests[name] == 0:
+                os.kill(os.getpid(), tests["signal"])
+        return real(*args, **options)
+    return call
+
+train_module.train_step = signalled("step", train_module.train_step)
+train_module.TorchPredictor.predict = signalled("window", train_module.TorchPredictor.predict)
+real_hash = data_module.sha256_of
+data_module.sha256_of = lambda path: hashed.append(path.name) or real_hash(path)
+
+results, saved = [], []
+for victim, name, count, number in (
+    (1, "step", 2, signal.SIGUSR1),     # one of two steps of the epoch
+    (1, "window", 3, signal.SIGTERM),   # both at their first case
+    (0, "window", 12, signal.SIGINT),   # the second has no case left and waits for the first, at its second one
+    (0, "window", 10**9, signal.SIGTERM),
+    (None, None, None, None),
+):
+    tests.clear()
+    if rank == victim:
+        tests.update({name: count, "signal": number})
+    run = out / ("run" if victim is not None else "whole")
+    result = train_module.train(recipe, cases, run, device="cpu", cache_dir=out / "cache", observer=None)
+    results.append((result.stopped_by, result.epoch, result.rank))
+    saved.append(json.loads((run / "last.json").read_text())["progress"])
+(out / f"rank{rank}.json").write_text(json.dumps({
+    "results": results, "saved": saved, "warnings": warnings, "hashed": hashed}))
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(_STOPPED_RANKS)
+    port = str(free_port())
+    # What `torchrun` would set, without its own start.
+    shared = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                         GROUP_WORLD_SIZE="1", GROUP_RANK="0", TORCHELASTIC_RUN_ID="stop",
+                         PYTHONPATH=str(Path(__file__).parent))
+    ranks = [subprocess.Popen([sys.executable, str(tmp_path / "ranks.py"), str(folder), str(tmp_path)],
+                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+                              text=True) for rank in (0, 1)]
+    try:
+        for process in ranks:
+            _, error = process.communicate(timeout=150)
+            assert process.returncode == 0, error
+    finally:
+        for process in ranks:
+            process.kill()
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    stops = [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (None, 2), (None, 2)]
+    for rank, told in enumerate((first, second)):
+        assert told["results"] == [[number, epoch, rank] for number, epoch in stops]
+    # The second step was whole before they met; each validation was given up and began anew.
+    assert [s["step_in_epoch"] for s in first["saved"][:3]] == [2, 2, 2]
+    assert [s["global_step"] for s in first["saved"]] == [2, 2, 2, 4, 4]
+    demand_equal(tmp_path / "run", tmp_path / "whole")
+    # Each process read its half of the cases, at each of the five starts, and the first one alone warned.
+    names = [f"{name}_0000.nii.gz" for name in ("c0", "c1", "c2", "c3", "c4", "c5", "c0")]
+    for told, half in ((first, names[0::2]), (second, names[1::2])):
+        images = [name for name in told["hashed"] if name.endswith("_0000.nii.gz")]
+        assert images == 5 * half
+    assert len(first["warnings"]) == 5 and "no SAM weights" in first["warnings"][0] and not second["warnings"]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def augment(
         voxels: float32 [z, y, x], normalised.
         labels: uint8 [z, y, x].
     """
-    mirrored = [_AXIS[name] for name in spec.flip_axes if random.random() < spec.flip_prob]
+    mirrored = tuple(_AXIS[name] for name in spec.flip_axes if random.random() < spec.flip_prob)
     voxels, labels = np.flip(voxels, mirrored), np.flip(labels, mirrored)
     if len(mirrored) % 2:
         labels = label_map.mirror_table[labels]

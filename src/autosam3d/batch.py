@@ -210,9 +210,11 @@ class _Run:
         return "finished" if report.get("output_sha256") == output_sha256 else "foreign"
 
     def work(self, job: Job, progress: BatchProgress | None) -> None:
-        volume = read_ct(job.source, self.options)
+        volume: Volume | None = read_ct(job.source, self.options)
         identity = self._identity(job)
         segmentation = segment_with(volume, self.model, self.how, progress.on_window if progress else None)
+        if not self.preview:
+            volume = None  # its place in memory is what the copy for the file takes
         _make_folder(job.output.parent)
         remove_stale_temporaries(job.output.parent)
         # Named as ours before it exists: who is killed between output and report finds it again.
@@ -225,7 +227,7 @@ class _Run:
             if _sha256_if_there(job.output) == replaces:
                 _put_back(job.report, old_report)
             raise
-        if self.preview:
+        if volume is not None:
             self._write_preview(job, volume, segmentation)
         findings = self._findings(segmentation) | {"output_sha256": sha256_of(job.output)}
         _write_report(job.report, identity | findings | {"status": "finished"})
@@ -243,7 +245,9 @@ class _Run:
         }
 
     def _findings(self, segmentation: Segmentation) -> dict[str, Any]:
-        counts = np.bincount(segmentation.labels.ravel(), minlength=self.model.recipe.labels.num_outputs)
+        counts = np.zeros(max(256, self.model.recipe.labels.num_outputs), np.int64)
+        for plane in segmentation.labels:  # bincount takes eight bytes for each voxel that it is given
+            counts += np.bincount(plane.ravel(), minlength=len(counts))
         voxel_ml = float(np.prod(segmentation.spacing_mm)) / 1000
         organs = self.model.recipe.labels.by_index
         return {

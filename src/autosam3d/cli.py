@@ -16,8 +16,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from autosam3d import __version__
-from autosam3d.console import BatchView, LogToStderr, TrainingView, one_line, progress_bars
-from autosam3d.errors import AutoSam3dError, BatchError, ResourceError, UsageError
+from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
+from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, ResourceError, UsageError
 
 app = typer.Typer(
     name="autosam3d",
@@ -39,13 +39,30 @@ _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
-        raise typer.BadParameter(f"expected auto, cpu, cuda or cuda:N, got {device!r}")
-    return device
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device.lower()):
+        raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, cuda or cuda:N", "name one of these")
+    return device.lower()
+
+
+def _known_threads(threads: int) -> int:
+    if not 0 <= threads <= 1024:
+        raise UsageError("USAGE", f"--threads {threads}", "expected 0 to 1024", "0 takes the cores of this process")
+    return threads
+
+
+def _known_transform(name: str | None) -> str | None:
+    if name not in (None, "sform", "qform"):
+        raise UsageError("USAGE", f"--prefer {name}", "expected sform or qform", "name one of these")
+    return name
 
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=_known_device)]
-Threads = Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 takes the cores this process may use.")]
+Threads = Annotated[int, typer.Option(help="CPU threads up to 1024; 0 takes the cores this process may use.",
+                                      callback=_known_threads)]
+
+Prefer = Annotated[str | None, typer.Option(help="sform or qform, where the two disagree.", callback=_known_transform)]
+AssumeRas = Annotated[bool, typer.Option("--assume-ras", help="Take axes as RAS where the file does not say.")]
+Force = Annotated[bool, typer.Option("--force", help="Read files with implausible geometry or values.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -90,8 +107,11 @@ def train(
     with TrainingView() as view:
         result = run_training(plan, cases, folder, sam=sam, device=device, cache_dir=cache, observer=view.observer)
     if result.stopped_by is not None:
-        typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
+        if result.rank == 0:
+            typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)
+    if result.rank:
+        return
     best = f"best validation Dice {result.best_dice:.4f}" if result.best_dice is not None else "no validation cases"
     typer.echo(f"{folder}: trained {result.epoch} epochs in {result.seconds / 60:.1f} min, {best}")
 
@@ -103,16 +123,17 @@ def segment(
     output: Annotated[Path, typer.Argument(help="NIfTI file, or a folder when INPUT is a folder of scans.")],
     sam: Sam = None,
     overlap: Annotated[float | None, typer.Option(help="Window overlap, 0 to 0.9; default: the recipe's.")] = None,
-    max_ram: Annotated[float | None, typer.Option(help="GiB that this process may use at most.")] = None,
-    tta: Annotated[bool, typer.Option("--tta", help="Average over mirror images: 8 times the work.")] = False,
+    max_ram: Annotated[float | None, typer.Option(help="GiB that this process may take at most, all in all.")] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="Average over the mirror images that the model was trained on: "
+                                                    "2 to 8 times the work.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that are not this tool's.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three planes.")] = False,
-    prefer: Annotated[str | None, typer.Option(help="sform or qform, where the two disagree.")] = None,
-    assume_ras: Annotated[bool, typer.Option(help="Take axes as RAS where the file does not say.")] = False,
+    prefer: Prefer = None,
+    assume_ras: AssumeRas = False,
     intensity_offset: Annotated[float, typer.Option(help="Added to every voxel to make it HU.")] = 0.0,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Read scans with implausible geometry or values.")] = False,
+    force: Force = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -122,8 +143,6 @@ def segment(
     from autosam3d.io import ReadOptions
     from autosam3d.patches import Tiling
 
-    if prefer not in (None, "sform", "qform"):
-        raise UsageError("USAGE", f"--prefer {prefer}", "expected sform or qform", "name one of these")
     # Beyond 0.9 each voxel is seen a thousand times and more.
     if overlap is not None and not 0 <= overlap <= 0.9:
         raise UsageError("USAGE", f"--overlap {overlap}", "expected 0 to 0.9", "the paper uses 0.75")
@@ -135,13 +154,18 @@ def segment(
                           volume_index=volume, series=series, force=force)
     jobs = check_inputs(source, output)
     _set_threads(threads)
-    from autosam3d.checkpoint import load_model
+    from autosam3d.checkpoint import find_checkpoint, load_model
+    from autosam3d.memory import demand_model_ram
 
-    loaded = load_model(model, sam=sam, device=_pick_device(device))
+    device = _pick_device(device)
+    max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
+    checkpoint = find_checkpoint(model)
+    if max_ram_bytes is not None:
+        demand_model_ram(checkpoint, max_ram_bytes)
+    loaded = load_model(checkpoint, sam=sam, device=device)
     tiling = loaded.recipe.inference
     if overlap is not None:
         tiling = Tiling(overlap=overlap, importance=tiling.importance)
-    max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
     how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
     with progress_bars() as bars:
         result = segment_batch(
@@ -158,26 +182,32 @@ def evaluate(
     tolerance: Annotated[list[float] | None, typer.Option(help="NSD tolerance in mm; repeat it for several.")] = None,
     ct: Annotated[Path | None, typer.Option(help="Folder of the scans, for the pictures.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Take the organ names from this recipe.")] = None,
+    prefer: Prefer = None,
+    assume_ras: AssumeRas = False,
+    force: Force = False,
 ) -> None:
     """Compare segmentations with the truth: Dice, NSD, HD95, volumes, and a report with pictures."""
     from autosam3d.evaluate import evaluate_folder, write_csv, write_json
+    from autosam3d.io import ReadOptions
     from autosam3d.recipe import load_recipe
     from autosam3d.report import write_report
     from autosam3d.scores import counted
 
     tolerances = tuple(tolerance or (1.0,))
-    if not all(0 <= t < 1000 for t in tolerances):
-        raise UsageError("USAGE", "--tolerance", f"expected millimetres from 0, got {tolerances}", "try 1")
+    for mm in tolerances:
+        if not 0 <= mm < 1000:
+            raise UsageError("USAGE", f"--tolerance {mm:g}", "expected 0 to 1000 mm", "try 1")
     labels = load_recipe(recipe).labels if recipe else None
+    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     with progress_bars() as bars:
-        task = bars.add_task("comparing", total=None)
+        comparing = bars.add_task("comparing", total=None)
         result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tolerances, ct_folder=ct,
-                                 progress=lambda done, total: bars.update(task, completed=done, total=total))
+                                 options=options, progress=on_task(bars, comparing))
         _make_folder(out)
         write_csv(result, out / "scores.csv")
         write_json(result, out / "scores.json")
-        bars.update(task, description="drawing the report")
-        write_report(result, out / "report.html")
+        drawing = bars.add_task("drawing the report", total=None)
+        write_report(result, out / "report.html", options=options, progress=on_task(bars, drawing))
     typer.echo(result.summary())
     typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
     if result.missing:
@@ -201,7 +231,7 @@ def prepare(
     with progress_bars() as bars:
         task = bars.add_task("preparing", total=None)
         report = prepare_dataset(plan, source, destination,
-                                 progress=lambda done, total: bars.update(task, completed=done, total=total))
+                                 progress=on_task(bars, task))
     typer.echo(report.summary())
 
 
@@ -214,14 +244,13 @@ def info(
     """Describe a recipe or a trained model: organs, preprocessing, parameters."""
     from autosam3d.recipe import dump_recipe, load_recipe
 
-    path = Path(what)
-    if path.is_dir() or path.suffix == ".json":
-        from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
+    json_path = _checkpoint_of(what)
+    if json_path is not None:
+        from autosam3d.checkpoint import read_meta, recipe_of
         from autosam3d.describe import describe_model
 
         if overrides:
             raise UsageError("USAGE", "--set", "a trained model keeps its recipe", "name a recipe, or leave it out")
-        json_path = find_checkpoint(path)
         typer.echo(dump_recipe(recipe_of(read_meta(json_path), json_path)) if as_yaml else describe_model(json_path))
         return
     from autosam3d.describe import describe_recipe
@@ -266,7 +295,7 @@ def phantom(
     with progress_bars() as bars:
         task = bars.add_task("phantoms", total=train_cases + val_cases + test_cases)
         write_phantom_dataset(folder, train_cases, val_cases, test_cases, seed,
-                              progress=lambda done, total: bars.update(task, completed=done, total=total))
+                              progress=on_task(bars, task))
     typer.echo(f"wrote {train_cases + val_cases + test_cases} cases to {folder}")
 
 
@@ -281,8 +310,11 @@ def demo(
     from autosam3d.demo import run_demo
 
     with TrainingView() as view:
-        summary = run_demo(folder, view.observer, view.task)
-    typer.echo(summary)
+        result = run_demo(folder, view.observer, view.task)
+    if result.stopped_by is not None:
+        typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
+        raise typer.Exit(128 + result.stopped_by)
+    typer.echo(result.summary)
 
 
 def main() -> None:
@@ -351,6 +383,22 @@ def _make_folder(path: Path) -> None:
     except OSError as error:
         raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be made ({error.strerror})",
                             "name another folder") from None
+
+
+def _checkpoint_of(what: str) -> Path | None:
+    """The checkpoint that a path leads to; None where it means a recipe, though a folder may have that name."""
+    path = Path(what)
+    if not path.is_dir() and path.suffix != ".json":
+        return None
+    from autosam3d.checkpoint import find_checkpoint
+    from autosam3d.recipe import recipe_names
+
+    try:
+        return find_checkpoint(path)
+    except CheckpointError:
+        if what in recipe_names():
+            return None
+        raise
 
 
 def _set_threads(threads: int) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def progress_bars() -> Progress:
     return Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                     TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
                     disable=not console.is_terminal)
+
+
+def on_task(bars: Progress, task: Any) -> Callable[[int, int], None]:
+    """What a step calls with (done, total) to move its bar."""
+    return lambda done, total: bars.update(task, completed=done, total=total)
 
 
 class TrainingView:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ CACHE_VERSION = 1
 # Organ voxels kept per case and organ as possible crop centres; more would only repeat their neighbours.
 MAX_CENTERS = 4000
 _ARRAYS = ("voxels", "labels", "centers")
+_DTYPES = {"voxels": np.float16, "labels": np.uint8, "centers": np.int32}
+# Of a cache key, which is their hexadecimal text.
+KEY_BYTES = 16
+# What reading a damaged entry can raise.
+_NO_ENTRY = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ def cache_cases(
 ) -> list[CachedCase]:
     """The preprocessed form of `cases`, from the cache where it is whole, made anew where it is not.
 
+    An exception at any moment, one from a signal handler too, leaves entries that are whole or do not count.
+
+    Args:
+        progress: called before each case, and at the end, with the cases done and their number.
+
     Raises:
         VolumeError: a scan or label map is broken, or the two do not share a grid.
         ResourceError: the cache folder cannot be written.
@@ -85,6 +96,20 @@ def cache_cases(
     if progress:
         progress(len(cases), len(cases))
     return cached
+
+
+def open_cached(cache_dir: Path, key: str, name: str) -> CachedCase:
+    """The entry `key`, which another process of this run has just checked: its arrays are mapped, not read.
+
+    Raises:
+        ResourceError: CACHE, it is not there or not what an entry is.
+    """
+    try:
+        return _map_entry(cache_dir / key, _checked_info(cache_dir / key), name)
+    except _NO_ENTRY:
+        raise ResourceError("CACHE", cache_dir / key, "expected the cache entry that another process of this run has "
+                            "checked, got none or a damaged one", "let all processes of a machine see the same --cache "
+                            "folder, and leave it alone while they train") from None
 
 
 def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> None:
@@ -181,26 +206,37 @@ class StepSampler:
             yield [(self.epoch, int(p), int(indexes[p])) for p in positions[start : start + self.batch_size]]
 
 
-def load_batches(
-    dataset: CropDataset, sampler: StepSampler, num_workers: int, pin_memory: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of crops in the order of `sampler`, cut ahead in other processes, or in a thread without workers."""
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
-                        worker_init_fn=_one_thread if num_workers else None,
-                        prefetch_factor=4 if num_workers else None)
-    if num_workers:
-        yield from loader
-        return
-    batches = iter(loader)
-    with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
+class CropLoader:
+    """Batches of crops in the order that `sampler` has when an iteration begins.
+
+    They are cut ahead by processes that live as long as this object, or in a thread where `num_workers` is 0.
+    """
+
+    def __init__(self, dataset: CropDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> None:
+        # Which crop to cut comes with each item, so the workers know nothing of epochs and outlive them.
+        self._loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
+                                  persistent_workers=num_workers > 0,
+                                  worker_init_fn=_begin_worker if num_workers else None,
+                                  prefetch_factor=4 if num_workers else None)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._loader.num_workers:
+            yield from self._loader
+            return
+        batches = iter(self._loader)
+        with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
             coming = pool.submit(next, batches, None)
-            yield batch
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C and batch systems signal the whole group. Workers go on until the training has saved, and end with it.
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _cut(array: np.ndarray, start: Size, size: Size, margin: Size, fill: Any) -> np.ndarray:
@@ -231,7 +267,7 @@ def _cache_key(case: Case, recipe: Recipe) -> str:
         "labels": sha256_of(case.label_path),
         "table": sorted(_label_table(case, recipe).items()),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[: 2 * KEY_BYTES]
 
 
 def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
@@ -281,17 +317,28 @@ def _open_entry(folder: Path, name: str) -> CachedCase | None:
     if not (folder / "info.json").exists():
         return None
     try:
-        info = json.loads((folder / "info.json").read_text("utf-8"))
-        entry = info["entry"]
-        whole = info["crc"] == _crc_of(entry) and all(_crc(folder / f"{a}.npy") == entry["crc"][a] for a in _ARRAYS)
-        if whole:
-            voxels, labels = (np.load(folder / f"{a}.npy", mmap_mode="r") for a in ("voxels", "labels"))
-            z, y, x = entry["spacing_mm"]
-            return CachedCase(name, voxels, labels, np.load(folder / "centers.npy"), (z, y, x), folder.name)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
+        entry = _checked_info(folder)
+        if all(_crc(folder / f"{a}.npy") == entry["crc"][a] for a in _ARRAYS):
+            return _map_entry(folder, entry, name)
+    except _NO_ENTRY:
         pass
     log.warning("cache of %s is damaged, making it again", name)
     return None
+
+
+def _checked_info(folder: Path) -> dict[str, Any]:
+    info = json.loads((folder / "info.json").read_text("utf-8"))
+    if info["crc"] != _crc_of(info["entry"]):
+        raise ValueError("info.json is not what its checksum says")
+    return info["entry"]
+
+
+def _map_entry(folder: Path, entry: Mapping[str, Any], name: str) -> CachedCase:
+    arrays = {a: np.load(folder / f"{a}.npy", mmap_mode=None if a == "centers" else "r") for a in _ARRAYS}
+    if any(arrays[a].dtype != _DTYPES[a] for a in _ARRAYS) or arrays["voxels"].shape != arrays["labels"].shape:
+        raise ValueError("arrays of other types or shapes")
+    z, y, x = entry["spacing_mm"]
+    return CachedCase(name, arrays["voxels"], arrays["labels"], arrays["centers"], (z, y, x), folder.name)
 
 
 def _crc_of(entry: Any) -> int:

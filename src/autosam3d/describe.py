@@ -6,6 +6,7 @@ from pathlib import Path
 
 from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
 from autosam3d.models.parameters import count_parameters
+from autosam3d.models.spec import VITS
 from autosam3d.recipe import Recipe
 
 
@@ -39,15 +40,19 @@ def describe_recipe(recipe: Recipe) -> str:
 
 
 def describe_parameters(recipe: Recipe) -> str:
-    """Parameters per part, and the two sums: as the paper counts them, and all that are tuned."""
+    """Parameters per part, and the sums: as the paper counts them, with tables as long as SAM's, and as stored."""
     report = count_parameters(recipe.model)
+    vit = VITS[recipe.model.vit]
+    edges = {vit.pretrain_grid if index in vit.taps else vit.pretrain_window for index in range(vit.num_blocks)}
+    rows = "/".join(str(2 * edge - 1) for edge in sorted(edges))
     width = max(len(name) for name in report.parts)
     lines = [f"  {name:{width}}  {count:>13,}" for name, count in report.parts.items()]
     return "\n".join([
         "parameters (with frozen SAM weights)",
         *lines,
-        f"tuned, as the paper counts  {report.paper_counted:,}  (without position tables)",
-        f"tuned, all                  {report.tuned:,}",
+        f"tuned, as the paper counts  {report.paper_counted:,}  without the tables depth_embed and rel_pos_d",
+        f"tuned, tables in full       {report.tuned_full_tables:,}  with both, rel_pos_d in {rows} rows as SAM has",
+        f"tuned, as stored            {report.tuned:,}  with both, rel_pos_d cut to the rows that are read",
         f"frozen                      {report.frozen:,}",
         f"total                       {report.total:,}",
     ])

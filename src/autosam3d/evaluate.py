@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from autosam3d.errors import UsageError, VolumeError
-from autosam3d.io import read_segmentation
+from autosam3d.io import ReadOptions, read_segmentation
+from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
 from autosam3d.metrics import evaluate_case
 from autosam3d.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
@@ -31,6 +32,7 @@ def evaluate_folder(
     labels: LabelMap | Mapping[int, str] | None = None,
     tolerances_mm: Sequence[float] = (1.0,),
     ct_folder: str | Path | None = None,
+    options: ReadOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a folder of predictions, or one file, against the truth.
@@ -43,6 +45,7 @@ def evaluate_folder(
     Args:
         tolerances_mm: of the NSD; the first one is the headline.
         ct_folder: scans for pictures; default the ``images*`` sibling of a ``labels*`` truth folder, if it exists.
+        options: for reading both sides.
         progress: called with (done, total) before the first and after each case.
 
     Raises:
@@ -71,7 +74,7 @@ def evaluate_folder(
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names))
-        cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name)))
+        cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name), options))
     if progress is not None:
         progress(len(names), len(names))
     warnings += naming.warnings
@@ -96,9 +99,11 @@ def case_name(path: str | Path) -> str:
     return name.removesuffix("_0000")
 
 
-def read_pair(case: CaseResult, organs: Mapping[int, str]) -> tuple[Segmentation, Segmentation]:
+def read_pair(
+    case: CaseResult, organs: Mapping[int, str], options: ReadOptions = DEFAULTS
+) -> tuple[Segmentation, Segmentation]:
     """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0."""
-    prediction, truth = read_segmentation(case.prediction_path), read_segmentation(case.truth_path)
+    prediction, truth = (read_segmentation(path, options) for path in (case.prediction_path, case.truth_path))
     naming = _Naming(organs, case.truth_path.parent, drop_unknown=True)
     pair = naming.resolve(case.name, prediction, truth, (case.prediction_path, case.truth_path))[:2]
     return replace(prediction, labels=pair[0], organs=dict(organs)), replace(truth, labels=pair[1], organs=dict(organs))
@@ -180,9 +185,9 @@ class _Naming:
 
 def _evaluate_pair(
     name: str, prediction_path: Path, truth_path: Path, naming: _Naming, tolerances_mm: tuple[float, ...],
-    ct_path: Path | None,
+    ct_path: Path | None, options: ReadOptions,
 ) -> CaseResult:
-    prediction, truth = read_segmentation(prediction_path), read_segmentation(truth_path)
+    prediction, truth = (read_segmentation(path, options) for path in (prediction_path, truth_path))
     if prediction.shape != truth.shape:
         raise VolumeError("SHAPE", prediction_path, f"expected {_axes(truth.shape)} voxels (z, y, x) as the truth has, "
                           f"got {_axes(prediction.shape)}", "resample the prediction onto the grid of its truth")
@@ -261,7 +266,10 @@ def _annotated(path: Path) -> dict[str, set[str]] | None:
 
 
 def _values(labels: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.bincount(labels.ravel()))
+    seen = np.zeros(int(labels.max(initial=0)) + 1, bool)
+    for plane in labels:  # a slice at a time: indexes of eight bytes are made of its voxels
+        seen[plane] = True
+    return np.flatnonzero(seen)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from autosam3d.errors import CheckpointError, ResourceError
-from autosam3d.io.memory import size_text
+from autosam3d.io.memory import resident_bytes, size_text
 from autosam3d.memory import MemoryPlan, estimate_ram_bytes, fit_memory
 from autosam3d.patches import Size, Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
 from autosam3d.preprocess import Box, Undo, plan_grid, prepare_ct
@@ -55,7 +55,8 @@ class SegmentOptions:
     """Take windows that hold nothing above the HU window's lower end as background, unseen. Not proven harmless
     for every model, so off."""
     max_ram_bytes: int | None = None
-    """Memory for scan, model activations and result; None takes what is free."""
+    """Most memory that the whole process may hold: program, weights, scan, activations, result. None takes what is
+    free."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -108,8 +109,19 @@ def segment_with(
     prepared = prepare_ct(volume, recipe.preprocess, undo)
     walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, options.skip_air, memory)
     labels = restore_labels(walk.slabs(prepared.voxels, progress), undo, predictor.num_outputs)
-    warnings = (*volume.warnings, *([_HALF_WARNING] if memory.half else []))
+    warnings = (*volume.warnings, *_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else []))
     return Segmentation(labels, volume.affine, volume.source, dict(recipe.labels.by_index), warnings)
+
+
+def _small_scan(undo: Undo, predictor: Predictor) -> list[str]:
+    """A warning where the scan does not fill one window: the model has seldom seen so much air, or none in training."""
+    if all(n >= p for n, p in zip(undo.prepared_shape, predictor.patch_size, strict=True)):
+        return []
+    scan, window = (" x ".join(map(str, shape)) for shape in (undo.prepared_shape, predictor.patch_size))
+    warning = (f"The scan is smaller than the model's window ({scan} of {window} voxels, cropped and resampled): air "
+               "was put around it.")
+    _log.warning("%s", warning)
+    return [warning]
 
 
 def label_prepared(
@@ -146,12 +158,15 @@ def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions) -> Me
         ResourceError: MEMORY, no way fits.
     """
     padded = tuple(max(n, p) for n, p in zip(undo.prepared_shape, predictor.patch_size, strict=True))
+    activations = {size: predictor.activation_bytes(size) for size in (options.batch_size, 1)}
+    # Asked last, since the dry run behind the activations loads modules of its own.
+    held = max(0, resident_bytes() - 4 * math.prod(undo.native_shape))
     wish, smaller = (
         estimate_ram_bytes(
             undo.native_shape, padded, predictor.num_outputs, predictor.patch_size,  # type: ignore[arg-type]
-            predictor.activation_bytes(batch_size), batch_size,
+            activations[size], size, held,
         )
-        for batch_size in (options.batch_size, 1)
+        for size in (options.batch_size, 1)
     )
     where = f"scan of {' x '.join(map(str, undo.native_shape))} voxels"
     return fit_memory(wish, smaller, options.max_ram_bytes, where)

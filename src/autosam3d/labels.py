@@ -25,7 +25,8 @@ _KNOWN: dict[str, tuple[Rgb, str]] = {
     "stomach": ((95, 190, 170), "69695003"),
     "aorta": ((230, 20, 30), "15825003"),
     "inferior_vena_cava": ((30, 80, 220), "64131007"),
-    "portal_and_splenic_veins": ((80, 170, 245), "32764006"),
+    # Two veins in one label: the concepts at hand (32764006, portal vein; 35819009, splenic vein) name one each.
+    "portal_and_splenic_veins": ((80, 170, 245), ""),
     "pancreas": ((250, 215, 80), "15776009"),
     "right_adrenal_gland": ((20, 150, 80), "29392005"),
     "left_adrenal_gland": ((170, 220, 60), "12003004"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autosam3d.errors import ResourceError
-from autosam3d.io.memory import available_ram_bytes, size_text
+from autosam3d.io.memory import available_ram_bytes, demand_ram, size_text
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ Size = tuple[int, int, int]
 
 # Allocator rounding, Python, and arrays too small to be counted.
 _MARGIN = 1.1
+# What libraries load and threads claim at their first use, after the plan: with torch 2.13 on a CPU 10 to 25 MiB.
+_FIRST_USE_BYTES = 32 << 20
 # File systems that live in memory: an accumulator there would save nothing.
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 
@@ -28,6 +30,8 @@ _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs", "devtmpfs"}
 class MemoryPlan:
     """Bytes per part of the way, at the moment when all parts exist together."""
 
+    process: int = 0
+    """What the process holds already beside the scan: interpreter, libraries, weights."""
     scan: int
     """The volume itself, which the caller holds."""
     prepared: int
@@ -46,18 +50,46 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """Of the whole process."""
         parts = self.scan + self.prepared + self.accumulator + self.slabs + self.labels + self.predict
-        return math.ceil(parts * _MARGIN)
+        return self.process + _FIRST_USE_BYTES + math.ceil(parts * _MARGIN)
 
     def __str__(self) -> str:
-        parts = ("scan", "prepared", "accumulator", "slabs", "labels", "predict")
+        parts = ("process", "scan", "prepared", "accumulator", "slabs", "labels", "predict")
         sums = "on disk" if self.scratch else "float16" if self.half else "float32"
         listed = ", ".join(f"{name} {size_text(getattr(self, name))}" for name in parts)
         return f"{size_text(self.total)} ({listed}; batch {self.batch_size}, sums {sums})"
 
 
+def demand_model_ram(json_path: Path, max_ram_bytes: int) -> None:
+    """Refuse to load a model whose weights alone do not fit; nothing is read but its JSON.
+
+    Args:
+        json_path: of a checkpoint.
+        max_ram_bytes: the limit for the whole process.
+
+    Raises:
+        ResourceError: MEMORY.
+        CheckpointError: the JSON is none of a model.
+    """
+    from autosam3d.checkpoint import read_meta, recipe_of  # torch, which other runtimes do without
+    from autosam3d.models.parameters import count_parameters
+
+    meta = read_meta(json_path)
+    try:
+        network_bytes = 4 * count_parameters(recipe_of(meta, json_path).model).total
+    except RuntimeError:
+        return  # sizes that no tensor can have: loading will say so
+    # The tensors of the files (this one, and SAM's where it is apart) and the network that they are copied into.
+    size = meta["weights"].get("bytes")
+    file_bytes = max(size if isinstance(size, int) else 0, network_bytes)
+    demand_ram(network_bytes + file_bytes, json_path, max_ram_bytes, work="loading the model",
+               remedy="take a smaller model or a machine with more memory")
+
+
 def estimate_ram_bytes(
-    native_shape: Size, padded_shape: Size, num_outputs: int, patch_size: Size, predict_bytes: int, batch_size: int = 1
+    native_shape: Size, padded_shape: Size, num_outputs: int, patch_size: Size, predict_bytes: int, batch_size: int = 1,
+    process_bytes: int = 0,
 ) -> MemoryPlan:
     """What `segment` will hold at its widest, with sums in float32 in memory.
 
@@ -68,9 +100,11 @@ def estimate_ram_bytes(
         patch_size: of the windows.
         predict_bytes: what the predictor needs beside its input and output for one batch.
         batch_size: windows per call of the predictor.
+        process_bytes: what the process holds at this moment beside the scan.
     """
     plane, native_plane = math.prod(padded_shape[1:]), math.prod(native_shape[1:])
     return MemoryPlan(
+        process=process_bytes,
         scan=4 * math.prod(native_shape),
         prepared=4 * math.prod(padded_shape),
         accumulator=4 * (num_outputs + 1) * patch_size[0] * plane,
@@ -89,14 +123,17 @@ def fit_memory(plan: MemoryPlan, smaller_batch: MemoryPlan, max_ram_bytes: int |
     Args:
         plan: the wish.
         smaller_batch: the same with one window per batch.
-        max_ram_bytes: the limit for all parts, the scan included; None takes what the machine has free.
+        max_ram_bytes: the limit for the whole process; None takes what the machine has free beside what the process
+            holds already.
         where: named in the error.
 
     Raises:
-        ResourceError: MEMORY, with the bytes needed at least and those allowed.
+        ResourceError: MEMORY, with the bytes needed at least and those allowed: of the whole process where there is
+            a limit for it, else beside what it holds already.
     """
-    free = available_ram_bytes()
-    allowed = max_ram_bytes if max_ram_bytes is not None else None if free is None else free + plan.scan
+    held = plan.process + plan.scan
+    free = available_ram_bytes() if max_ram_bytes is None else None
+    allowed = max_ram_bytes if max_ram_bytes is not None else None if free is None else free + held
     smallest = plan
     for choice in _choices(plan, smaller_batch):
         if allowed is None or choice.total <= allowed:
@@ -106,11 +143,14 @@ def fit_memory(plan: MemoryPlan, smaller_batch: MemoryPlan, max_ram_bytes: int |
                 _log.info("memory planned: %s", choice)
             return choice
         smallest = min(smallest, choice, key=lambda c: c.total)
-    assert allowed is not None
+    if free is not None:
+        needed, there = f"{size_text(smallest.total - held)} more memory", f"{size_text(free)} are free"
+    else:
+        assert max_ram_bytes is not None
+        needed = f"{size_text(smallest.total)} of memory"
+        there = f"{size_text(plan.process)} of them for the program itself, {size_text(max_ram_bytes)} are allowed"
     raise ResourceError(
-        "MEMORY", where,
-        f"needs {size_text(smallest.total)} of memory at least, {size_text(allowed)} "
-        + ("are free" if max_ram_bytes is None else "are allowed"),
+        "MEMORY", where, f"needs {needed} at least, {there}",
         "use a machine with more memory, crop the scan, or take a model with smaller patches",
     )
 

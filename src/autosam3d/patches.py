@@ -125,22 +125,6 @@ def gaussian_importance(patch_size: Sequence[int]) -> np.ndarray:
     return np.maximum(weights / weights.max(), _IMPORTANCE_FLOOR).astype(np.float32)
 
 
-def crop_at(array: np.ndarray, center: Sequence[int], patch_size: Sequence[int], fill: float = 0.0) -> np.ndarray:
-    """A patch [..., z, y, x] around a voxel, moved inside the array where it fits, as windows at inference are.
-
-    An axis shorter than the patch is padded on both sides with `fill`, as `pad_to` does.
-
-    Returns:
-        A copy of shape [..., *patch_size].
-    """
-    starts = (
-        min(max(0, c - p // 2), max(0, n - p)) for c, p, n in zip(center, patch_size, array.shape[-3:], strict=True)
-    )
-    crop = array[(..., *(slice(s, s + p) for s, p in zip(starts, patch_size, strict=True)))]
-    padded, padding = pad_to(crop, patch_size, fill)
-    return padded.copy() if padding.is_empty else padded
-
-
 class Stitcher:
     """Weighted mean of overlapping windows, rolling along z.
 

@@ -319,13 +319,15 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read_text(source: str | Path) -> tuple[str, str]:
     path = Path(source)
-    # os.path.exists, unlike Path.exists, also says no to a name that no file system could hold.
-    if isinstance(source, str) and path.suffix not in (".yaml", ".yml") and not os.path.exists(path):  # noqa: PTH110
-        if source not in recipe_names():
+    if isinstance(source, str) and path.suffix not in (".yaml", ".yml"):
+        # Before any file: a folder that happens to have the name of a recipe, such as its dataset's, is not meant.
+        if source in recipe_names():
+            return resources.files("autosam3d.recipes").joinpath(f"{source}.yaml").read_text("utf-8"), source
+        # os.path.exists, unlike Path.exists, also says no to a name that no file system could hold.
+        if not os.path.exists(path):  # noqa: PTH110
             near = difflib.get_close_matches(source, recipe_names(), 1)
             hint = f"did you mean {near[0]}?" if near else f"the package has {', '.join(recipe_names())}"
             raise RecipeError("NO_RECIPE", source, "no recipe of this name and no such file", hint)
-        return resources.files("autosam3d.recipes").joinpath(f"{source}.yaml").read_text("utf-8"), source
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

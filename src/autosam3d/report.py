@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +16,9 @@ from markupsafe import Markup
 from autosam3d import __version__
 from autosam3d.errors import AutoSam3dError
 from autosam3d.evaluate import read_pair
-from autosam3d.io import read_ct
+from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import write_text_atomic
+from autosam3d.io.options import DEFAULTS
 from autosam3d.metrics import ABSENT_RULE, HD95_RULE
 from autosam3d.overlay import SOFT_TISSUE, draw_planes, encode, organ_color, overlay_png
 from autosam3d.preprocess import HuWindow
@@ -41,10 +42,21 @@ class _Picture:
     note: str
 
 
-def write_report(evaluation: Evaluation, path: str | Path, *, hu_window: HuWindow = SOFT_TISSUE) -> None:
+def write_report(
+    evaluation: Evaluation,
+    path: str | Path,
+    *,
+    hu_window: HuWindow = SOFT_TISSUE,
+    options: ReadOptions = DEFAULTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Write the page atomically. Pictures are drawn from the files of the evaluation, read anew.
 
     A case whose files cannot be read any more is shown without picture, one whose CT cannot be read is shown on black.
+
+    Args:
+        options: for reading, those of the evaluation.
+        progress: called with (pictures drawn, pictures in all).
     """
     environment = Environment(
         loader=PackageLoader("autosam3d"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -54,7 +66,8 @@ def write_report(evaluation: Evaluation, path: str | Path, *, hu_window: HuWindo
     cases = sorted(evaluation.cases, key=lambda case: (math.isnan(case.dice), case.dice, case.name))
     summary = evaluation.summary()
     page = environment.get_template("report.html.j2").render(
-        evaluation=evaluation, summary=summary, cases=cases, pictures=_pictures(evaluation, hu_window),
+        evaluation=evaluation, summary=summary, cases=cases,
+        pictures=_pictures(evaluation, hu_window, options, progress),
         colors={label: organ_color(label, organ) for label, organ in evaluation.organs.items()},
         strips={o.label: _strip(evaluation, o.label, o.dice) for o in summary.organs},
         by_organ={case.name: {score.label: score for score in case.scores} for case in cases},
@@ -64,7 +77,9 @@ def write_report(evaluation: Evaluation, path: str | Path, *, hu_window: HuWindo
     write_text_atomic(path, page)
 
 
-def _pictures(evaluation: Evaluation, hu_window: HuWindow) -> list[_Picture]:
+def _pictures(
+    evaluation: Evaluation, hu_window: HuWindow, options: ReadOptions, progress: Callable[[int, int], None] | None
+) -> list[_Picture]:
     """Best, median and worst case by mean Dice; fewer where there are fewer cases."""
     ranked = sorted((c for c in evaluation.cases if not math.isnan(c.dice)), key=lambda case: case.dice)
     if not ranked:
@@ -72,15 +87,24 @@ def _pictures(evaluation: Evaluation, hu_window: HuWindow) -> list[_Picture]:
     chosen = {"Worst": ranked[0], "Median": ranked[len(ranked) // 2], "Best": ranked[-1]}
     if len(ranked) < 3:
         chosen = {"Worst": ranked[0], "Best": ranked[-1]} if len(ranked) == 2 else {"Only": ranked[0]}
-    return [_picture(f"{rank} case", case, evaluation, hu_window) for rank, case in reversed(chosen.items())]
+    pictures = []
+    for rank, case in reversed(chosen.items()):
+        if progress is not None:
+            progress(len(pictures), len(chosen))
+        pictures.append(_picture(f"{rank} case", case, evaluation, hu_window, options))
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    return pictures
 
 
-def _picture(title: str, case: CaseResult, evaluation: Evaluation, hu_window: HuWindow) -> _Picture:
+def _picture(
+    title: str, case: CaseResult, evaluation: Evaluation, hu_window: HuWindow, options: ReadOptions
+) -> _Picture:
     at_errors = title.startswith("Worst")
     how = "slices with most wrong voxels" if at_errors else "slices where the organs show largest"
     try:
-        prediction, truth = read_pair(case, evaluation.organs)
-        volume, note = _scan(case, hu_window)
+        prediction, truth = read_pair(case, evaluation.organs, options)
+        volume, note = _scan(case, hu_window, options)
         if volume is not None and not same_grid(volume, truth):
             volume, note = None, "the CT lies on another grid and is not shown"
         planes = draw_planes(volume, prediction, truth=truth, organs=evaluation.organs, at_errors=at_errors,
@@ -92,11 +116,11 @@ def _picture(title: str, case: CaseResult, evaluation: Evaluation, hu_window: Hu
     return _Picture(title, case, how, encoded, note)
 
 
-def _scan(case: CaseResult, hu_window: HuWindow) -> tuple[Volume | None, str]:
+def _scan(case: CaseResult, hu_window: HuWindow, options: ReadOptions) -> tuple[Volume | None, str]:
     if case.ct_path is None:
         return None, "no CT was given, so the labels are on black"
     try:
-        return read_ct(case.ct_path), f"window {hu_window.low_hu:g} to {hu_window.high_hu:g} HU"
+        return read_ct(case.ct_path, options), f"window {hu_window.low_hu:g} to {hu_window.high_hu:g} HU"
     except AutoSam3dError as error:
         log.warning("%s: the picture has no CT: %s", case.name, error)
         return None, f"the CT could not be read ({error.code})"

@@ -21,9 +21,11 @@ _log = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]
 """Voxels (z, y, x)."""
-# The CPU kernels keep copies of tensors and weights in their own layout: resident growth measured was 1.04 (SwinUNETR
-# 64^3), 1.28 (two convolutions 96^3) and 1.54 times (nnU-Net's network 96^3) the live tensors.
-_ONEDNN_FACTOR = 1.5
+# The CPU kernels keep copies of tensors and weights in their own layout, and the allocator keeps what it has freed:
+# resident growth measured was 1.04 (SwinUNETR 64^3), 1.28 (two convolutions 96^3), 1.54 (nnU-Net's network 96^3) and,
+# less the 32 MiB that `memory` sets aside, 1.7 (AutoSAM vit_tiny 48^3) and 2.1 times (AutoSAM ViT-B 64^3, float32) the
+# live tensors.
+_KERNEL_FACTOR = 2.0
 
 
 class Predictor(Protocol):
@@ -64,7 +66,10 @@ def pick_device(wish: str) -> str:
         raise UsageError("DEVICE", wish, "expected auto, cpu, cuda, cuda:N or mps", "name one of these") from None
     count = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
     if device.type not in ("cpu", "cuda", "mps") or (device.type != "cpu" and (device.index or 0) >= count):
-        raise UsageError("DEVICE", wish, f"this machine has {count} devices of this kind", "take cpu, or auto")
+        there = ", ".join(f"{device.type}:{i}" for i in range(count)) or "no such device"
+        raise UsageError("DEVICE", wish, f"expected a device that PyTorch can use here, it finds {there}",
+                         "take auto or cpu" + (" (for a GPU, its driver and a CUDA build of PyTorch must be installed)"
+                                               if device.type == "cuda" and not count else ""))
     return str(device)
 
 
@@ -161,19 +166,23 @@ class TorchPredictor:
         """Peak of live tensors of a forward pass on the CPU, found by running it on tensors without data."""
         if self.device.type != "cpu":
             return 0
+        import torch
+
         if batch_size not in self._activation_bytes:
             try:
-                peak = _peak_bytes(self._network, (batch_size, 1, *self.patch_size))
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+                    peak = _peak_bytes(self._network, (batch_size, 1, *self.patch_size))
             except RuntimeError as error:
                 # Networks that branch on values, or operators that have no dry run.
                 _log.info("the memory of the network cannot be foreseen: %s", type(error).__name__)
                 peak = 0
-            self._activation_bytes[batch_size] = int(_ONEDNN_FACTOR * peak)
+            self._activation_bytes[batch_size] = int(_KERNEL_FACTOR * peak)
         return self._activation_bytes[batch_size]
 
 
 def _peak_bytes(network: torch.nn.Module, shape: tuple[int, ...]) -> int:
-    """Most bytes of results alive at once in ``softmax(network(zeros(shape)))``; weights are not counted."""
+    """Most bytes of results alive at once in ``softmax(network(zeros(shape)))``; weights are counted where they are
+    cast to another type."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -204,5 +213,5 @@ def _peak_bytes(network: torch.nn.Module, shape: tuple[int, ...]) -> int:
             self.live -= num_bytes
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        torch.softmax(network(torch.zeros(shape)), dim=1)
+        torch.softmax(network(torch.zeros(shape)).float(), dim=1)
         return meter.peak

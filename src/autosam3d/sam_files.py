@@ -6,12 +6,14 @@ must be stored plainly, and no size is believed that the file cannot hold.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import pickle
 import re
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ _log = logging.getLogger(__name__)
 _SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_PATIENCE_S = 5.0
+"""For the hub's first answer."""
 _NESTED = ("model", "state_dict", "model_state_dict")
 """Where training scripts put the weights beside optimiser and epoch."""
 _GET_A_FILE = (
-    "download it where there is a network (sam_vit_b_01ec64.pth, medsam_vit_b.pth, or model.safetensors of the hub) "
-    "and pass its path"
+    "download sam_vit_b_01ec64.pth, medsam_vit_b.pth or the hub's model.safetensors where there is a network, copy it "
+    "to this machine and give --sam its path"
 )
 
 
@@ -67,19 +71,19 @@ def _locate(source: str | Path) -> Path:
     if path.exists():
         raise CheckpointError("NOT_FOUND", path, "expected a regular file", "name a weight file")
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in _SUFFIXES:
-        return _download(source)
+        return _from_hub(source)
     raise CheckpointError(
         "NOT_FOUND", path, "no such file", "check the path, or give a hub id such as facebook/sam-vit-base"
     )
 
 
-def _download(hub_id: str) -> Path:
+def _from_hub(hub_id: str) -> Path:
+    """The weight file of a hub id: out of the hub's cache on this machine, else downloaded into it."""
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
+            HFValidationError,
             RemoteEntryNotFoundError,
             RepositoryNotFoundError,
         )
@@ -87,21 +91,78 @@ def _download(hub_id: str) -> Path:
         raise MissingExtraError(
             "EXTRA", hub_id, "the hub needs huggingface_hub", "pip install 'autosam3d[sam]', or pass the path of a file"
         ) from None
-    for name in _HUB_FILES:
+    with _quiet_hub():
         try:
-            return Path(hf_hub_download(hub_id, name))
-        except RemoteEntryNotFoundError:
-            continue
-        except (GatedRepoError, RepositoryNotFoundError):
+            for name in _HUB_FILES:
+                cached = try_to_load_from_cache(hub_id, name)
+                if isinstance(cached, str):
+                    return Path(cached)
+            if constants.HF_HUB_OFFLINE:
+                raise _offline(hub_id, "HF_HUB_OFFLINE forbids asking the hub")
+            name = _name_on_hub(hub_id)
+            _log.warning("downloading %s of %s", name, hub_id)
+            return Path(hf_hub_download(hub_id, name, etag_timeout=_HUB_PATIENCE_S))
+        except (GatedRepoError, RepositoryNotFoundError, HFValidationError):
             raise CheckpointError(
                 "NOT_FOUND", hub_id, "the hub has no such model, or not for this user", _GET_A_FILE
             ) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        except RemoteEntryNotFoundError:
             raise CheckpointError(
-                "OFFLINE", hub_id,
-                f"the hub cannot be reached and {name} is not in its cache here ({type(error).__name__})", _GET_A_FILE,
+                "NOT_FOUND", hub_id, f"the hub's model has neither {' nor '.join(_HUB_FILES)}", _GET_A_FILE
             ) from None
-    raise CheckpointError("NOT_FOUND", hub_id, f"the hub's model has neither {' nor '.join(_HUB_FILES)}", _GET_A_FILE)
+        except _network_faults() as error:
+            raise _offline(hub_id, f"the hub cannot be reached ({type(error).__name__})") from None
+
+
+def _name_on_hub(hub_id: str) -> str:
+    """The first of the usual names that the hub has. Asked once and briefly: a download itself tries a hub that is
+    not there again and again, for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    *others, last = _HUB_FILES
+    for name in others:
+        try:
+            get_hf_file_metadata(hf_hub_url(hub_id, name), timeout=_HUB_PATIENCE_S)
+        except RemoteEntryNotFoundError:
+            continue
+        return name
+    get_hf_file_metadata(hf_hub_url(hub_id, last), timeout=_HUB_PATIENCE_S)
+    return last
+
+
+def _network_faults() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where there is no way to the hub; its HTTP library differs between versions."""
+    from huggingface_hub.errors import FileMetadataError
+
+    http = (getattr(sys.modules.get(name), "HTTPError", None) for name in ("httpx2", "httpx", "requests"))
+    return (OSError, FileMetadataError, *(fault for fault in http if fault is not None))
+
+
+def _offline(hub_id: str, fault: str) -> CheckpointError:
+    from huggingface_hub import constants
+
+    return CheckpointError(
+        "OFFLINE", hub_id, f"{fault}, and its cache {constants.HF_HUB_CACHE} has no {' or '.join(_HUB_FILES)} of it",
+        _GET_A_FILE,
+    )
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's own warnings and bars: what has to be said, one line of ours says."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, had_bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            enable_progress_bars()
 
 
 def _sha256(path: Path) -> str:
@@ -132,6 +193,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _read_torch(path: Path) -> Any:
+    import safetensors
+
     is_zip = _check_container(path)
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True if is_zip else None)
@@ -145,6 +208,9 @@ def _read_torch(path: Path) -> Any:
                 "get the weights from their publisher, best as .safetensors",
             ) from None
         raise _corrupt(path, "the pickled part cannot be read") from None
+    except safetensors.SafetensorError:
+        # Newer versions of torch go by the name of the file, whatever it holds.
+        raise _corrupt(path, "named as a safetensors file, and is none") from None
     except (RuntimeError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError, OSError) as error:
         raise _corrupt(path, f"cannot be read as PyTorch weights ({type(error).__name__})") from None
 

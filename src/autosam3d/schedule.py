@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from autosam3d.errors import RecipeError
 from autosam3d.recipe import Optim
 
 # The public code warms up by exp(10 * (e / warmup - 1)): from 4.5e-5 of the full rate to all of it.
@@ -28,3 +29,14 @@ def learning_rate(epoch: float, epochs: int, optim: Optim) -> float:
         span = max(epochs - optim.warmup_epochs, 1)
         return optim.lr * _EXPONENTIAL_END ** ((epoch - optim.warmup_epochs) / span)
     return optim.lr * max(1 - epoch / epochs, 0.0) ** _POLY_POWER
+
+
+def demand_full_rate(optim: Optim, epochs: int) -> None:
+    """Refuse a run that ends before its warm-up: it would never see the rate that its recipe names.
+
+    Raises:
+        RecipeError: BAD_VALUE.
+    """
+    if optim.warmup_epochs >= epochs:
+        raise RecipeError("BAD_VALUE", "recipe: optim.warmup_epochs", f"expected fewer epochs than the {epochs} of "
+                          f"train.epochs, got {optim.warmup_epochs}", "lower it, 0 for no warm-up, or train longer")

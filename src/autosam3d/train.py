@@ -1,7 +1,8 @@
 """Training: one plain loop. START with `train`, which is the whole run from top to bottom.
 
 Everything random is drawn from (seed, epoch, position), so a run that was stopped anywhere and started again ends
-with the same weights as one that was not.
+with the same weights as one that was not. A stop gives up the step or the validation at work and saves what was
+before it; several processes agree on it, between two steps and after each window of a validation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosam3d.data import CachedCase, CropDataset, StepSampler, cache_cases, demand_organs, load_batches
+from autosam3d.data import (
+    KEY_BYTES,
+    CachedCase,
+    CropDataset,
+    CropLoader,
+    StepSampler,
+    cache_cases,
+    demand_organs,
+    open_cached,
+)
 from autosam3d.dataset import CaseSet
 from autosam3d.errors import CheckpointError
 from autosam3d.inference import label_prepared
@@ -30,21 +40,22 @@ from autosam3d.patches import Tiling
 from autosam3d.recipe import Recipe
 from autosam3d.runlog import RunLog
 from autosam3d.runtime import TorchPredictor
-from autosam3d.schedule import learning_rate
+from autosam3d.schedule import demand_full_rate, learning_rate
+from autosam3d.stopping import Interrupted, StopRequest
 from autosam3d.training_run import (
-    Interrupted,
     Observer,
     Run,
-    StopRequest,
     build_fabric,
     copy_into,
     demand_space,
+    hold_run_folder,
     local_ranks,
     prepare_run_folder,
     resume,
     save_model,
     save_state,
     start_run,
+    warnings_of_one_rank,
 )
 
 log = logging.getLogger(__name__)
@@ -53,11 +64,13 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class TrainResult:
     stopped_by: int | None
-    """The signal that stopped the run, which resumes where it stood; None when it is finished."""
+    """The signal that stopped the run, the same in all processes; None when it is finished."""
     epoch: int
     best_dice: float | None
     """Mean validation Dice of the best checkpoint; None without validation cases."""
     seconds: float
+    rank: int = 0
+    """Of this process; the first one, 0, speaks for all."""
 
 
 def train(
@@ -72,6 +85,10 @@ def train(
 ) -> TrainResult:
     """Train, or go on training, the AutoSAM of `recipe` on `cases`.
 
+    SIGTERM, Ctrl-C and SIGUSR1 save and return; the same call goes on from there. In one process the stop comes
+    within an operation of the network and the time to save. Several processes stop at the end of the step, or of the
+    window of a validation, that they are in.
+
     Args:
         run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe.
         sam: SAM weights, a file or a Hugging Face id. None trains everything from scratch.
@@ -79,78 +96,86 @@ def train(
         cache_dir: for preprocessed cases; default ``run_folder/cache``.
 
     Raises:
-        UsageError: the folder holds a run of another recipe or SAM file, or the device is absent.
+        UsageError: the folder holds a run of another recipe or SAM file, or another process trains there; the device
+            is absent; the recipe's warm-up is as long as its training.
         VolumeError: a case is broken, an organ is nowhere, or the cases are not those that the run began with.
         CheckpointError: the SAM file does not fit; the saved state cannot be read; the loss stayed non-finite (the
             last good state is kept).
         ResourceError: the disk is full or not writable.
     """
-    observer = observer or Observer()
+    demand_full_rate(recipe.optim, recipe.train.epochs)
     fabric = build_fabric(device, recipe.train.precision)
-    if not fabric.is_global_zero:
-        observer = Observer()
-    prepare_run_folder(run_folder, recipe, fabric)
-    stop = StopRequest()
-    with stop.listen():
-        # What can be wrong at once comes before the cases, which may take an hour to prepare.
-        run = start_run(recipe, fabric, run_folder, sam, stop, observer)
-        demand_space(run)
+    observer = observer if observer and fabric.is_global_zero else Observer()
+    stop = StopRequest(echo_s=2.0 if fabric.world_size > 1 else 0.0)
+    with warnings_of_one_rank(fabric), hold_run_folder(run_folder, fabric), stop.listen():
+        prepare_run_folder(run_folder, recipe, fabric)
         try:
-            train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir or run_folder / "cache")
+            with stop.at_once():
+                # What can be wrong at once comes before the cases, which may take an hour to prepare.
+                run = start_run(recipe, fabric, run_folder, sam, stop, observer)
+                demand_space(run)
+                train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir or run_folder / "cache")
+                demand_organs(train_cases, recipe, cases.folder)
+                keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
+                run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+                resume(run)
         except Interrupted:
-            return TrainResult(stop.signal, 0, None, 0.0)
-        demand_organs(train_cases, recipe, cases.folder)
-        keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
-        run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+            return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
         sampler = StepSampler(dataset, recipe.train.batch_size, fabric.global_rank, fabric.world_size)
-        resume(run)
+        loader = CropLoader(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
         runlog = RunLog(run_folder, run.progress.global_step, enabled=fabric.is_global_zero)
         try:
-            return _train_epochs(run, dataset, sampler, val_cases, runlog)
+            _train_epochs(run, loader, sampler, val_cases, runlog)
+        except Interrupted:
+            pass
         finally:
             runlog.close()
+        return _leave(run)
 
 
 def _train_epochs(
-    run: Run, dataset: CropDataset, sampler: StepSampler, val_cases: list[CachedCase], runlog: RunLog
-) -> TrainResult:
+    run: Run, loader: CropLoader, sampler: StepSampler, val_cases: list[CachedCase], runlog: RunLog
+) -> None:
     recipe, progress = run.recipe, run.progress
     while progress.epoch < recipe.train.epochs:
-        if not _train_steps(run, dataset, sampler, runlog):
-            return _leave(run)
+        _train_steps(run, loader, sampler, runlog)
         last = progress.epoch + 1 == recipe.train.epochs
-        if last or (progress.epoch + 1) % recipe.train.validate_every == 0:
-            try:
-                _validate_and_keep(run, val_cases, runlog)
-            except Interrupted:
-                return _leave(run)
+        validated = last or (progress.epoch + 1) % recipe.train.validate_every == 0
+        if validated:
+            _validate_and_keep(run, val_cases, runlog)
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        if last or progress.epoch % recipe.train.validate_every == 0:
+        if validated:
             save_state(run)
-    return _leave(run)
 
 
 def _leave(run: Run) -> TrainResult:
     progress = run.progress
     finished = progress.epoch >= run.recipe.train.epochs
-    if not finished:
+    # A stop during a save, or before the first step after it, finds the state on disk already.
+    if not finished and (run.saved is None or replace(run.saved, seconds=progress.seconds) != progress):
         save_state(run)
     best = progress.best_dice if progress.best_dice >= 0 else None
-    return TrainResult(None if finished else run.stop.signal, progress.epoch, best, progress.seconds)
+    signal = None if finished else run.stop.signal
+    return TrainResult(signal, progress.epoch, best, progress.seconds, run.fabric.global_rank)
 
 
-def _train_steps(run: Run, dataset: CropDataset, sampler: StepSampler, runlog: RunLog) -> bool:
-    """The remaining steps of the current epoch. False when a stop was asked for."""
+def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: RunLog) -> None:
+    """The remaining steps of the current epoch.
+
+    Raises:
+        Interrupted: a stop was asked for; `run` is as it was after its last whole step.
+        CheckpointError: NONFINITE.
+    """
     recipe, progress, fabric = run.recipe, run.progress, run.fabric
     sampler.epoch, sampler.first_step = progress.epoch, progress.step_in_epoch
+    run.demand_no_stop()
     if len(sampler) == 0:
-        return not run.should_stop()
-    batches = load_batches(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
+        return
     run.wrapped.train()
     total = sampler.steps_per_epoch * recipe.train.epochs
     mark = time.perf_counter()
-    for voxels, labels in batches:
+    for voxels, labels in loader:
         waited = time.perf_counter() - mark
         rate = _set_learning_rate(run, sampler.steps_per_epoch)
         values, good = train_step(run, voxels.to(fabric.device, non_blocking=True), labels.to(fabric.device))
@@ -160,7 +185,7 @@ def _train_steps(run: Run, dataset: CropDataset, sampler: StepSampler, runlog: R
             raise CheckpointError(
                 "NONFINITE", run.folder, f"the loss was not finite for {run.bad_steps} steps in a row at step "
                 f"{progress.global_step + 1}; the last good state is kept",
-                "lower optim.lr or use train.precision=fp32")
+                "start in a new folder (--out) with a lower optim.lr or train.precision=fp32")
         progress.step_in_epoch += 1
         progress.global_step += 1
         took = time.perf_counter() - mark
@@ -168,12 +193,10 @@ def _train_steps(run: Run, dataset: CropDataset, sampler: StepSampler, runlog: R
         values |= {"lr": rate, "seconds": took, "data_wait": waited / took}
         runlog.step(progress.epoch, progress.global_step, values)
         run.observer.on_step(progress.global_step, total, values)
-        if run.should_stop():
-            return False
+        run.demand_no_stop()
         if progress.global_step % recipe.train.save_every_steps == 0:
             save_state(run)
         mark = time.perf_counter()
-    return True
 
 
 def train_step(run: Run, voxels: Tensor, labels: Tensor) -> tuple[dict[str, float], bool]:
@@ -251,7 +274,11 @@ def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) ->
 
 
 def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
-    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ."""
+    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ.
+
+    Raises:
+        Interrupted: on all ranks, after the same window.
+    """
     recipe, fabric = run.recipe, run.fabric
     was_training = run.network.training
     run.network.eval()
@@ -260,8 +287,7 @@ def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
     table = np.full((len(cases), len(recipe.labels.organs)), np.nan)
 
     def watch(done: int, total: int) -> None:
-        if fabric.world_size == 1 and run.stop.signal is not None:
-            raise Interrupted
+        run.demand_no_stop(busy=True)
 
     try:
         for index in range(fabric.global_rank, len(cases), fabric.world_size):
@@ -269,7 +295,9 @@ def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
             predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
                                        air=recipe.preprocess.air, progress=watch)
             table[index] = dice_per_label(predicted, case.labels, recipe.labels.num_outputs)
-            run.observer.on_validation(index + 1, len(cases))
+            run.observer.on_validation(min(index + fabric.world_size, len(cases)), len(cases))
+        while run.demand_no_stop():
+            pass  # ranks with fewer or smaller cases go on meeting the others
     finally:
         run.network.train(was_training)
     if fabric.world_size > 1:
@@ -290,17 +318,24 @@ def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -
 
 
 def _cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
-    """Training and validation cases. The ranks of a node share the work of making the cache, then each reads it."""
+    """Training and validation cases. Each rank makes or checks its share of its node's cache; all open the whole."""
     recipe, fabric = run.recipe, run.fabric
     wanted = [*cases.train, *(cases.val[: recipe.train.val_cases] if recipe.train.val_cases else cases.val)]
 
     def watch(done: int, total: int) -> None:
         run.observer.on_cache(done, total)
-        if run.stop.signal is not None:
-            raise Interrupted
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
 
+    share = slice(fabric.local_rank, None, local_ranks())
+    cached = cache_cases(wanted[share], recipe, cache_dir, watch)
     if fabric.world_size > 1:
-        cache_cases(wanted[fabric.local_rank :: local_ranks()], recipe, cache_dir, watch)
-        fabric.barrier()
-    cached = cache_cases(wanted, recipe, cache_dir, watch)
+        mine = torch.zeros(len(wanted), KEY_BYTES, dtype=torch.uint8)
+        mine[share] = torch.tensor([list(bytes.fromhex(case.key)) for case in cached], dtype=torch.uint8).view(
+            -1, KEY_BYTES)
+        everyone = fabric.all_gather(fabric.to_device(mine))  # also waits until the cache is whole
+        assert isinstance(everyone, Tensor)
+        node = fabric.global_rank - fabric.local_rank
+        rows = (everyone[node + index % local_ranks(), index] for index in range(len(wanted)))
+        keys = [bytes(row.tolist()).hex() for row in rows]
+        cached = [open_cached(cache_dir, key, case.name) for key, case in zip(keys, wanted, strict=True)]
     return cached[: len(cases.train)], cached[len(cases.train) :]

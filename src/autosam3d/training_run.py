@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
-import signal
-import threading
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 import torch
 from lightning_fabric import Fabric
@@ -36,6 +41,7 @@ from autosam3d.models.autosam import AutoSam
 from autosam3d.models.sam_weights import frozen_names
 from autosam3d.recipe import Recipe, dump_recipe
 from autosam3d.runtime import bf16_in_hardware, pick_device
+from autosam3d.stopping import Interrupted, StopRequest, stop_inside
 
 log = logging.getLogger(__name__)
 
@@ -64,38 +70,6 @@ class Observer:
     on_message: Callable[[str], None] = lambda text: None
 
 
-class Interrupted(Exception):
-    """Raised between cases, or between windows of a validation, when a stop was asked for."""
-
-
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) ask for a stop; the loop saves at the next step.
-
-    A second signal ends at once; the last save stays whole.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-        before = {s: signal.signal(s, self._on_signal) for s in (getattr(signal, name) for name in names)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 @dataclass
 class Run:
     """The parts of a training run that its steps share."""
@@ -118,6 +92,8 @@ class Run:
     """Steps in a row, up to the last one, whose gradient was not finite."""
     data_sha256: str = ""
     """Of everything that the preprocessed cases were made from."""
+    saved: Progress | None = None
+    """Where the state on disk stands; None where there is none."""
 
     @cached_property
     def tuned(self) -> dict[str, Tensor]:
@@ -126,12 +102,26 @@ class Run:
         left_out = set(frozen_names(self.network)) if self.sam and self.recipe.train.freeze_sam else set()
         return {name: tensor for name, tensor in state.items() if name not in left_out}
 
-    def should_stop(self) -> bool:
-        """True on all ranks as soon as one was asked to stop."""
-        asked = self.stop.signal is not None
+    def demand_no_stop(self, busy: bool = False) -> bool:
+        """Raise `Interrupted` as soon as one rank was asked to stop: on all of them, with the same `stop.signal`.
+
+        The ranks meet here, so all must come equally often. One that has no more to do comes on, not `busy`, until
+        none is.
+
+        Returns:
+            Whether any rank is busy.
+        """
         if self.fabric.world_size == 1:
-            return asked
-        return bool(self.fabric.all_reduce(torch.tensor(float(asked), device=self.fabric.device), reduce_op="sum"))
+            self.stop.demand_none()
+            return busy
+        mine = torch.tensor([self.stop.signal or 0, int(busy)], dtype=torch.int32, device=self.fabric.device)
+        all_ranks = self.fabric.all_reduce(mine, reduce_op="max")
+        assert isinstance(all_ranks, Tensor)
+        number, any_busy = all_ranks.tolist()
+        if number:  # a signal that came since is for the next meeting
+            self.stop.signal = number
+            raise Interrupted
+        return bool(any_busy)
 
 
 def build_fabric(device: str, precision: str) -> Fabric:
@@ -161,8 +151,68 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+@contextmanager
+def warnings_of_one_rank(fabric: Fabric) -> Iterator[None]:
+    """Inside, ranks beside the first log errors only: what they would warn of, the first one does."""
+    logger = logging.getLogger("autosam3d")
+    before = logger.level
+    if not fabric.is_global_zero:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
+    """Make `folder`; inside, this run alone trains there. The lock ends with the process, however it ends.
+
+    Raises:
+        UsageError: RUNNING, another process trains there.
+        ResourceError: UNWRITABLE.
+    """
+    with contextlib.ExitStack() as stack:
+        if fabric.is_global_zero:
+            with _demand_writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((folder / "train.lock").open("a+", encoding="utf-8"))
+            _lock(file, folder)
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # Not flock: processes that load crops would inherit it, and keep it a while where the training is killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read(200).strip() or "unknown"
+        raise UsageError("RUNNING", folder, f"expected a run folder that nobody trains in, another process does "
+                         f"({owner})", "wait for its end, or name another folder with --out") from None
+    except OSError as error:  # some network file systems have none
+        log.info("%s: cannot be locked (%s)", folder, error.strerror)
+    with _demand_writable(folder):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
+@contextmanager
+def _demand_writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError("UNWRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
+                            "name another folder") from None
+
+
 def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
-    """Make `folder` with its recipe.yaml, or check that the run in it is of the same recipe and settings.
+    """Write recipe.yaml into `folder`, or check that the run in it is of the same recipe and settings.
+
+    A run that has not saved anything yet is none: its recipe may be replaced.
 
     Raises:
         UsageError: OTHER_RUN.
@@ -171,21 +221,19 @@ def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
     path = folder / "recipe.yaml"
     text = dump_recipe(recipe)
     if fabric.is_global_zero:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with _demand_writable(folder):
             remove_stale_temporaries(folder)
-            if not path.exists():
+            begun = any((folder / f"{name}.json").exists() for name in ("last", "previous", "best"))
+            if not path.exists() or (not begun and path.read_bytes() != text.encode()):
                 write_text_atomic(path, text)
-        except OSError as error:
-            raise ResourceError("UNWRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
-                                "name another folder") from None
     fabric.barrier()
     there = path.read_bytes().decode("utf-8", errors="replace")
     if there != text:
         pairs = zip_longest(there.splitlines(), text.splitlines(), fillvalue="nothing")
         old, new = next((a.strip(), b.strip()) for a, b in pairs if a != b)
         raise UsageError("OTHER_RUN", folder, f"it holds a run of another recipe or other settings: expected {old!r} "
-                         f"as in its recipe.yaml, got {new!r}", "name a new folder, or give the same settings")
+                         f"as in its recipe.yaml, got {new!r}",
+                         "name a new folder with --out, or give the same settings")
 
 
 def start_run(
@@ -199,6 +247,8 @@ def start_run(
         log.warning("no SAM weights: every weight is trained from scratch, which is not the paper's method")
     optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=recipe.optim.lr,
                                   betas=(recipe.optim.momentum, recipe.optim.beta2), fused=True)
+    if fabric.world_size == 1:  # several processes stop together, between two steps
+        stop_inside(network, stop)
     wrapped, optimizer = fabric.setup(network, optimizer)
     run = Run(recipe, fabric, network, wrapped, optimizer, folder, source, stop, observer)
     if recipe.optim.ema > 0:
@@ -207,7 +257,7 @@ def start_run(
 
 
 def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only, not on norms, biases and position tables (method 4.1)."""
+    """Weight decay on matrices and kernels only, not on norms, biases and position tables."""
     decayed, bare = [], []
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
@@ -250,6 +300,7 @@ def save_state(run: Run) -> None:
         save_checkpoint(run.folder / "last.json", tensors, _meta(run, "training") | place,
                         previous=run.folder / "previous.json")
     run.fabric.barrier()
+    run.saved = replace(run.progress)
 
 
 def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
@@ -297,6 +348,7 @@ def resume(run: Run) -> None:
         if path != last and run.fabric.is_global_zero:
             # Else the next save would keep the damaged state as the previous one.
             write_text_atomic(last, path.read_text("utf-8"))
+        run.saved = replace(run.progress)
         run.observer.on_message(f"resuming at epoch {run.progress.epoch + 1}, step {run.progress.global_step}")
         return
     if fault is not None:

@@ -381,7 +381,7 @@ ODD: dict[str, tuple[Maker, str | None]] = {
     "66_signed_12_of_16": (series(_signed(12)), None),
     "66_big_endian": (series(_syntax(ExplicitVRBigEndian)), None),
     "66_implicit": (series(_syntax(ImplicitVRLittleEndian)), None),
-    "67_directory_and_links": (series(after=_links_and_directory), "1 links"),
+    "67_directory_and_links": (series(after=_links_and_directory), "1 link"),
     "69_wrong_texts": (series(_wrong_texts), None),
     "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
 }

@@ -201,3 +201,17 @@ def test_without_pydicom_the_extra_is_named(tmp_path: Path) -> None:
                "try:\n    read_ct(sys.argv[1])\nexcept MissingExtraError as error:\n    print(error.exit_code, error)")
     run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("2 ") and "autosam3d[dicom]" in run.stdout
+
+
+def test_what_is_left_out_is_said_as_a_sentence(tmp_path: Path) -> None:
+    folder = bad.ODD["70_text_file_beside"][0](tmp_path)
+    assert "left out: 1 file that is not DICOM" in read_ct(folder).warnings
+    (folder / "notes.txt").write_text("x")
+    assert "left out: 2 files that are not DICOM" in read_ct(folder).warnings
+
+
+def test_a_folder_without_any_slice_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", ".hidden"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(VolumeError, match="found 2 files that are not DICOM, 1 DICOMDIR or hidden file"):
+        read_ct(tmp_path)

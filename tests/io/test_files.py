@@ -10,9 +10,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from autosam3d.errors import ResourceError, UsageError, VolumeError
+from autosam3d.io import memory
 from autosam3d.io.files import (
     FileToWrite,
     atomic_write,
@@ -24,7 +26,7 @@ from autosam3d.io.files import (
     write_text_atomic,
 )
 from autosam3d.io.inflate import ByteStream
-from autosam3d.io.memory import available_ram_bytes, demand_ram, size_text
+from autosam3d.io.memory import available_ram_bytes, demand_ram, resident_bytes, size_text
 
 
 def test_written_content_replaces_the_old(tmp_path: Path) -> None:
@@ -179,12 +181,40 @@ def test_stream_reads_what_gzip_reads(tmp_path: Path) -> None:
     assert got == content
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system takes text only")
+@pytest.mark.parametrize("raw", [b"\xff\xfe.txt", "\u00e4".encode() * 120, b"\xff" * 240])
+def test_names_that_are_no_text_or_long_can_be_written(raw: bytes, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(raw)
+    write_text_atomic(path, "a")
+    assert [os.fsencode(p.name) for p in tmp_path.iterdir()] == [raw] and path.read_text() == "a"
+
+
 def test_memory_is_known_and_demanded() -> None:
     available = available_ram_bytes()
     assert available is not None and available > 1 << 20
-    demand_ram(10, "x", 10)
-    with pytest.raises(ResourceError, match=r"needs 2\.0 KiB .* budget is 1023 bytes"):
-        demand_ram(2048, "x", 1023)
-    with pytest.raises(ResourceError):
+    with pytest.raises(ResourceError, match=r"needs .* are free"):
         demand_ram(available * 2, "x")
+
+
+def test_a_limit_is_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = resident_bytes()
+    assert 20 << 20 < held < 64 << 30
+    big = np.ones(64 << 20, np.uint8)
+    assert abs(resident_bytes() - held - big.size) < 8 << 20
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
+    demand_ram(22, "x", 1022)
+    with pytest.raises(ResourceError, match=r"needs 1022 bytes of memory, 1000 bytes of them .* 1021 bytes are "):
+        demand_ram(22, "x", 1021)
+
+
+def test_where_the_system_tells_less_the_peak_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(self: Path, *_: object) -> str:
+        raise FileNotFoundError(self)
+
+    held = resident_bytes()
+    monkeypatch.setattr(Path, "read_text", no_file)
+    assert held * 0.9 < resident_bytes() < 64 << 30
+
+
+def test_sizes_in_words() -> None:
     assert [size_text(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]

@@ -98,7 +98,8 @@ def test_volume_index_beyond_the_last_is_a_usage_error(tmp_path: Path) -> None:
     assert caught.value.code == "VOLUME_INDEX"
 
 
-def test_memory_budget_is_asked_before_inflating(tmp_path: Path) -> None:
+def test_memory_budget_is_asked_before_inflating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autosam3d.io.memory.resident_bytes", lambda: 0)
     path = bad.ODD["00_good"][0](tmp_path)
     needed = math.prod(bad.SHAPE) * (2 + 4)
     with pytest.raises(ResourceError, match="reading needs") as caught:
@@ -162,7 +163,10 @@ def test_no_flipped_bit_and_no_cut_passes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_ct(path).voxels_hu, good)
 
 
-def test_a_mutated_header_is_read_or_refused_but_never_crashes(tmp_path: Path) -> None:
+def test_a_mutated_header_is_read_or_refused_but_never_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autosam3d.io.memory.resident_bytes", lambda: 0)
     rng = np.random.default_rng(1)
     path = tmp_path / "ct.nii"
     num_refused = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from autosam3d.errors import UsageError, VolumeError
-from autosam3d.io.dicom_files import CtSlice, decode_hu, scan_folder
+from autosam3d.io.dicom_files import CtSlice, count_text, decode_hu, scan_folder
 from autosam3d.io.dicom_tags import hashed
 from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
 from autosam3d.io.intensity import check_hounsfield
@@ -49,7 +49,7 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     """
     folder = Path(folder)
     found = scan_folder(folder, options.force)
-    warnings = [f"left out: {count} {kind}" for kind, count in sorted(found.others.items())]
+    warnings = [f"left out: {count_text(count, kind)}" for kind, count in sorted(found.others.items())]
     slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
     _check_uniform(slices, folder, warnings)
     where = f"{folder}: series {slices[0].series}"

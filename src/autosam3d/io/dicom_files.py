@@ -40,6 +40,15 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"
 # Modalities by their codes; what stands in the tag may be free text and is not repeated. *Source*: PS3.3 C.7.3.1.1.1.
 _MODALITIES = frozenset(("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SR", "SEG", "RTSTRUCT",
                          "RTPLAN", "RTDOSE", "RTIMAGE", "REG", "PR", "KO", "DOC"))
+# What is left out, as one and as several; other kinds are modalities.
+_KINDS = {
+    "foreign": ("file that is not DICOM", "files that are not DICOM"),
+    "link": ("link", "links"),
+    "hidden": ("DICOMDIR or hidden file", "DICOMDIR or hidden files"),
+    "localizer": ("localizer", "localizers"),
+    "secondary capture": ("secondary capture", "secondary captures"),
+    "other": ("DICOM file of another kind", "DICOM files of other kinds"),
+}
 # (7FE0,0010) in both byte orders.
 _PIXEL_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
 _HEADER_TAGS = [
@@ -83,6 +92,12 @@ class Folder:
     others: Counter[str]
 
 
+def count_text(count: int, kind: str) -> str:
+    """``2 files that are not DICOM``, for a kind of `Folder.others`."""
+    one, several = _KINDS.get(kind, (f"{kind} object", f"{kind} objects"))
+    return f"{count} {one if count == 1 else several}"
+
+
 def scan_folder(folder: Path, force: bool) -> Folder:
     """The headers of all CT images below `folder`; links are not followed and DICOMDIR is not believed.
 
@@ -101,7 +116,7 @@ def scan_folder(folder: Path, force: bool) -> Folder:
             where = f"{folder}: file {number} of {len(paths)}"
             content = _dicom_bytes(path, where)
             if content is None:
-                others["not DICOM"] += 1
+                others["foreign"] += 1
                 continue
             num_dicom += 1
             found = _parse_slice(content, path, number, where, force)
@@ -109,7 +124,7 @@ def scan_folder(folder: Path, force: bool) -> Folder:
                 others[found] += 1
             else:
                 slices.append(found)
-    found_text = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
+    found_text = ", ".join(count_text(count, kind) for kind, count in sorted(others.items())) or "no file at all"
     if num_dicom == 0:
         raise VolumeError("NO_DICOM", folder, f"expected a folder with DICOM files, found {found_text}",
                           "name the folder that holds the slices, or a .nii.gz file")
@@ -155,9 +170,9 @@ def _files_below(folder: Path) -> tuple[list[Path], Counter[str]]:
             for name in sorted(names):
                 path = Path(parent, name)
                 if path.is_symlink():
-                    others["links"] += 1
+                    others["link"] += 1
                 elif name.upper() == "DICOMDIR" or name.startswith("."):
-                    others["directories and hidden files"] += 1
+                    others["hidden"] += 1
                 else:
                     paths.append(path)
             if len(paths) > _MAX_FILES:
@@ -221,7 +236,7 @@ def _parse_slice(content: bytes, path: Path, number: int, where: str, force: boo
                           "convert it to single-frame CT images, or to NIfTI")
     if not is_ct and not (force and "Rows" in dataset and "ImagePositionPatient" in dataset):
         kind = "secondary capture" if sop_class.startswith(_SECONDARY_CAPTURE) else modality
-        return kind if kind in _MODALITIES or " " in kind else "other DICOM"
+        return kind if kind in _MODALITIES or " " in kind else "other"
     if "LOCALIZER" in tag_text(dataset, "ImageType").upper():
         return "localizer"
     if not has_pixels:

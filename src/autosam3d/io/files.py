@@ -175,8 +175,8 @@ def _demand_regular(mode: int, path: str | Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
-    # A file name may have 255 bytes at most on every common file system.
-    name = path.name.encode()[:180].decode(errors="ignore")
+    # A file name may have 255 bytes at most on every common file system; bytes that are no text stay out of it.
+    name = os.fsencode(path.name)[:180].decode("utf-8", errors="ignore")
     return path.with_name(f".{name}.tmp-{os.getpid()}-{_HOST}{secrets.token_hex(6)}")
 
 

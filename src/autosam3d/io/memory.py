@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from autosam3d.errors import ResourceError
@@ -18,21 +19,50 @@ def available_ram_bytes() -> int | None:
     return max(0, min(limits)) if limits else None
 
 
-def demand_ram(needed_bytes: int, where: str | Path, budget_bytes: int | None = None) -> None:
+def resident_bytes() -> int:
+    """Memory that this process holds now: interpreter, libraries, weights, data. Where the platform tells only the
+    most it ever held, that; 0 where it tells nothing."""
+    try:
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+    except (ImportError, OSError, ValueError):
+        return 0
+
+
+def demand_ram(
+    needed_bytes: int, where: str | Path, max_ram_bytes: int | None = None, *, work: str = "reading",
+    remedy: str = "crop or resample the scan, or use a larger machine",
+) -> None:
     """Refuse before allocating.
 
+    Args:
+        needed_bytes: beside what the process holds already.
+        max_ram_bytes: the limit for the whole process; None takes what is free.
+        work: what needs it, for the message.
+
     Raises:
-        ResourceError: MEMORY, with the bytes needed and the bytes there are.
+        ResourceError: MEMORY, with the bytes needed and the bytes there are: of the whole process where there is a
+            limit for it, else beside what it holds already.
     """
-    budget = budget_bytes
-    if budget is None:
-        available = available_ram_bytes()
-        if available is None:
-            return
-        budget = int(available * _USABLE_SHARE)
-    if needed_bytes > budget:
-        raise ResourceError("MEMORY", where, f"reading needs {size_text(needed_bytes)} of memory, "
-                            f"the budget is {size_text(budget)}", "crop or resample the scan, or use a larger machine")
+    if max_ram_bytes is not None:
+        held = resident_bytes()
+        if held + needed_bytes > max_ram_bytes:
+            raise ResourceError("MEMORY", where, f"{work} needs {size_text(held + needed_bytes)} of memory, "
+                                f"{size_text(held)} of them for the program itself, {size_text(max_ram_bytes)} are "
+                                "allowed", remedy)
+        return
+    available = available_ram_bytes()
+    if available is not None and needed_bytes > int(available * _USABLE_SHARE):
+        raise ResourceError("MEMORY", where, f"{work} needs {size_text(needed_bytes)} of memory, "
+                            f"{size_text(int(available * _USABLE_SHARE))} are free", remedy)
 
 
 def size_text(num_bytes: int) -> str:

@@ -24,7 +24,8 @@ class ReadOptions:
     series: str | None = None
     """DICOM SeriesInstanceUID, or the hash that the SERIES_CHOICE message lists."""
     max_ram_bytes: int | None = None
-    """Budget for reading one scan; None takes what the machine and its limits leave free."""
+    """Most memory that the whole process may hold while it reads; None takes what the machine and its limits leave
+    free."""
 
     def __post_init__(self) -> None:
         if self.prefer not in (None, "sform", "qform"):
