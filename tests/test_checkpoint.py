@@ -21,16 +21,15 @@ import autosam3d.checkpoint as checkpoint_module
 from autosam3d.checkpoint import (
     LoadedModel,
     attach_sam,
-    find_checkpoint,
     load_model,
     load_strictly,
     pack_model,
     read_checkpoint,
-    read_meta,
     save_checkpoint,
 )
 from autosam3d.errors import CheckpointError, ResourceError
 from autosam3d.io.files import sha256_of
+from autosam3d.model_file import content_sha256, find_checkpoint, read_meta
 from autosam3d.models.autosam import AutoSam
 from autosam3d.models.sam_weights import frozen_names
 from autosam3d.recipe import Recipe
@@ -187,7 +186,7 @@ def rewrite(json_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """What an attacker or a later version could write: the JSON's own hash is right."""
     meta = json.loads(json_path.read_text())
     change(meta)
-    meta["sha256"] = checkpoint_module._content_sha256(meta)
+    meta["sha256"] = content_sha256(meta)
     json_path.write_text(json.dumps(meta))
 
 
@@ -261,7 +260,7 @@ def test_a_recipe_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_not_valid_is_a_models_fault(copy: Path) -> None:
     rewrite(copy, lambda meta: meta["recipe"]["model"].update(neck_dim=-1))
-    assert "a positive width, got -1" in fails(lambda: load_model(copy), "MISMATCH").fault
+    assert "a width from 1 to 4096, got -1" in fails(lambda: load_model(copy), "MISMATCH").fault
     rewrite(copy, lambda meta: meta.update(recipe={"name": "mini"}))
     fails(lambda: load_model(copy), "MISMATCH")
     rewrite(copy, lambda meta: meta.update(recipe=[1]))

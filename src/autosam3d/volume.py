@@ -7,10 +7,15 @@ file is kept in `SourceGrid`, which only `io` uses.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ class Volume:
         affine: 4x4 float64, voxel (x, y, z) to RAS+ mm, for `voxels_hu` as it lies here.
         source: the grid of the file it came from, None for an array made in memory.
         warnings: what the reader put right or found odd, one sentence each.
+        name: what messages call it; of a scan that was read, its path.
     """
 
     voxels_hu: np.ndarray
     affine: np.ndarray
     source: SourceGrid | None = None
     warnings: tuple[str, ...] = ()
+    name: str = "scan"
 
     def __post_init__(self) -> None:
         if self.voxels_hu.ndim != 3:
@@ -109,3 +116,11 @@ def same_grid(a: Volume | Segmentation, b: Volume | Segmentation, tolerance_vox:
     far[:, :3] *= np.array(a.shape[::-1]) - 1
     apart_mm = np.abs((far @ (np.asarray(a.affine) - np.asarray(b.affine)).T)[:, :3]).max()
     return bool(apart_mm <= tolerance_vox * min(a.spacing_mm))
+
+
+def told(where: str | Path, warnings: Iterable[str]) -> tuple[str, ...]:
+    """`warnings`, after each was logged under the name of what it is about."""
+    warnings = tuple(warnings)
+    for warning in warnings:
+        _log.warning("%s: %s", where, warning)
+    return warnings

@@ -45,13 +45,14 @@ def test_broken_labels_are_refused_with_their_code(name: str, tmp_path: Path) ->
 def test_odd_is_read_and_told(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     maker, words = bad.ODD[name]
     with caplog.at_level(logging.DEBUG):
-        volume = read_ct(maker(tmp_path))
+        volume = read_ct(path := maker(tmp_path))
+    assert volume.name == str(path)
     assert volume.voxels_hu.dtype == np.float32 and volume.voxels_hu.flags.c_contiguous
     if words is None:
         assert volume.warnings == ()
     else:
         assert any(words in warning for warning in volume.warnings)
-        assert list(volume.warnings) == [record.message for record in caplog.records]
+        assert [f"{path}: {warning}" for warning in volume.warnings] == [record.message for record in caplog.records]
     expected = bad.ct_array().astype(np.float32).T
     if name == "27_left_handed":
         expected = expected[:, :, ::-1]

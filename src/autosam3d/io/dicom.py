@@ -6,7 +6,6 @@ tilt, contradicting duplicates, missing tags.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from autosam3d.io.intensity import check_hounsfield
 from autosam3d.io.memory import demand_ram
 from autosam3d.io.nifti import MIN_SLICES
 from autosam3d.io.options import DEFAULTS, ReadOptions
-from autosam3d.volume import Volume
+from autosam3d.volume import Volume, told
 
 _SAME_PLACE_MM = 0.01
 # Orientation cosines are written with few digits; slices of one stack agree to this.
@@ -32,7 +31,6 @@ _MAX_UNEVEN = 2.0
 # Positions are rounded when written (0.6 mm spacing with one decimal); within this share of the spacing they are even.
 _EVEN_TOLERANCE = 0.05
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_log = logging.getLogger(__name__)
 
 
 def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
@@ -69,10 +67,8 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
         warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
     warnings += check_hounsfield(voxels, where, may_be_nonfinite=False)
     source = source_grid("dicom", shape, affine)
-    for warning in warnings:
-        _log.warning("%s", warning)
     canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
-    return Volume(canonical, canonical_affine(source), source, tuple(warnings))
+    return Volume(canonical, canonical_affine(source), source, told(folder, warnings), str(folder))
 
 
 def _choose_series(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> list[CtSlice]:

@@ -24,6 +24,7 @@ except ImportError:
 # What pydicom and its decoders raise on damaged bytes; it has no common base.
 DAMAGE = (InvalidDicomError, AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OverflowError,
           RuntimeError, TypeError, UnicodeError, ValueError, struct.error)
+_LOGGERS = ("pydicom", "pylibjpeg", "openjpeg", "libjpeg")
 _REMEDY = "export the series again, whole"
 _MAX_MAGNITUDE = 1e6
 
@@ -69,12 +70,16 @@ def hashed(identifier: str) -> str:
 
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
-    """pydicom repeats tag values, names of patients among them, in its warnings and logs: silence it while it reads."""
-    logger = logging.getLogger("pydicom")
-    was_disabled, logger.disabled = logger.disabled, True
+    """pydicom repeats tag values, names of patients among them, in its warnings and logs, and its decoders log what
+    our own errors say: silence them while they read."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)  # the loggers below them inherit it
     try:
         with warnings.catch_warnings(), config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = was_disabled
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

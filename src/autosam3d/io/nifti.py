@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from autosam3d.io.intensity import check_hounsfield
 from autosam3d.io.memory import demand_ram, size_text
 from autosam3d.io.nifti_header import NIFTI2_BYTES, NiftiHeader, parse_header
 from autosam3d.io.options import DEFAULTS, ReadOptions
-from autosam3d.volume import Segmentation, SourceGrid, Volume
+from autosam3d.volume import Segmentation, SourceGrid, Volume, told
 
 MIN_SLICES = 8
 # NIfTI extension code for a comment in plain text. *Source*: nifti1_io.h, NIFTI_ECODE_COMMENT.
 COMMENT_ECODE = 6
 ORGANS_KEY = "autosam3d_organs"
 _MAX_SIDE_CAR_BYTES = 1 << 20
-_log = logging.getLogger(__name__)
 
 
 def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
@@ -50,7 +48,7 @@ def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
         voxels += np.float32(options.intensity_offset)
         warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
     warnings += check_hounsfield(voxels, path, may_be_nonfinite=stored.dtype.kind == "f")
-    return Volume(voxels, canonical_affine(source), source, _told(warnings))
+    return Volume(voxels, canonical_affine(source), source, told(path, warnings), str(path))
 
 
 def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
@@ -77,7 +75,7 @@ def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segm
     dtype = np.uint8 if high <= 255 else np.uint16
     labels = np.ascontiguousarray(labels, dtype=dtype)
     organs = _organs_in(extensions) or _organs_beside(Path(path))
-    return Segmentation(labels, canonical_affine(source), source, organs, _told(warnings))
+    return Segmentation(labels, canonical_affine(source), source, organs, told(path, warnings))
 
 
 def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
@@ -184,9 +182,3 @@ def _organs_from_json(text: bytes, key: str) -> dict[int, str]:
         return {int(value): name for value, name in names.items() if isinstance(name, str) and int(value) > 0}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
-
-
-def _told(warnings: list[str]) -> tuple[str, ...]:
-    for warning in warnings:
-        _log.warning("%s", warning)
-    return tuple(warnings)

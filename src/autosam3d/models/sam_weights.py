@@ -17,7 +17,6 @@ from autosam3d.errors import CheckpointError
 from autosam3d.models.attention import resize_table
 from autosam3d.models.spec import VITS, AutoSamSpec, VitSpec
 
-_WHERE = "SAM weights"
 _PREFIX = "image_encoder."
 _WRAPPERS = ("module.", "sam.", "model.")
 _NOT_ENCODER = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "pixel_mean", "pixel_std")
@@ -46,19 +45,24 @@ _STRANGERS = {
 }
 
 
-def convert_sam_state(state: Mapping[str, Tensor], spec: AutoSamSpec) -> dict[str, Tensor]:
+def convert_sam_state(
+    state: Mapping[str, Tensor], spec: AutoSamSpec, where: str = "SAM weights"
+) -> dict[str, Tensor]:
     """SAM's tensors under the names and in the shapes of `AutoSam(spec)`, float32.
 
     Beside SAM's own tensors the result holds ``rel_pos_d`` of each block, the mean of its two 2D tables. SAM's neck,
     prompt encoder and mask decoder are not used.
 
+    Args:
+        where: what an error calls the state, for example its file.
+
     Raises:
         CheckpointError: code MISMATCH; another architecture or size, or tensors missing, unexpected, of wrong shape.
     """
-    _refuse_strangers(state)
+    _refuse_strangers(state, where)
     vit = VITS[spec.vit]
     found, unexpected = _encoder_tensors(state)
-    _refuse_other_size(found, spec)
+    _refuse_other_size(found, spec, where)
     expected = _expected_shapes(vit)
     missing = [name for name in expected if name not in found]
     unexpected += [name for name in found if name not in expected]
@@ -70,7 +74,7 @@ def convert_sam_state(state: Mapping[str, Tensor], spec: AutoSamSpec) -> dict[st
     if missing or unexpected or wrong:
         faults = [_list("missing", missing), _list("unexpected", unexpected), _list("wrong shape", wrong)]
         raise CheckpointError(
-            "MISMATCH", _WHERE, f"expected SAM's image encoder ({spec.vit}); " + "; ".join(f for f in faults if f),
+            "MISMATCH", where, f"expected SAM's image encoder ({spec.vit}); " + "; ".join(f for f in faults if f),
             "give an unchanged SAM or MedSAM file",
         )
     converted = {_PREFIX + name: found[name].float() for name in expected if ".rel_pos_" not in name}
@@ -85,7 +89,7 @@ def convert_sam_state(state: Mapping[str, Tensor], spec: AutoSamSpec) -> dict[st
 
 
 @torch.no_grad()
-def load_sam(model: nn.Module, state: Mapping[str, Tensor]) -> int:
+def load_sam(model: nn.Module, state: Mapping[str, Tensor], where: str = "SAM weights") -> int:
     """Fill an `AutoSam`'s encoder with SAM's weights; returns how many of SAM's tensors were used (171 for ViT-B).
 
     Raises:
@@ -93,7 +97,7 @@ def load_sam(model: nn.Module, state: Mapping[str, Tensor]) -> int:
     """
     spec = model.spec
     assert isinstance(spec, AutoSamSpec)
-    converted = convert_sam_state(state, spec)
+    converted = convert_sam_state(state, spec, where)
     parameters = dict(model.named_parameters())
     # Our own invariants: every converted tensor has its place, and no frozen one is left at random.
     assert set(frozen_names(model)) <= converted.keys() <= parameters.keys()
@@ -118,11 +122,11 @@ def frozen_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if _FROZEN.fullmatch(name)]
 
 
-def _refuse_strangers(state: Mapping[str, Tensor]) -> None:
+def _refuse_strangers(state: Mapping[str, Tensor], where: str) -> None:
     for title, pattern in _STRANGERS.items():
         if any(pattern.match(_unwrap(name)) for name in state):
             raise CheckpointError(
-                "MISMATCH", _WHERE, f"expected the original SAM or MedSAM, got {title}",
+                "MISMATCH", where, f"expected the original SAM or MedSAM, got {title}",
                 "give a file such as sam_vit_b_01ec64.pth or medsam_vit_b.pth",
             )
 
@@ -167,7 +171,7 @@ def _from_hf(name: str) -> str:
     return ".".join(parts)
 
 
-def _refuse_other_size(found: Mapping[str, Tensor], spec: AutoSamSpec) -> None:
+def _refuse_other_size(found: Mapping[str, Tensor], spec: AutoSamSpec, where: str) -> None:
     """Say it plainly where the file is a whole SAM of another size, rather than list hundreds of tensors."""
     if "pos_embed" not in found:
         return
@@ -179,7 +183,7 @@ def _refuse_other_size(found: Mapping[str, Tensor], spec: AutoSamSpec) -> None:
     names = [name for name, other in VITS.items() if (other.embed_dim, other.num_blocks) == (dim, num_blocks)]
     size = names[0] if names else "an unknown size"
     raise CheckpointError(
-        "MISMATCH", _WHERE,
+        "MISMATCH", where,
         f"expected {spec.vit} ({vit.embed_dim} channels, {vit.num_blocks} blocks), "
         f"got {size} ({dim} channels, {num_blocks} blocks)",
         f"set model.vit={size} or give a {spec.vit} file" if names else f"give a {spec.vit} file",
