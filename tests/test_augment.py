@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autosam3d.augment import affine_margin, augment, random_affine
+from autosam3d.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.labels import LabelMap
 from autosam3d.recipe import Augment
 
@@ -23,7 +23,7 @@ def crop(shape: tuple[int, int, int] = (6, 8, 8), seed: int = 0) -> tuple[np.nda
 
 
 def apply(spec: Augment, voxels: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    return augment(voxels, labels, spec, LABELS, np.random.default_rng(seed))
+    return augment(Crop(voxels, labels), spec, LABELS, np.random.default_rng(seed))[:2]
 
 
 def test_nothing_asked_nothing_done() -> None:
@@ -157,7 +157,7 @@ PATCH = (8, 12, 16)
 
 def affine(spec: Augment, voxels: np.ndarray, labels: np.ndarray, seed: int = 0,
            spacing_mm: tuple[float, float, float] = (3, 1, 1)) -> tuple[np.ndarray, np.ndarray]:
-    return random_affine(voxels, labels, PATCH, spacing_mm, spec, np.random.default_rng(seed))
+    return random_affine(Crop(voxels, labels), PATCH, spacing_mm, spec, np.random.default_rng(seed))[:2]
 
 
 def with_margin(spec: Augment, spacing_mm: tuple[float, float, float] = (3, 1, 1)) -> tuple[int, int, int]:

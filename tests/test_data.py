@@ -147,7 +147,7 @@ def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, 
                                                              monkeypatch: Any) -> None:
     [made] = cache_cases(cases[:1], mini_recipe(), tmp_path)
     assert len(bytes.fromhex(made.key)) == KEY_BYTES
-    for function in ("_crc", "sha256_of", "_build_entry"):
+    for function in ("crc_of_file", "sha256_of", "_build_entry"):
         monkeypatch.setattr(f"autosam3d.data.{function}", lambda *_: pytest.fail("the work was done again"))
     opened = open_cached(tmp_path, made.key, made.name)
     assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)

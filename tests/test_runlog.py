@@ -29,7 +29,7 @@ def test_a_row_a_step(tmp_path: Path) -> None:
     write_steps(tmp_path, 0, 3)
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines[0] == ",".join(STEP_COLUMNS) and len(lines) == 4
-    assert lines[1] == "0,1,0.0005,0.142857,0.25,0.0833333,1.5,0.5,0.1"
+    assert lines[1] == "0,1,0.0005,0.142857,0.25,0.0833333,,1.5,0.5,0.1"
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:

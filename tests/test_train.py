@@ -36,6 +36,7 @@ from autosam3d.errors import (
 )
 from autosam3d.io import read_ct, write_ct
 from autosam3d.losses import SegmentationLoss, dice_ce_loss
+from autosam3d.model_file import content_sha256
 from autosam3d.models.autosam import AutoSam
 from autosam3d.models.sam_weights import convert_sam_state, frozen_names
 from autosam3d.preprocess import prepare_ct
@@ -294,7 +295,7 @@ def test_a_signal_that_comes_twice_is_one_request_among_several_processes() -> N
             stop.demand_none()
 
 
-@pytest.mark.parametrize("function", ["prepare_ct", "_save_array"])
+@pytest.mark.parametrize("function", ["prepare_ct", "save_array"])
 def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = getattr(data_module, function), itertools.count()
@@ -312,7 +313,7 @@ def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_p
     assert result.stopped_by == signal.SIGTERM and time.monotonic() - started < 15
     cache = tmp_path / "run" / "cache"
     assert not [p for p in cache.rglob("*") if ".tmp" in p.name]
-    made = {"prepare_ct": 4, "_save_array": 1}[function]
+    made = {"prepare_ct": 4, "save_array": 1}[function]
     assert sorted(len(list(entry.iterdir())) for entry in cache.iterdir()) == [1] * (made == 1) + [4] * made
     assert len(list(cache.glob("*/info.json"))) == made
     prepared: list[int] = []
@@ -457,7 +458,7 @@ def test_another_number_of_processes_goes_on_at_the_same_crop(stopped: Path, sta
     meta = json.loads(path.read_text())
     assert meta["progress"]["step_in_epoch"] == 2
     meta["world_size"] = 3
-    meta["sha256"] = checkpoint_module._content_sha256(meta)
+    meta["sha256"] = content_sha256(meta)
     path.write_text(json.dumps(meta))
     seen: list[int] = []
     start(RECIPE, stopped, Observer(on_step=lambda done, total, values: seen.append(done)))

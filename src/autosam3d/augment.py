@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 
 from autosam3d.labels import LabelMap
 from autosam3d.recipe import Augment
 
-_AXIS = {"z": 0, "y": 1, "x": 2}
+# Counted from the last axis, so that they are the same with channels and without.
+_AXIS = {"z": -3, "y": -2, "x": -1}
 
 
-def augment(
-    voxels: np.ndarray, labels: np.ndarray, spec: Augment, label_map: LabelMap, random: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+class Crop(NamedTuple):
+    """What a training step sees of a scan; all arrays lie on one grid and are moved alike."""
+
+    voxels: np.ndarray
+    """float32 [z, y, x], normalised."""
+    labels: np.ndarray
+    """uint8 [z, y, x]."""
+    probs: np.ndarray | None = None
+    """Probabilities of a teacher, float32 [K, z, y, x]; None where there is none."""
+
+
+def augment(crop: Crop, spec: Augment, label_map: LabelMap, random: np.random.Generator) -> Crop:
     """One random draw of flips, quarter turns and intensity changes.
 
     An odd number of mirrored axes makes the body its own mirror image: the labels of left and right organs trade
     places. An even number is a turn of the body (two axes: half a turn about the third), and a turned right kidney is
     a right kidney; so are quarter turns. Those need a crop that is square in the axial plane; other crops get half
-    turns only.
-
-    Args:
-        voxels: float32 [z, y, x], normalised.
-        labels: uint8 [z, y, x].
+    turns only. A teacher's probabilities follow the labels, channels of side pairs too; changes of intensity pass
+    them by.
     """
+    voxels, labels, probs = crop
     mirrored = tuple(_AXIS[name] for name in spec.flip_axes if random.random() < spec.flip_prob)
     voxels, labels = np.flip(voxels, mirrored), np.flip(labels, mirrored)
+    probs = None if probs is None else np.flip(probs, mirrored)
     if len(mirrored) % 2:
         labels = label_map.mirror_table[labels]
+        probs = None if probs is None else probs[label_map.mirror_table]
     if random.random() < spec.rotate90_prob:
         square = voxels.shape[1] == voxels.shape[2]
         turns = int(random.integers(1, 4)) if square else 2
-        voxels, labels = np.rot90(voxels, turns, (1, 2)), np.rot90(labels, turns, (1, 2))
+        voxels, labels = np.rot90(voxels, turns, (-2, -1)), np.rot90(labels, turns, (-2, -1))
+        probs = None if probs is None else np.rot90(probs, turns, (-2, -1))
     if random.random() < spec.scale_prob:
         voxels = voxels * np.float32(1 + random.uniform(-spec.scale_range, spec.scale_range))
     if random.random() < spec.shift_prob:
         voxels = voxels + np.float32(random.uniform(-spec.shift_range, spec.shift_range))
     if random.random() < spec.noise_prob:
         voxels = voxels + random.standard_normal(voxels.shape, np.float32) * np.float32(spec.noise_std)
-    return np.ascontiguousarray(voxels, np.float32), np.ascontiguousarray(labels)
+    return Crop(np.ascontiguousarray(voxels, np.float32), np.ascontiguousarray(labels),
+                None if probs is None else np.ascontiguousarray(probs))
 
 
 def affine_margin(
@@ -62,21 +76,21 @@ def affine_margin(
 
 
 def random_affine(
-    voxels: np.ndarray,
-    labels: np.ndarray,
+    crop: Crop,
     patch_size: tuple[int, int, int],
     spacing_mm: tuple[float, float, float],
     spec: Augment,
     random: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Crop:
     """A patch from the middle of a larger crop, with probability `affine_prob` turned in the axial plane and zoomed.
 
-    The turn is a rotation in millimetres, so anisotropic voxels are not sheared. Linear for the image, nearest for
-    the labels.
+    The turn is a rotation in millimetres, so anisotropic voxels are not sheared. Linear for the image and for
+    probabilities, nearest for the labels.
     """
+    voxels, labels, probs = crop
     if random.random() >= spec.affine_prob:
         middle = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(voxels.shape, patch_size, strict=True))
-        return voxels[middle], labels[middle]
+        return Crop(voxels[middle], labels[middle], None if probs is None else probs[:, *middle])
     angle = np.deg2rad(random.uniform(-spec.rotate_degrees, spec.rotate_degrees))
     zoom = 1 + random.uniform(-spec.zoom_range, spec.zoom_range, 3)
     turn_mm = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
@@ -84,8 +98,9 @@ def random_affine(
     matrix = (turn_mm * scale) / scale[:, None] * zoom
     center_in, center_out = (np.array(voxels.shape) - 1) / 2, (np.array(patch_size) - 1) / 2
     offset = center_in - matrix @ center_out
-    turned, turned_labels = (
-        ndimage.affine_transform(array, matrix, offset, patch_size, order=order, mode="nearest")  # type: ignore[arg-type]
-        for array, order in ((voxels, 1), (labels, 0))
-    )
-    return turned, turned_labels
+
+    def turned(array: np.ndarray, order: int) -> np.ndarray:
+        return ndimage.affine_transform(array, matrix, offset, patch_size, order=order, mode="nearest")  # type: ignore[arg-type]
+
+    return Crop(turned(voxels, 1), turned(labels, 0),
+                None if probs is None else np.stack([turned(channel, 1) for channel in probs]))

@@ -1,16 +1,13 @@
 """Models on disk: one JSON that says what it is, one safetensors file that holds the numbers, joined by SHA-256.
 
-The JSON holds the SHA-256 of the weight file and of its own content, so no changed byte goes unnoticed: a wrong HU
-window does as much harm as a wrong weight.
+The JSON (`model_file`) holds the SHA-256 of the weight file and of its own content.
 The weight file carries its own hash in its name and is written first; replacing the JSON is the one moment at
 which the new checkpoint exists. Whoever is killed in between leaves the old one whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -22,23 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-import autosam3d
-from autosam3d.errors import CheckpointError, RecipeError, ResourceError
+from autosam3d.errors import CheckpointError, ResourceError
 from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
-from autosam3d.models.autosam import AutoSam
+from autosam3d.model_file import find_checkpoint, meta_text, read_meta, recipe_of, sealed
+from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import freeze_sam, frozen_names, load_sam
-from autosam3d.recipe import Recipe, recipe_from_dict
+from autosam3d.recipe import Recipe
 from autosam3d.sam_files import read_sam_state
 
 if TYPE_CHECKING:
     from autosam3d.runtime import Predictor
 
-log = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-MAX_JSON_BYTES = 4 << 20
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{16}\.safetensors")
 
 
@@ -63,7 +56,7 @@ class LoadedModel:
     """A network ready to segment, with the recipe it was trained by."""
 
     recipe: Recipe
-    network: AutoSam
+    network: nn.Module
     device: torch.device
     sha256: str
     """Of the weight file."""
@@ -102,15 +95,13 @@ def save_checkpoint(
     digest = sha256_of(staged)
     weights = folder / f"{stem}-{digest[:16]}.safetensors"
     staged.replace(weights)
-    whole = {"format": FORMAT_VERSION, "autosam3d": autosam3d.__version__, **meta}
-    whole["weights"] = {"file": weights.name, "sha256": digest, "bytes": weights.stat().st_size}
-    whole = json.loads(json.dumps(whole))  # as it will be read: keys are text, tuples are lists
-    whole["sha256"] = _content_sha256(whole)
+    entry = {"file": weights.name, "sha256": digest, "bytes": weights.stat().st_size}
+    whole = sealed({**meta, "weights": entry})
     if previous is not None and json_path.exists():
         before = json_path.read_bytes()
         if weights.name.encode() not in before:
             write_bytes_atomic(previous, before)
-    write_text_atomic(json_path, json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    write_text_atomic(json_path, meta_text(whole))
     _remove_unnamed_weights(folder, stem)
 
 
@@ -164,10 +155,10 @@ def load_model(path: str | Path, *, sam: str | Path | None = None, device: str |
     sam_entry = checkpoint.meta.get("sam") if checkpoint.meta.get("contains") != "all" else None
     with torch.device("meta"):
         # Without memory, so that a recipe of absurd sizes is refused before anything is allocated for it.
-        skeleton = AutoSam(recipe.model)
+        skeleton = build_network(recipe.model)
     expected = set(skeleton.state_dict()) - set(frozen_names(skeleton) if sam_entry else ())
     demand_fit(skeleton, tensors, expected, json_path)
-    network = AutoSam(recipe.model)
+    network = build_network(recipe.model)
     if sam_entry:
         attach_sam(network, SamSource(**sam_entry), sam)
     load_strictly(network, tensors, expected, json_path)
@@ -192,27 +183,8 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     return out
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The JSON that `path` means: itself, or the best (else the packed, else the last) checkpoint of a folder."""
-    if path.is_dir():
-        for name in ("best.json", "model.json", "last.json"):
-            if (path / name).is_file():
-                if name == "last.json":
-                    log.warning("%s: no best checkpoint yet, taking the last training state", path)
-                return path / name
-        raise CheckpointError("NO_MODEL", path, "expected a model folder with best.json or model.json, found neither",
-                              "name the folder that `autosam3d train` wrote")
-    if not path.exists():
-        raise CheckpointError("NO_MODEL", path, "no such file or folder",
-                              "name the folder that `autosam3d train` wrote")
-    if path.suffix != ".json":
-        raise CheckpointError("NO_MODEL", path, "expected a model folder or its .json file",
-                              "name the folder that `autosam3d train` wrote")
-    return path
-
-
 def attach_sam(
-    network: AutoSam, expected: SamSource | None, source: str | Path | None, *, freeze: bool = True
+    network: nn.Module, expected: SamSource | None, source: str | Path | None, *, freeze: bool = True
 ) -> SamSource:
     """Load SAM's weights into `network` and freeze them; checks the file's hash where `expected` gives one."""
     where = source if source is not None else (expected.source if expected else None)
@@ -228,14 +200,14 @@ def attach_sam(
     if expected and digest != expected.sha256:
         raise CheckpointError("HASH", where, f"expected the SAM file with SHA-256 {expected.sha256[:16]}..., "
                               f"got {digest[:16]}...", "name the SAM file that the model was trained on: --sam PATH")
-    load_sam(network, state)
+    load_sam(network, state, str(where))
     if freeze:
         freeze_sam(network)
     # As an absolute path, so that the model loads from any working directory; a hub id stays what it is.
     return SamSource(str(Path(where).resolve() if Path(where).exists() else where), digest)
 
 
-def load_strictly(network: AutoSam, tensors: Mapping[str, Tensor], expected: set[str], where: Path) -> None:
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], expected: set[str], where: Path) -> None:
     """Copy `tensors` into `network`; exactly the names in `expected`, each of the right shape.
 
     Raises:
@@ -248,7 +220,7 @@ def load_strictly(network: AutoSam, tensors: Mapping[str, Tensor], expected: set
             own[name].copy_(tensors[name])
 
 
-def demand_fit(network: AutoSam, tensors: Mapping[str, Tensor], expected: set[str], where: Path) -> None:
+def demand_fit(network: nn.Module, tensors: Mapping[str, Tensor], expected: set[str], where: Path) -> None:
     """Check that `tensors` are exactly the `expected` ones of `network`, each of its shape.
 
     Raises:
@@ -265,40 +237,6 @@ def demand_fit(network: AutoSam, tensors: Mapping[str, Tensor], expected: set[st
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError("MISMATCH", where, f"its weights do not fit its recipe: {', '.join(faults[:3])}{more}",
                               "use the recipe that it was trained with")
-
-
-def read_meta(json_path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint, checked for its shape and version but not against its weights."""
-    try:
-        if json_path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError("CORRUPT", json_path, "expected a model's JSON of at most 4 MiB",
-                                  "name the folder that `autosam3d train` wrote")
-        if json_path.exists() and not json_path.is_file():
-            raise CheckpointError("CORRUPT", json_path, "expected a file, got something else",
-                                  "name the folder that `autosam3d train` wrote")
-        meta = json.loads(json_path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError("UNREADABLE", json_path, f"cannot be read ({error.strerror})",
-                              "check the path") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError("CORRUPT", json_path, "expected a model's JSON, got something else or a part of one",
-                              "copy the file again or use another checkpoint") from None
-    if not isinstance(meta, dict) or not all(isinstance(meta.get(key), dict) for key in ("weights", "recipe")):
-        raise CheckpointError("CORRUPT", json_path, "expected a model's JSON with `recipe` and `weights`",
-                              "name the folder that `autosam3d train` wrote")
-    if meta.get("format") != FORMAT_VERSION:
-        raise CheckpointError("VERSION", json_path, f"expected format {FORMAT_VERSION}, got {meta.get('format')!r}",
-                              "upgrade autosam3d")
-    if meta.get("sha256") != _content_sha256(meta):
-        raise CheckpointError("HASH", json_path, "its content is not what its own SHA-256 says",
-                              "copy the file again; do not edit model files")
-    return meta
-
-
-def _content_sha256(meta: Mapping[str, Any]) -> str:
-    """Of everything in a checkpoint's JSON but this hash itself, however it is laid out."""
-    content = {key: value for key, value in meta.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -320,15 +258,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError("CORRUPT", path, f"not a readable safetensors file ({error})",
                               "copy the file again") from None
-
-
-def recipe_of(meta: Mapping[str, Any], json_path: Path) -> Recipe:
-    """The recipe inside a checkpoint's JSON."""
-    try:
-        return recipe_from_dict(meta["recipe"], json_path)
-    except RecipeError as error:
-        raise CheckpointError("MISMATCH", json_path, f"its recipe is not valid here: {error.fault}",
-                              "use the version of autosam3d that wrote it") from None
 
 
 def _remove_unnamed_weights(folder: Path, stem: str) -> None:

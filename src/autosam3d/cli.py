@@ -17,7 +17,7 @@ import typer
 
 from autosam3d import __version__
 from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
-from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, ResourceError, UsageError
+from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, RecipeError, ResourceError, UsageError
 
 app = typer.Typer(
     name="autosam3d",
@@ -106,6 +106,44 @@ def train(
 
     with TrainingView() as view:
         result = run_training(plan, cases, folder, sam=sam, device=device, cache_dir=cache, observer=view.observer)
+    _report_training(folder, result)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[Path, typer.Argument(help="The trained teacher: run folder, or a checkpoint's .json.")],
+    data: Annotated[Path, typer.Option(help="Dataset folder in the nnU-Net v2 layout.")],
+    student: Annotated[str, typer.Option(help="tiny, small, edge, or a recipe (name or YAML file) with its own "
+                                              "network; the first three take all else from the teacher.")] = "tiny",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE.")] = None,
+    sam: Sam = None,
+    overrides: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder for preprocessed cases and the teacher's probabilities, "
+                                                    "shared by all students; default OUT/cache.")] = None,
+) -> None:
+    """Train a small student on labels and on a teacher's probabilities, or go on with a run that was stopped."""
+    from autosam3d.dataset import open_dataset
+    from autosam3d.distill import student_recipe
+
+    plan = student_recipe(teacher, student, overrides or ())
+    if plan.distill is None:
+        raise RecipeError("NO_DISTILL", student, "expected a recipe with a distill section, got one without",
+                          "add `distill: {lambda: 0.5}`, or use `autosam3d train`")
+    folder = out or Path("runs") / plan.name
+    cases = open_dataset(data, plan)
+    _set_threads(threads)
+    from autosam3d.train import TeacherSource
+    from autosam3d.train import train as run_training
+
+    with TrainingView() as view:
+        result = run_training(plan, cases, folder, teacher=TeacherSource(teacher, sam), device=device, cache_dir=cache,
+                              observer=view.observer)
+    _report_training(folder, result)
+
+
+def _report_training(folder: Path, result: Any) -> None:
     if result.stopped_by is not None:
         if result.rank == 0:
             typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)

@@ -80,7 +80,8 @@ class TrainingView:
     def observer(self) -> Any:
         from autosam3d.train import Observer
 
-        return Observer(on_cache=self._on("preparing cases"), on_validation=self._on("validating"),
+        return Observer(on_cache=self._on("preparing cases"), on_teacher=self._on("teacher's probabilities"),
+                        on_validation=self._on("validating"),
                         on_step=self._on_step, on_message=self._on_message)
 
     def task(self, name: str, done: int, total: int) -> None:

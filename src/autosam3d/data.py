@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autosam3d.augment import affine_margin, augment, random_affine
+from autosam3d.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.dataset import Case
 from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
@@ -44,7 +44,7 @@ _DTYPES = {"voxels": np.float16, "labels": np.uint8, "centers": np.int32}
 # Of a cache key, which is their hexadecimal text.
 KEY_BYTES = 16
 # What reading a damaged entry can raise.
-_NO_ENTRY = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError)
+NO_ENTRY = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class CachedCase:
         labels: uint8 [z, y, x].
         centers: int32 [n, 4], rows of (organ, z, y, x): voxels on which a crop may be centred.
         key: of its cache entry; equal for equal files and settings.
+        probs: a teacher's, uint8 [K - 1, z, y, x] in steps of 1/255, without background; None where there are none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class CachedCase:
     centers: np.ndarray
     spacing_mm: tuple[float, float, float]
     key: str
+    probs: np.ndarray | None = None
 
 
 def cache_cases(
@@ -106,7 +108,7 @@ def open_cached(cache_dir: Path, key: str, name: str) -> CachedCase:
     """
     try:
         return _map_entry(cache_dir / key, _checked_info(cache_dir / key), name)
-    except _NO_ENTRY:
+    except NO_ENTRY:
         raise ResourceError("CACHE", cache_dir / key, "expected the cache entry that another process of this run has "
                             "checked, got none or a damaged one", "let all processes of a machine see the same --cache "
                             "folder, and leave it alone while they train") from None
@@ -134,7 +136,8 @@ def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> N
 class CropDataset(Dataset):
     """Random crops; item ``(epoch, position, case)`` is the same crop in every process, on every machine.
 
-    Item: voxels float32 [1, D, H, W] and labels uint8 [D, H, W].
+    Item: voxels float32 [1, D, H, W], labels uint8 [D, H, W], and where the cases have a teacher's probabilities
+    those, float32 [K, D, H, W].
     """
 
     def __init__(self, cases: Sequence[CachedCase], recipe: Recipe) -> None:
@@ -148,7 +151,7 @@ class CropDataset(Dataset):
         random = np.random.default_rng([self.recipe.train.seed, 1, epoch])
         return random.permutation(len(self)) % len(self.cases)
 
-    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, ...]:
         epoch, position, index = item
         case, recipe = self.cases[index], self.recipe
         random = np.random.default_rng([recipe.train.seed, 2, epoch, position])
@@ -156,12 +159,17 @@ class CropDataset(Dataset):
         start = self._start(case, random)
         margin = affine_margin(patch_size, case.spacing_mm, recipe.augment)
         air = case.voxels.dtype.type(recipe.preprocess.air)
-        voxels = _cut(case.voxels, start, patch_size, margin, air).astype(np.float32)
-        labels = _cut(case.labels, start, patch_size, margin, 0)
+        crop = Crop(
+            _cut(case.voxels, start, patch_size, margin, air).astype(np.float32),
+            _cut(case.labels, start, patch_size, margin, 0),
+            None if case.probs is None else with_background(
+                np.stack([_cut(organ, start, patch_size, margin, 0) for organ in case.probs])),
+        )
         if any(margin):
-            voxels, labels = random_affine(voxels, labels, patch_size, case.spacing_mm, recipe.augment, random)
-        voxels, labels = augment(voxels, labels, recipe.augment, recipe.labels, random)
-        return torch.from_numpy(voxels).unsqueeze(0), torch.from_numpy(labels)
+            crop = random_affine(crop, patch_size, case.spacing_mm, recipe.augment, random)
+        crop = augment(crop, recipe.augment, recipe.labels, random)
+        tensors = torch.from_numpy(crop.voxels).unsqueeze(0), torch.from_numpy(crop.labels)
+        return tensors if crop.probs is None else (*tensors, torch.from_numpy(crop.probs))
 
     def _start(self, case: CachedCase, random: np.random.Generator) -> Size:
         """First voxel of a crop around an organ voxel or any voxel, moved inside the scan along axes where it fits."""
@@ -219,7 +227,7 @@ class CropLoader:
                                   worker_init_fn=_begin_worker if num_workers else None,
                                   prefetch_factor=4 if num_workers else None)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         if self._loader.num_workers:
             yield from self._loader
             return
@@ -229,6 +237,24 @@ class CropLoader:
             while (batch := coming.result()) is not None:
                 coming = pool.submit(next, batches, None)
                 yield batch
+
+
+def with_background(organs: np.ndarray) -> np.ndarray:
+    """Probabilities uint8 [K - 1, ...] in steps of 1/255 to float32 [K, ...] that sum to 1, background first.
+
+    Rounding may let organs exceed 1 together by (K - 1)/510; they are divided by their sum then.
+    """
+    probs = np.empty((len(organs) + 1, *organs.shape[1:]), np.float32)
+    np.divide(organs, np.float32(255), out=probs[1:])
+    total = probs[1:].sum(0)
+    np.maximum(1 - total, 0, out=probs[0])
+    probs[1:] /= np.maximum(total, 1)
+    return probs
+
+
+def without_background(probs: np.ndarray) -> np.ndarray:
+    """The inverse of `with_background`: float32 [K, ...] to uint8 [K - 1, ...], rounded."""
+    return np.rint(probs[1:] * np.float32(255)).astype(np.uint8)
 
 
 def _begin_worker(_: int) -> None:
@@ -292,7 +318,7 @@ def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
     arrays = {
         "voxels": prepared.voxels.astype(np.float16),
         "labels": labels,
-        "centers": _pick_centers(labels, np.random.default_rng(0)),
+        "centers": pick_centers(labels, np.random.default_rng(0)),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,13 +327,13 @@ def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
                             "name another folder with --cache") from None
     remove_stale_temporaries(folder)
     for name, array in arrays.items():
-        atomic_write(folder / f"{name}.npy", lambda path, array=array: _save_array(path, array),
+        atomic_write(folder / f"{name}.npy", lambda path, array=array: save_array(path, array),
                      size_bytes=array.nbytes)
-    entry = {"spacing_mm": prepared.spacing_mm, "crc": {name: _crc(folder / f"{name}.npy") for name in arrays}}
-    write_text_atomic(folder / "info.json", json.dumps({"entry": entry, "crc": _crc_of(entry)}))
+    entry = {"spacing_mm": prepared.spacing_mm, "crc": {name: crc_of_file(folder / f"{name}.npy") for name in arrays}}
+    write_text_atomic(folder / "info.json", json.dumps({"entry": entry, "crc": crc_of(entry)}))
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:  # given a path, numpy would put .npy behind the temporary name
         np.save(file, array)
 
@@ -318,9 +344,9 @@ def _open_entry(folder: Path, name: str) -> CachedCase | None:
         return None
     try:
         entry = _checked_info(folder)
-        if all(_crc(folder / f"{a}.npy") == entry["crc"][a] for a in _ARRAYS):
+        if all(crc_of_file(folder / f"{a}.npy") == entry["crc"][a] for a in _ARRAYS):
             return _map_entry(folder, entry, name)
-    except _NO_ENTRY:
+    except NO_ENTRY:
         pass
     log.warning("cache of %s is damaged, making it again", name)
     return None
@@ -328,7 +354,7 @@ def _open_entry(folder: Path, name: str) -> CachedCase | None:
 
 def _checked_info(folder: Path) -> dict[str, Any]:
     info = json.loads((folder / "info.json").read_text("utf-8"))
-    if info["crc"] != _crc_of(info["entry"]):
+    if info["crc"] != crc_of(info["entry"]):
         raise ValueError("info.json is not what its checksum says")
     return info["entry"]
 
@@ -341,11 +367,11 @@ def _map_entry(folder: Path, entry: Mapping[str, Any], name: str) -> CachedCase:
     return CachedCase(name, arrays["voxels"], arrays["labels"], arrays["centers"], (z, y, x), folder.name)
 
 
-def _crc_of(entry: Any) -> int:
+def crc_of(entry: Any) -> int:
     return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
 
 
-def _crc(path: Path) -> int:
+def crc_of_file(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -353,7 +379,7 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _pick_centers(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def pick_centers(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """int32 [n, 4]: up to `MAX_CENTERS` voxels of every organ, as (organ, z, y, x)."""
     rows = []
     for organ in np.unique(labels[labels > 0]):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
+from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.models.parameters import count_parameters
-from autosam3d.models.spec import VITS
+from autosam3d.models.spec import VITS, AutoSamSpec, SwinUnetrSpec
 from autosam3d.recipe import Recipe
 
 
@@ -29,8 +29,7 @@ def describe_recipe(recipe: Recipe) -> str:
         f"{recipe.optim.schedule}",
         f"windows      overlap {recipe.inference.overlap:g}, {recipe.inference.importance}",
         "",
-        f"model        AutoSAM Adapter on {model.vit}, tokens of {_by(model.token_size)} voxels, "
-        f"grid {_by(model.token_grid)}",
+        f"model        {describe_network(recipe)}",
         describe_parameters(recipe),
         "",
         "folder layout",
@@ -39,9 +38,23 @@ def describe_recipe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def describe_network(recipe: Recipe) -> str:
+    """The kind of network, in a line."""
+    model = recipe.model
+    if isinstance(model, AutoSamSpec):
+        return f"AutoSAM Adapter on {model.vit}, tokens of {_by(model.token_size)} voxels, grid {_by(model.token_grid)}"
+    if isinstance(model, SwinUnetrSpec):
+        size = {12: " (Tiny)", 24: " (Small)"}.get(model.feature_size, "")
+        return f"SwinUNETR, feature size {model.feature_size}{size}"
+    return f"residual U-Net, channels {', '.join(map(str, model.channels))}"
+
+
 def describe_parameters(recipe: Recipe) -> str:
-    """Parameters per part, and the sums: as the paper counts them, with tables as long as SAM's, and as stored."""
+    """Parameters per part, and their sum; of an AutoSAM the sums as the paper counts them, with tables as long as
+    SAM's, and as stored."""
     report = count_parameters(recipe.model)
+    if not isinstance(recipe.model, AutoSamSpec):
+        return f"parameters                  {report.total:,}"
     vit = VITS[recipe.model.vit]
     edges = {vit.pretrain_grid if index in vit.taps else vit.pretrain_window for index in range(vit.num_blocks)}
     rows = "/".join(str(2 * edge - 1) for edge in sorted(edges))

@@ -21,7 +21,7 @@ from autosam3d.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.recipe import Recipe
 from autosam3d.restore import restore_labels
 from autosam3d.runtime import Predictor
-from autosam3d.volume import Segmentation, Volume
+from autosam3d.volume import Segmentation, Volume, told
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def segment_with(
     prepared = prepare_ct(volume, recipe.preprocess, undo)
     walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, options.skip_air, memory)
     labels = restore_labels(walk.slabs(prepared.voxels, progress), undo, predictor.num_outputs)
-    warnings = (*volume.warnings, *_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else []))
-    return Segmentation(labels, volume.affine, volume.source, dict(recipe.labels.by_index), warnings)
+    found = told(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
+    return Segmentation(labels, volume.affine, volume.source, dict(recipe.labels.by_index), (*volume.warnings, *found))
 
 
 def _small_scan(undo: Undo, predictor: Predictor) -> list[str]:
@@ -118,10 +118,8 @@ def _small_scan(undo: Undo, predictor: Predictor) -> list[str]:
     if all(n >= p for n, p in zip(undo.prepared_shape, predictor.patch_size, strict=True)):
         return []
     scan, window = (" x ".join(map(str, shape)) for shape in (undo.prepared_shape, predictor.patch_size))
-    warning = (f"The scan is smaller than the model's window ({scan} of {window} voxels, cropped and resampled): air "
-               "was put around it.")
-    _log.warning("%s", warning)
-    return [warning]
+    return [f"The scan is smaller than the model's window ({scan} of {window} voxels, cropped and resampled): air "
+            "was put around it."]
 
 
 def label_prepared(
@@ -145,10 +143,20 @@ def label_prepared(
         uint8 [z, y, x].
     """
     shape = (voxels.shape[0], voxels.shape[1], voxels.shape[2])
-    walk = _Walk(predictor, tiling, float(voxels.min()) if air is None else air)
-    return restore_labels(
-        walk.slabs(voxels, progress), Undo(shape, Box((0, 0, 0), shape), shape), predictor.num_outputs
-    )
+    slabs = probabilities_prepared(voxels, predictor, tiling, air=air, progress=progress)
+    return restore_labels(slabs, Undo(shape, Box((0, 0, 0), shape), shape), predictor.num_outputs)
+
+
+def probabilities_prepared(
+    voxels: np.ndarray,
+    predictor: Predictor,
+    tiling: Tiling,
+    *,
+    air: float | None = None,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:
+    """As `label_prepared`, but mean probabilities float32 [K, dz, y, x], slab by slab in z order."""
+    return _Walk(predictor, tiling, float(voxels.min()) if air is None else air).slabs(voxels, progress)
 
 
 def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions) -> MemoryPlan:

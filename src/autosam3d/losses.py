@@ -18,6 +18,20 @@ class SegmentationLoss(NamedTuple):
     cross_entropy: Tensor
 
 
+def teacher_mse(logits: Tensor, probs: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean squared difference of a student's softmax output and its teacher's probabilities, temperature 1.
+
+    Args:
+        logits: B K D H W of the student, any float type; the loss is computed in float32.
+        probs: B K D H W of the teacher, without gradient.
+        reduction: "mean" over all values; "class_sum" adds the classes up and takes the mean over the voxels.
+
+    *Source*: paper, section 3.5, equation of L_KD.
+    """
+    loss = F.mse_loss(F.softmax(logits.float(), dim=1), probs.float())
+    return loss * logits.shape[1] if reduction == "class_sum" else loss
+
+
 def dice_ce_loss(
     logits: Tensor,
     labels: Tensor,

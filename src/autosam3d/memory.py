@@ -12,6 +12,7 @@ from pathlib import Path
 
 from autosam3d.errors import ResourceError
 from autosam3d.io.memory import available_ram_bytes, demand_ram, size_text
+from autosam3d.model_file import read_meta, recipe_of
 
 _log = logging.getLogger(__name__)
 
@@ -72,10 +73,11 @@ def demand_model_ram(json_path: Path, max_ram_bytes: int) -> None:
         ResourceError: MEMORY.
         CheckpointError: the JSON is none of a model.
     """
-    from autosam3d.checkpoint import read_meta, recipe_of  # torch, which other runtimes do without
-    from autosam3d.models.parameters import count_parameters
-
     meta = read_meta(json_path)
+    if meta.get("kind") == "export":
+        return  # runtimes map the file, and what they hold is part of the plan of the first scan
+    from autosam3d.models.parameters import count_parameters  # torch, which other runtimes do without
+
     try:
         network_bytes = 4 * count_parameters(recipe_of(meta, json_path).model).total
     except RuntimeError:

@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from autosam3d.errors import RecipeError
 from autosam3d.labels import LabelMap
-from autosam3d.models.spec import AutoSamSpec
+from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
 from autosam3d.patches import Tiling
 from autosam3d.preprocess import Preprocess
 from autosam3d.recipe_yaml import dump_yaml, parse_yaml
@@ -224,6 +224,41 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How a student learns from a teacher (paper 3.5): ``lambda * (Dice + CE) + (1 - lambda) * MSE``."""
+
+    __pydantic_config__ = _STRICT
+    label_weight: Annotated[float, Field(alias="lambda")] = 0.5
+    """The paper's lambda, written ``lambda`` in recipes: 1 trains on the labels alone, 0 on the teacher alone."""
+    mse_reduction: Literal["mean", "class_sum"] = "mean"
+    """Squared differences of the softmax outputs: the mean over all values, or their sum over the organs averaged over
+    the voxels, which weighs the teacher K times as much."""
+    teacher_probs: Literal["cache", "live"] = "cache"
+    """"cache": the teacher sees each scan once, window by window, and its probabilities are kept on disk; "live": it
+    sees every augmented crop."""
+    teacher_overlap: float = 0.5
+    """Window overlap when the cache is filled."""
+
+    def __post_init__(self) -> None:
+        _demand(0 <= self.label_weight <= 1, "lambda", "0 to 1", self.label_weight)
+        _demand(0 <= self.teacher_overlap < 1, "teacher_overlap", "0 up to less than 1", self.teacher_overlap)
+
+
+def _network_of(model: Any) -> str:
+    """Which kind of network a `model` section means; one that does not say is an AutoSAM."""
+    network = model.get("network", "autosam") if isinstance(model, Mapping) else getattr(model, "network", "autosam")
+    return network if isinstance(network, str) else repr(network)
+
+
+_NETWORKS = ("autosam", "swin_unetr", "res_unet")
+_Model = Annotated[
+    Annotated[AutoSamSpec, Tag("autosam")] | Annotated[SwinUnetrSpec, Tag("swin_unetr")]
+    | Annotated[ResUnetSpec, Tag("res_unet")],
+    Discriminator(_network_of),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run, whole. `model.num_outputs` follows from the organs and is not written in the file."""
 
@@ -235,12 +270,14 @@ class Recipe:
     labels: LabelMap
     dataset: Dataset
     preprocess: Preprocess
-    model: AutoSamSpec
+    model: _Model
     sampling: Sampling = field(default_factory=Sampling)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     train: Training = field(default_factory=Training)
     inference: Tiling = field(default_factory=Tiling)
+    distill: Distillation | None = None
+    """For students; None where nothing is distilled."""
 
     def __post_init__(self) -> None:
         fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name) is not None
@@ -256,7 +293,10 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON or YAML."""
-        return _ADAPTER.dump_python(self, mode="json")
+        whole = _ADAPTER.dump_python(self, mode="json", by_alias=True)
+        if self.distill is None:
+            del whole["distill"]
+        return whole
 
     def digest(self, *sections: str) -> str:
         """SHA-256 of the named sections (of all, where none is named); equal settings, equal digest."""
@@ -281,9 +321,18 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     text, where = _read_text(source)
     tree = parse_yaml(text, where)
+    return recipe_from_dict(with_overrides(tree, overrides), where)
+
+
+def with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`tree` itself, after ``key.path=value`` overrides.
+
+    Raises:
+        RecipeError: one that is none.
+    """
     for override in overrides:
         _apply_override(tree, override)
-    return recipe_from_dict(tree, where)
+    return tree
 
 
 def recipe_from_dict(tree: Mapping[str, Any], where: str | Path = "recipe") -> Recipe:
@@ -361,6 +410,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, where: str | Path) -> RecipeError:
     """One line from pydantic's list: a typo with the nearest key if there is one, else the first fault."""
     faults = error.errors(include_url=False)
+    for fault in faults:
+        if fault["loc"][:1] == ("model",) and fault["loc"][1:2] and fault["loc"][1] in _NETWORKS:
+            fault["loc"] = ("model", *fault["loc"][2:])  # without the tag of the union
     first = next((f for f in faults if f["type"] == "unexpected_keyword_argument"), faults[0])
     path = ".".join(str(p) for p in first["loc"])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -371,6 +423,9 @@ def _explain(error: ValidationError, where: str | Path) -> RecipeError:
         return RecipeError("UNKNOWN_KEY", f"{where}: {path}", f"no such key{more}", remedy)
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError("MISSING_KEY", f"{where}: {path}", f"expected a value, got none{more}", "add the key")
+    if first["type"] == "union_tag_invalid":
+        return RecipeError("BAD_VALUE", f"{where}: model.network", f"expected one of {', '.join(_NETWORKS)}, got "
+                           f"{_network_of(first['input'])}{more}", "correct the value")
     message = first["msg"].removeprefix("Value error, ")
     own_check = re.match(r"([a-z_.0-9]+): (?=expected)", message)  # a check of ours starts with the field at fault
     if own_check:
@@ -384,14 +439,18 @@ def _explain(error: ValidationError, where: str | Path) -> RecipeError:
 
 
 def _known_keys(section: list[str]) -> list[str]:
-    """Keys that the schema allows below `section`."""
+    """Keys that the schema allows below `section`, in any of its variants."""
     schema = _ADAPTER.json_schema()
-    node: Mapping[str, Any] = schema
+
+    def variants(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        if "$ref" in node:
+            yield from variants(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
+            return
+        yield node
+        for child in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+            yield from variants(child)
+
+    nodes = list(variants(schema))
     for part in section:
-        node = node.get("properties", {}).get(part, {})
-        for variant in (node, *node.get("anyOf", ())):
-            if "$ref" in variant:
-                node = schema["$defs"][variant["$ref"].rsplit("/", 1)[1]]
-    if "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return list(node.get("properties", {}))
+        nodes = [v for node in nodes if part in node.get("properties", {}) for v in variants(node["properties"][part])]
+    return [key for node in nodes for key in node.get("properties", {})]

@@ -32,9 +32,9 @@ from autosam3d.data import (
     open_cached,
 )
 from autosam3d.dataset import CaseSet
-from autosam3d.errors import CheckpointError
+from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference import label_prepared
-from autosam3d.losses import dice_ce_loss
+from autosam3d.losses import dice_ce_loss, teacher_mse
 from autosam3d.metrics import dice_per_label
 from autosam3d.patches import Tiling
 from autosam3d.recipe import Recipe
@@ -42,6 +42,7 @@ from autosam3d.runlog import RunLog
 from autosam3d.runtime import TorchPredictor
 from autosam3d.schedule import demand_full_rate, learning_rate
 from autosam3d.stopping import Interrupted, StopRequest
+from autosam3d.teacher import Teacher, cache_probabilities, load_teacher, open_probabilities
 from autosam3d.training_run import (
     Observer,
     Run,
@@ -62,6 +63,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class TeacherSource:
+    """Where a student's teacher is."""
+
+    path: str | Path
+    """A run folder, a packed model or a checkpoint's JSON."""
+    sam: str | Path | None = None
+    """Its SAM file, where that lies elsewhere than in its training."""
+
+
+@dataclass(frozen=True)
 class TrainResult:
     stopped_by: int | None
     """The signal that stopped the run, the same in all processes; None when it is finished."""
@@ -79,11 +90,12 @@ def train(
     run_folder: Path,
     *,
     sam: str | Path | None = None,
+    teacher: TeacherSource | None = None,
     device: str = "auto",
     cache_dir: Path | None = None,
     observer: Observer | None = None,
 ) -> TrainResult:
-    """Train, or go on training, the AutoSAM of `recipe` on `cases`.
+    """Train, or go on training, the network of `recipe` on `cases`.
 
     SIGTERM, Ctrl-C and SIGUSR1 save and return; the same call goes on from there. In one process the stop comes
     within an operation of the network and the time to save. Several processes stop at the end of the step, or of the
@@ -92,12 +104,13 @@ def train(
     Args:
         run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe.
         sam: SAM weights, a file or a Hugging Face id. None trains everything from scratch.
+        teacher: whom the network learns from, as ``recipe.distill`` says. Not even opened where the labels alone count.
         device: "auto", "cpu", "cuda" or "cuda:N". Started by `torchrun`, each process takes its own device.
         cache_dir: for preprocessed cases; default ``run_folder/cache``.
 
     Raises:
         UsageError: the folder holds a run of another recipe or SAM file, or another process trains there; the device
-            is absent; the recipe's warm-up is as long as its training.
+            is absent; the recipe's warm-up is as long as its training; it distils and there is no teacher.
         VolumeError: a case is broken, an organ is nowhere, or the cases are not those that the run began with.
         CheckpointError: the SAM file does not fit; the saved state cannot be read; the loss stayed non-finite (the
             last good state is kept).
@@ -112,13 +125,16 @@ def train(
         try:
             with stop.at_once():
                 # What can be wrong at once comes before the cases, which may take an hour to prepare.
-                run = start_run(recipe, fabric, run_folder, sam, stop, observer)
+                told_by = _load_teacher(recipe, teacher, fabric.device)
+                run = start_run(recipe, fabric, run_folder, sam, stop, observer, told_by)
                 demand_space(run)
-                train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir or run_folder / "cache")
+                cache_dir = cache_dir or run_folder / "cache"
+                train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir)
                 demand_organs(train_cases, recipe, cases.folder)
                 keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
                 run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
                 resume(run)
+                train_cases = _ask_teacher(run, train_cases, cache_dir)
         except Interrupted:
             return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
@@ -175,10 +191,10 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
     run.wrapped.train()
     total = sampler.steps_per_epoch * recipe.train.epochs
     mark = time.perf_counter()
-    for voxels, labels in loader:
+    for batch in loader:
         waited = time.perf_counter() - mark
         rate = _set_learning_rate(run, sampler.steps_per_epoch)
-        values, good = train_step(run, voxels.to(fabric.device, non_blocking=True), labels.to(fabric.device))
+        values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
         run.bad_steps = 0 if good else run.bad_steps + 1
         if run.bad_steps >= recipe.train.max_nan_steps:
             save_state(run)
@@ -199,16 +215,21 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         mark = time.perf_counter()
 
 
-def train_step(run: Run, voxels: Tensor, labels: Tensor) -> tuple[dict[str, float], bool]:
-    """One optimiser step. False, and no change of any weight, where loss or gradient is not finite."""
-    recipe = run.recipe
-    logits = run.wrapped(voxels)
-    loss = dice_ce_loss(logits, labels, dice_weight=recipe.train.dice_weight, ce_weight=recipe.train.ce_weight,
-                        batch_dice=recipe.train.batch_dice)
+def train_step(
+    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step. False, and no change of any weight, where loss or gradient is not finite.
+
+    Args:
+        voxels: B 1 D H W.
+        labels: B D H W.
+        probs: B K D H W, the teacher's, where they come from the cache.
+    """
+    loss, values = _loss(run, run.wrapped(voxels), voxels, labels, probs)
     run.optimizer.zero_grad(set_to_none=True)
-    run.fabric.backward(loss.total)
+    run.fabric.backward(loss)
     parameters = [p for p in run.network.parameters() if p.requires_grad]
-    limit = recipe.optim.clip_norm or math.inf
+    limit = run.recipe.optim.clip_norm or math.inf
     # The gradients of all ranks were averaged in backward, so this norm, and the decision, is the same on each.
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     good = bool(torch.isfinite(norm))
@@ -217,9 +238,35 @@ def train_step(run: Run, voxels: Tensor, labels: Tensor) -> tuple[dict[str, floa
         _update_average(run)
     else:
         log.warning("step %d: the gradient is not finite, step skipped", run.progress.global_step)
-    values = {"loss": float(loss.total.detach()), "dice_loss": float(loss.dice), "ce_loss": float(loss.cross_entropy),
-              "grad_norm": float(norm)}
-    return values, good
+    return {name: float(value.detach()) for name, value in values.items()} | {"grad_norm": float(norm)}, good
+
+
+def _loss(
+    run: Run, logits: Tensor, voxels: Tensor, labels: Tensor, probs: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is minimised, and its parts. A part that weighs nothing is not computed.
+
+    *Source*: paper, section 3.5, ``lambda * (Dice + CE) + (1 - lambda) * MSE``.
+    """
+    settings, distill = run.recipe.train, run.recipe.distill
+    weight = distill.label_weight if distill else 1.0
+    values: dict[str, Tensor] = {}
+    total = None
+    if weight > 0:
+        own = dice_ce_loss(logits, labels, dice_weight=settings.dice_weight, ce_weight=settings.ce_weight,
+                           batch_dice=settings.batch_dice)
+        values |= {"dice_loss": own.dice, "ce_loss": own.cross_entropy}
+        total = own.total if weight == 1 else weight * own.total
+    if distill and weight < 1:
+        assert run.teacher is not None
+        if probs is None:
+            with run.fabric.autocast():
+                probs = run.teacher.probabilities(voxels)
+        mse = teacher_mse(logits, probs, distill.mse_reduction)
+        values["teacher_mse"] = mse
+        total = (1 - weight) * mse if total is None else total + (1 - weight) * mse
+    assert total is not None
+    return total, {"loss": total, **values}
 
 
 def _update_average(run: Run) -> None:
@@ -315,6 +362,37 @@ def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -
         return {}
     organs = {name: (float(d) if np.isfinite(d) else None) for name, d in zip(recipe.labels.organs, dice, strict=True)}
     return {"val_dice": mean, "val_dice_per_organ": organs}
+
+
+def _load_teacher(recipe: Recipe, source: TeacherSource | None, device: torch.device) -> Teacher | None:
+    if recipe.distill is None or recipe.distill.label_weight == 1:
+        return None
+    if source is None:
+        raise UsageError("NO_TEACHER", recipe.name, "expected a teacher, since the recipe distils",
+                         "use `autosam3d distill`, or set distill.lambda=1 to learn from the labels alone")
+    return load_teacher(source.path, recipe, sam=source.sam, device=device)
+
+
+def _ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[CachedCase]:
+    """The training cases with the teacher's probabilities, where those are kept on disk."""
+    distill, teacher = run.recipe.distill, run.teacher
+    if distill is None or teacher is None:
+        return cases
+    if distill.teacher_probs == "live":
+        if distill.label_weight > 0:
+            return cases
+        # Where the labels do not count they do not say where to look either: crops fall anywhere.
+        return [replace(case, centers=case.centers[:0]) for case in cases]
+    mine = cases[slice(run.fabric.local_rank, None, local_ranks())]
+
+    def watch(done: int, total: int) -> None:
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
+
+    checked = cache_probabilities(mine, teacher, run.recipe, cache_dir, run.observer.on_teacher, watch)
+    if run.fabric.world_size == 1:
+        return checked
+    run.fabric.barrier()
+    return open_probabilities(cases, teacher, run.recipe, cache_dir)
 
 
 def _cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:

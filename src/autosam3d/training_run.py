@@ -37,11 +37,13 @@ from autosam3d.checkpoint import (
 from autosam3d.errors import CheckpointError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.io.memory import size_text
-from autosam3d.models.autosam import AutoSam
+from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import frozen_names
+from autosam3d.models.spec import AutoSamSpec
 from autosam3d.recipe import Recipe, dump_recipe
 from autosam3d.runtime import bf16_in_hardware, pick_device
 from autosam3d.stopping import Interrupted, StopRequest, stop_inside
+from autosam3d.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Observer:
     """What the command line shows; every call is optional."""
 
     on_cache: Callable[[int, int], None] = lambda done, total: None
+    on_teacher: Callable[[int, int], None] = lambda done, total: None
     on_step: Callable[[int, int, Mapping[str, float]], None] = lambda done, total, values: None
     on_validation: Callable[[int, int], None] = lambda done, total: None
     on_message: Callable[[str], None] = lambda text: None
@@ -76,7 +79,7 @@ class Run:
 
     recipe: Recipe
     fabric: Fabric
-    network: AutoSam
+    network: nn.Module
     """The bare network."""
     wrapped: nn.Module
     """The same, as Fabric runs it."""
@@ -94,6 +97,8 @@ class Run:
     """Of everything that the preprocessed cases were made from."""
     saved: Progress | None = None
     """Where the state on disk stands; None where there is none."""
+    teacher: Teacher | None = None
+    """Of a student; None where there is none or the labels alone count."""
 
     @cached_property
     def tuned(self) -> dict[str, Tensor]:
@@ -237,20 +242,29 @@ def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
 
 
 def start_run(
-    recipe: Recipe, fabric: Fabric, folder: Path, sam: str | Path | None, stop: StopRequest, observer: Observer
+    recipe: Recipe, fabric: Fabric, folder: Path, sam: str | Path | None, stop: StopRequest, observer: Observer,
+    teacher: Teacher | None = None,
 ) -> Run:
-    """Network and optimiser, fresh."""
+    """Network and optimiser, fresh.
+
+    Raises:
+        UsageError: SAM weights for a network that has no place for them.
+    """
     torch.manual_seed(recipe.train.seed)
-    network = AutoSam(recipe.model)
+    network = build_network(recipe.model)
+    is_autosam = isinstance(recipe.model, AutoSamSpec)
+    if sam is not None and not is_autosam:
+        raise UsageError("NO_PLACE_FOR_SAM", "--sam", f"expected a recipe with model.network autosam, got "
+                         f"{recipe.model.network}", "leave --sam out")
     source = attach_sam(network, None, sam, freeze=recipe.train.freeze_sam) if sam is not None else None
-    if source is None:
+    if source is None and is_autosam:
         log.warning("no SAM weights: every weight is trained from scratch, which is not the paper's method")
     optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=recipe.optim.lr,
                                   betas=(recipe.optim.momentum, recipe.optim.beta2), fused=True)
     if fabric.world_size == 1:  # several processes stop together, between two steps
         stop_inside(network, stop)
     wrapped, optimizer = fabric.setup(network, optimizer)
-    run = Run(recipe, fabric, network, wrapped, optimizer, folder, source, stop, observer)
+    run = Run(recipe, fabric, network, wrapped, optimizer, folder, source, stop, observer, teacher=teacher)
     if recipe.optim.ema > 0:
         run.average = {name: tensor.detach().clone() for name, tensor in run.tuned.items()}
     return run
@@ -315,6 +329,7 @@ def _meta(run: Run, kind: str) -> dict[str, Any]:
         "contains": "tuned" if run.sam and run.recipe.train.freeze_sam else "all",
         "recipe": run.recipe.as_dict(),
         "sam": vars(run.sam) if run.sam else None,
+        "teacher": run.teacher.origin if run.teacher else None,
         "epoch": run.progress.epoch,
         "torch": torch.__version__,
     }
@@ -325,7 +340,7 @@ def resume(run: Run) -> None:
 
     Raises:
         CheckpointError: there are states and none can be read.
-        UsageError: OTHER_SAM.
+        UsageError: OTHER_SAM, OTHER_TEACHER.
         VolumeError: DATA_CHANGED.
     """
     last, fault = run.folder / "last.json", None
@@ -367,6 +382,10 @@ def _demand_same_origin(run: Run, meta: Mapping[str, Any], path: Path) -> None:
     if before != now:
         raise UsageError("OTHER_SAM", path, "the run began with other SAM weights" if before else
                          "the run began without SAM weights", "give the same --sam, or name a new run folder")
+    before, now = (meta.get("teacher") or {}).get("sha256"), run.teacher.origin["sha256"] if run.teacher else None
+    if before != now:
+        raise UsageError("OTHER_TEACHER", path, "the run began with another teacher" if before else
+                         "the run began without a teacher", "give the same teacher, or name a new run folder")
     if meta["data_sha256"] != run.data_sha256:
         raise VolumeError("DATA_CHANGED", path, "expected the training and validation files that the run began with, "
                           "got others", "restore them, or name a new run folder")

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from autosam3d.models.autosam import AutoSam
+from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import frozen_names
-from autosam3d.models.spec import VITS, AutoSamSpec
+from autosam3d.models.spec import VITS, AutoSamSpec, NetworkSpec
 
 _TABLES = ("depth_embed", "rel_pos_d")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterReport:
-    """Counts of one `AutoSamSpec` with SAM's weights frozen."""
+    """Counts of one network; of an AutoSAM with SAM's weights frozen."""
 
     parts: dict[str, int]
     """Tuned part to count, in the order of the forward pass; `depth_embed` and `rel_pos_d` are lookup tables."""
@@ -32,10 +32,10 @@ class ParameterReport:
     """`frozen` with SAM's own tables of 27 or 127 rows."""
 
 
-def count_parameters(spec: AutoSamSpec) -> ParameterReport:
+def count_parameters(spec: NetworkSpec) -> ParameterReport:
     """Count on the meta device: no memory, no time, any size of SAM."""
     with torch.device("meta"):
-        model = AutoSam(spec)
+        model = build_network(spec)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     frozen = set(frozen_names(model))
     parts: dict[str, int] = {}
@@ -43,6 +43,9 @@ def count_parameters(spec: AutoSamSpec) -> ParameterReport:
         if name not in frozen:
             parts[_part(name)] = parts.get(_part(name), 0) + size
     tuned = sum(parts.values())
+    if not isinstance(spec, AutoSamSpec):
+        return ParameterReport(parts=parts, paper_counted=tuned, tuned=tuned, frozen=0, total=tuned,
+                               tuned_full_tables=tuned, frozen_full_tables=0)
     vit = VITS[spec.vit]
     head_dim = vit.embed_dim // vit.num_heads
     full_rows = sum(

@@ -1,12 +1,16 @@
-"""The numbers that make one AutoSAM out of many. No torch here: recipes are read without it.
+"""The numbers that make one network out of many. No torch here: recipes are read without it.
 
-*Source* of the defaults: the published parameter count 26,530,944 pins adapter 384, neck 256, prompt generator 16
+*Source* of AutoSAM's defaults: the published parameter count 26,530,944 pins adapter 384, neck 256, prompt generator 16
 and decoder 128 (paper Table 1, SAM ViT-B, 16 outputs).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Size = tuple[int, int, int]
+"""Voxels (z, y, x)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,8 @@ class AutoSamSpec:
 
     num_outputs: int
     """K: organs and background."""
-    patch_size: tuple[int, int, int] = (128, 128, 128)
+    network: Literal["autosam"] = "autosam"
+    patch_size: Size = (128, 128, 128)
     """The crop that the model is built for; other sizes run, with interpolated depth positions."""
     vit: str = "vit_b"
     scale: tuple[int, int, int] = (4, 4, 4)
@@ -84,23 +89,21 @@ class AutoSamSpec:
 
     def __post_init__(self) -> None:
         def demand(ok: bool, field: str, wish: str) -> None:
-            if not ok:
-                raise ValueError(f"{field}: expected {wish}, got {getattr(self, field)!r}")
+            _demand(self, ok, field, wish)
 
-        demand(self.num_outputs >= 2, "num_outputs", "at least 2 (background and one organ)")
+        _demand_common(self)
         demand(self.vit in VITS, "vit", f"one of {', '.join(VITS)}")
         demand(all(s in (1, 2, 4, 8, 16) for s in self.scale), "scale", "1, 2, 4, 8 or 16 per axis")
         demand(
             all(n >= 16 // s and n % (16 // s) == 0 for n, s in zip(self.patch_size, self.scale, strict=True)),
             "patch_size", f"positive multiples of {tuple(16 // s for s in self.scale)} (16/scale)",
         )
-        demand(all(n <= 1024 for n in self.patch_size), "patch_size", "at most 1024 per axis")
         demand(all(w >= 1 for w in self.attn_window), "attn_window", "positive sizes")
-        demand(self.adapter_dim >= 0, "adapter_dim", "0 or more")
+        demand(0 <= self.adapter_dim <= 4096, "adapter_dim", "0 to 4096")
         demand(self.adapter_act in ("relu", "gelu"), "adapter_act", "relu or gelu")
         demand(self.rel_pos_resize in ("crop", "interp"), "rel_pos_resize", "crop or interp")
         for field in ("neck_dim", "prompt_dim", "head_dim"):
-            demand(getattr(self, field) >= 1, field, "a positive width")
+            demand(1 <= getattr(self, field) <= 4096, field, "a width from 1 to 4096")
         demand(self.fuse_stride in (1, 2), "fuse_stride", "1 or 2")
         blocks = VITS[self.vit].num_blocks
         demand(all(0 <= b < blocks for b in self.global_blocks), "global_blocks", f"blocks from 0 to {blocks - 1}")
@@ -114,3 +117,60 @@ class AutoSamSpec:
     def token_grid(self) -> tuple[int, int, int]:
         """Tokens per patch (d, h, w)."""
         return tuple(n // t for n, t in zip(self.patch_size, self.token_size, strict=True))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinUnetrSpec:
+    """SwinUNETR, the paper's student: Tiny has `feature_size` 12 (4.08 M parameters), Small 24 (15.7 M)."""
+
+    num_outputs: int
+    """K: organs and background."""
+    network: Literal["swin_unetr"] = "swin_unetr"
+    patch_size: Size = (96, 96, 96)
+    """The crop that the model is trained and exported for; multiples of 32."""
+    feature_size: int = 12
+    """Channels at full resolution; a multiple of 12 (the four stages have 3, 6, 12 and 24 heads)."""
+    checkpointing: bool = False
+    """Recompute Swin blocks in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        _demand_common(self)
+        _demand(self, _multiples(self.patch_size, 32), "patch_size", "positive multiples of 32")
+        fits = self.feature_size > 0 and self.feature_size % 12 == 0 and self.feature_size <= 96
+        _demand(self, fits, "feature_size", "12, 24, 48 or another multiple of 12 up to 96")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResUnetSpec:
+    """A strided residual U-Net, the edge tier: less work than SwinUNETR Tiny, with operators that all targets run."""
+
+    num_outputs: int
+    """K: organs and background."""
+    network: Literal["res_unet"] = "res_unet"
+    patch_size: Size = (96, 96, 96)
+    """The crop that the model is trained and exported for; multiples of 16."""
+    channels: tuple[int, int, int, int, int] = (16, 32, 64, 128, 256)
+    """Of the five levels, from full resolution down."""
+
+    def __post_init__(self) -> None:
+        _demand_common(self)
+        _demand(self, _multiples(self.patch_size, 16), "patch_size", "positive multiples of 16")
+        _demand(self, all(1 <= c <= 4096 for c in self.channels), "channels", "five widths from 1 to 4096")
+
+
+NetworkSpec = AutoSamSpec | SwinUnetrSpec | ResUnetSpec
+"""What a recipe's `model` section may be; the key `network` tells which."""
+
+
+def _demand(spec: object, ok: bool, field: str, wish: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: expected {wish}, got {getattr(spec, field)!r}")
+
+
+def _demand_common(spec: NetworkSpec) -> None:
+    _demand(spec, spec.num_outputs >= 2, "num_outputs", "at least 2 (background and one organ)")
+    _demand(spec, all(n <= 1024 for n in spec.patch_size), "patch_size", "at most 1024 per axis")
+
+
+def _multiples(size: Size, of: int) -> bool:
+    return all(n >= of and n % of == 0 for n in size)
