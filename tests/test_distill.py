@@ -333,7 +333,7 @@ def test_students_take_everything_but_the_network_from_their_teacher(teacher: Pa
     tiny, small, edge = (student_recipe(teacher, name) for name in ("tiny", "small", "edge"))
     assert tiny.model == SwinUnetrSpec(num_outputs=3, patch_size=(32, 32, 32), feature_size=12)
     assert small.model == SwinUnetrSpec(num_outputs=3, patch_size=(32, 32, 32), feature_size=24)
-    assert edge.model == ResUnetSpec(num_outputs=3, patch_size=(16, 16, 16))
+    assert edge.model == ResUnetSpec(num_outputs=3, patch_size=(32, 32, 32))
     for recipe in (tiny, small, edge):
         assert recipe.distill == Distillation()
         for section in ("labels", "dataset", "preprocess", "sampling", "augment", "optim", "train", "inference"):

@@ -152,33 +152,59 @@ def test_outside_the_body_is_background_and_cropping_changes_nothing() -> None:
     assert oracles[0].calls < oracles[1].calls
 
 
-def test_batches_threads_and_air_skipping_do_not_change_the_labels() -> None:
-    labels = make_balls((20, 40, 44), (2.0, 2.0, 2.0))
-    scan = make_scan(labels, (2.0, 2.0, 2.0))
-    scan.voxels_hu[:, :, 34:] = -1000
-    scan.voxels_hu[:, :, 33] = -150  # no voxel between skin and air looks like an organ
-
-    def no_air(patches: np.ndarray) -> np.ndarray:
-        probs = Oracle(patch_size=(8, 8, 8)).predict(patches)
-        probs[:, :, :][np.broadcast_to(patches < -1.4, probs.shape)] = 0
-        probs[:, 0][patches[:, 0] < -1.4] = 1
-        return probs
+def test_batches_do_not_change_the_labels() -> None:
+    labels = np.random.default_rng(1).integers(0, 3, (20, 40, 44)).astype(np.uint8)
 
     def run(**options) -> tuple[np.ndarray, int]:
-        oracle = Oracle(patch_size=(8, 8, 8), answer=no_air)
-        return inference.segment(scan, Model(make_recipe(), oracle), **options).labels, oracle.calls
+        oracle = Oracle(patch_size=(8, 8, 8))
+        return inference.segment(make_scan(labels), Model(make_recipe(), oracle), **options).labels, oracle.calls
 
-    (plain, calls), (batched, fewer), (skipped, least) = run(), run(batch_size=7), run(skip_air=True)
+    (plain, calls), (batched, fewer) = run(), run(batch_size=7)
     np.testing.assert_array_equal(plain, batched)
-    np.testing.assert_array_equal(plain, skipped)
-    assert fewer == -(-calls // 7) and least < calls
+    assert fewer == -(-calls // 7)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_equal_windows_are_predicted_once_and_the_probabilities_are_the_same_bit_for_bit(batch_size: int) -> None:
+    """Air, and a second value throughout, around a ball; compared with a walk that never looks for equal windows."""
+    random = np.random.default_rng(0)
+    voxels = np.full((24, 40, 44), -2.0, np.float32)
+    voxels[:, :, 30:] = 0.7
+    voxels[6:18, 6:20, 8:20] = random.normal(size=(12, 14, 12))
+    kernel = random.normal(size=3).astype(np.float32)
+
+    def any_network(patches: np.ndarray) -> np.ndarray:
+        """Sees its whole window, and where in it a voxel lies."""
+        field = patches[:, 0] + np.cos(np.arange(8, dtype=np.float32)) * patches.mean((1, 2, 3, 4))[:, None, None, None]
+        score = np.sin(field[:, None] * kernel[None, :, None, None, None] * 3)
+        return np.exp(score) / np.exp(score).sum(1, keepdims=True)
+
+    def run() -> tuple[np.ndarray, list[int]]:
+        sizes: list[int] = []
+
+        def answer(patches: np.ndarray) -> np.ndarray:
+            sizes.append(len(patches))
+            return np.concatenate([any_network(patch[None]) for patch in patches])
+
+        plan = replace(estimate_ram_bytes(voxels.shape, voxels.shape, 3, (8, 8, 8), 0), batch_size=batch_size)  # type: ignore[arg-type]
+        walk = inference._Walk(Oracle(patch_size=(8, 8, 8), answer=answer), Tiling(overlap=0.5), -2.0, plan)
+        return np.concatenate(list(walk.slabs(voxels, None)), 1), sizes
+
+    once, sizes = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "_is_blank", lambda crop: False)
+        each, all_sizes = run()
+    np.testing.assert_array_equal(once, each)
+    assert once.dtype == each.dtype == np.float32 and len(np.unique(once)) > 1000
+    assert sum(all_sizes) == 5 * 9 * 10 and sum(sizes) < 0.7 * sum(all_sizes)
 
 
 def test_progress_counts_the_windows() -> None:
     seen: list[tuple[int, int]] = []
     oracle = Oracle()
-    inference.segment(make_scan(np.zeros((16, 20, 24), np.uint8)), Model(make_recipe(), oracle),
-                    progress=lambda done, total: seen.append((done, total)))
+    labels = np.random.default_rng(2).integers(0, 3, (16, 20, 24)).astype(np.uint8)
+    inference.segment(make_scan(labels), Model(make_recipe(), oracle),
+                      progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i, oracle.calls) for i in range(1, oracle.calls + 1)] and oracle.calls == 27
 
 

@@ -158,8 +158,10 @@ def segment_batch(
     run = _Run(model, options, how, preview)
     states = {job: run.state(job) for job in jobs if job.output.exists()}
     foreign = [job for job in states if states[job] == "foreign"]
+    foreign += [job for job in jobs if job not in states and _has_strange_neighbours(job, preview)]
     if foreign and not overwrite:
-        raise UsageError("EXISTS", foreign[0].output, f"the output exists and is not of this model, scan and settings "
+        raise UsageError("EXISTS", foreign[0].output, f"it, or a file that goes beside it, exists and is not of this "
+                         f"model, scan and settings "
                          f"({len(foreign)} of {len(jobs)} outputs)", "choose another folder or allow --overwrite")
     try:
         for done, job in enumerate(jobs):
@@ -235,7 +237,7 @@ class _Run:
     def _identity(self, job: Job) -> dict[str, Any]:
         """What makes an output this one: equal values, equal labels."""
         tiling = self.how.tiling or self.model.recipe.inference
-        settings = asdict(tiling) | {"tta": self.how.tta, "skip_air": self.how.skip_air}
+        settings = asdict(tiling) | {"tta": self.how.tta}
         settings["reading"] = {k: v for k, v in asdict(self.options).items() if k != "max_ram_bytes"}
         return {
             "model_sha256": self.model.sha256,
@@ -274,6 +276,9 @@ def _scans_in(folder: Path, output: Path) -> list[Path]:
         raise VolumeError("UNREADABLE", folder, f"cannot be listed ({error.strerror})", "check the path") from None
     nifti = [p for p in entries if p.name.lower().endswith(_NIFTI)]
     if nifti:
+        passed = next((p for p in entries if p not in nifti and _is_dicom(p)), None)
+        if passed is not None:
+            _log.warning("%s: it holds NIfTI files; its DICOM files, such as %s, are passed over", folder, passed.name)
         return nifti
     if any(p.is_file() for p in entries):
         return [folder]
@@ -281,6 +286,14 @@ def _scans_in(folder: Path, output: Path) -> list[Path]:
     if not scans:
         raise VolumeError("NO_SCANS", folder, "expected NIfTI files or DICOM series, got none", "check the path")
     return scans
+
+
+def _is_dicom(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(132)[128:] == b"DICM"
+    return False
 
 
 def _case_name(scan: Path) -> str:
@@ -328,6 +341,13 @@ def _refuse_equal_names(jobs: Sequence[Job]) -> None:
         if other is not job:
             raise UsageError("DUP_CASE", job.source, f"{other.source.name} would get the same output name",
                              "rename or remove one of them")
+
+
+def _has_strange_neighbours(job: Job, preview: bool) -> bool:
+    """Whether a file beside the output-to-be would be replaced that no run of ours has begun to write."""
+    beside = [".json", ".labels.txt", ".ctbl", ".report.json", *([".png"] if preview else [])]
+    there = any(job.output.with_name(_stem(job.output) + suffix).exists() for suffix in beside)
+    return there and "model_sha256" not in _read_report(job.report)
 
 
 def _demand_writable(folder: Path) -> None:

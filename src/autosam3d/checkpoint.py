@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autosam3d.errors import CheckpointError, ResourceError
+from autosam3d.errors import CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.model_file import find_checkpoint, meta_text, read_meta, recipe_of, sealed
 from autosam3d.models.build import build_network
@@ -112,6 +112,9 @@ def read_checkpoint(json_path: Path) -> Checkpoint:
         CheckpointError: CORRUPT, HASH, VERSION, PATH or NONFINITE.
     """
     meta = read_meta(json_path)
+    if meta.get("kind") == "export":
+        raise CheckpointError("KIND", json_path, "expected a checkpoint for PyTorch, got an export",
+                              "name the run folder that it was exported from")
     entry = meta["weights"]
     name = entry.get("file", "")
     if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
@@ -167,10 +170,17 @@ def load_model(path: str | Path, *, sam: str | Path | None = None, device: str |
                        checkpoint.meta.get("metrics", {}))
 
 
-def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = None) -> Path:
-    """Write a model with all its weights, SAM's frozen ones too, to ``destination/model.json``; returns that path."""
+def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = None, half: bool = False) -> Path:
+    """Write a model with all its weights, SAM's frozen ones too, to ``destination/model.json``; returns that path.
+
+    With `half` the weights are stored as float16, rounded; they are computed with as float32 all the same. A tensor
+    that float16 cannot hold stays as it is.
+    """
     source = find_checkpoint(Path(path))
     meta = read_meta(source)
+    out = destination / "model.json"
+    if out.exists() and not _is_model(out, meta):
+        raise UsageError("EXISTS", out, "expected a new folder, it holds another model", "name another folder")
     model = load_model(source, sam=sam)
     try:
         destination.mkdir(parents=True, exist_ok=True)
@@ -178,9 +188,25 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
         raise ResourceError("NOT_WRITABLE", destination, f"expected a folder that may be written ({error.strerror})",
                             "name another folder") from None
     kept = {key: meta[key] for key in ("recipe", "sam", "epoch", "metrics", "torch") if key in meta}
-    out = destination / "model.json"
-    save_checkpoint(out, model.network.state_dict(), {**kept, "kind": "model", "contains": "all"})
+    state = model.network.state_dict()
+    if half:
+        state = {name: _halved(tensor) for name, tensor in state.items()}
+    save_checkpoint(out, state, {**kept, "kind": "model", "contains": "all"})
     return out
+
+
+def _is_model(path: Path, meta: Mapping[str, Any]) -> bool:
+    """Whether the packed model at `path` was made from the same training as `meta` tells of."""
+    try:
+        there = read_meta(path)
+    except CheckpointError:
+        return False
+    return all(there.get(key) == meta.get(key) for key in ("recipe", "epoch", "metrics"))
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    return half if bool(torch.isfinite(half).all()) else tensor
 
 
 def attach_sam(

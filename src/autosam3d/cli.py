@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import math
 import os
 import re
 import signal
@@ -39,7 +38,7 @@ _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device.lower()):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device.lower()):
         raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, cuda or cuda:N", "name one of these")
     return device.lower()
 
@@ -99,7 +98,7 @@ def train(
     from autosam3d.recipe import load_recipe
 
     plan = load_recipe(recipe, overrides or ())
-    folder = out or Path("runs") / plan.name
+    folder = _run_folder(out or Path("runs") / plan.name, data)
     cases = open_dataset(data, plan)
     _set_threads(threads)
     from autosam3d.train import train as run_training
@@ -131,7 +130,7 @@ def distill(
     if plan.distill is None:
         raise RecipeError("NO_DISTILL", student, "expected a recipe with a distill section, got one without",
                           "add `distill: {lambda: 0.5}`, or use `autosam3d train`")
-    folder = out or Path("runs") / plan.name
+    folder = _run_folder(out or Path("runs") / plan.name, data)
     cases = open_dataset(data, plan)
     _set_threads(threads)
     from autosam3d.train import TeacherSource
@@ -141,6 +140,12 @@ def distill(
         result = run_training(plan, cases, folder, teacher=TeacherSource(teacher, sam), device=device, cache_dir=cache,
                               observer=view.observer)
     _report_training(folder, result)
+
+
+def _run_folder(folder: Path, data: Path) -> Path:
+    if folder.absolute().resolve().is_relative_to(data.absolute().resolve()):
+        raise UsageError("SAME_PATH", folder, "the run would be written into the dataset", "name a folder outside it")
+    return folder
 
 
 def _report_training(folder: Path, result: Any) -> None:
@@ -156,9 +161,10 @@ def _report_training(folder: Path, result: Any) -> None:
 
 @app.command()
 def segment(
-    model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="NIfTI file, DICOM series, or a folder of scans.")],
-    output: Annotated[Path, typer.Argument(help="NIfTI file, or a folder when INPUT is a folder of scans.")],
+    paths: Annotated[list[Path], typer.Argument(
+        metavar="[MODEL] INPUT OUTPUT", help="MODEL: run folder, checkpoint's .json, packed model or export; default: "
+        "the model of the package. INPUT: NIfTI file, DICOM series, or a folder of scans. OUTPUT: NIfTI file, or a "
+        "folder when INPUT is a folder of scans.")],
     sam: Sam = None,
     overlap: Annotated[float | None, typer.Option(help="Window overlap, 0 to 0.9; default: the recipe's.")] = None,
     max_ram: Annotated[float | None, typer.Option(help="GiB that this process may take at most, all in all.")] = None,
@@ -172,6 +178,8 @@ def segment(
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
     force: Force = False,
+    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime or openvino. auto: an export runs on the "
+                                              "fastest that is installed, a checkpoint on PyTorch.")] = "auto",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -186,21 +194,17 @@ def segment(
         raise UsageError("USAGE", f"--overlap {overlap}", "expected 0 to 0.9", "the paper uses 0.75")
     if max_ram is not None and not 0 < max_ram <= 2**20:
         raise UsageError("USAGE", f"--max-ram {max_ram}", "expected a positive number of GiB", "try 8")
-    if not math.isfinite(intensity_offset):
+    if not abs(intensity_offset) <= 1e5:
         raise UsageError("USAGE", f"--intensity-offset {intensity_offset}", "expected a number of HU", "try -1024")
     options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
                           volume_index=volume, series=series, force=force)
+    model, source, output = _model_and_scans(paths)
     jobs = check_inputs(source, output)
-    _set_threads(threads)
-    from autosam3d.checkpoint import find_checkpoint, load_model
-    from autosam3d.memory import demand_model_ram
+    from autosam3d.model_choice import ModelWish, open_model
 
-    device = _pick_device(device)
     max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
-    checkpoint = find_checkpoint(model)
-    if max_ram_bytes is not None:
-        demand_model_ram(checkpoint, max_ram_bytes)
-    loaded = load_model(checkpoint, sam=sam, device=device)
+    loaded = open_model(model, ModelWish(backend=backend, device=device, threads=_cores(threads), sam=sam,
+                                         max_ram_bytes=max_ram_bytes))
     tiling = loaded.recipe.inference
     if overlap is not None:
         tiling = Tiling(overlap=overlap, importance=tiling.importance)
@@ -298,6 +302,34 @@ def info(
 
 
 @app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Run folder, checkpoint's .json, packed model or export.")],
+    ct: Annotated[Path, typer.Argument(help="One scan.")],
+    out: Annotated[Path | None, typer.Option(help="Also write everything to this JSON file.")] = None,
+    overlap: Annotated[float | None, typer.Option(min=0, max=0.9, help="Window overlap, default the recipe's.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Measure MONAI's sliding window in eager PyTorch too.")] = True,
+    threads: Threads = 0,
+) -> None:
+    """Measure where time and memory go, per stage and runtime, beside MONAI's sliding window."""
+    import json
+
+    from autosam3d.bench import bench as measure
+    from autosam3d.bench import contenders, summary
+    from autosam3d.exported import is_export
+    from autosam3d.io.files import write_text_atomic
+    from autosam3d.model_file import find_checkpoint
+
+    model = find_checkpoint(model)
+    with progress_bars() as bars:
+        task = bars.add_task("measuring", total=None)
+        result = measure(model, ct, contenders(model), overlap=overlap, threads=_cores(threads),
+                         baseline=baseline and not is_export(model), progress=on_task(bars, task))
+    if out is not None:
+        write_text_atomic(out, json.dumps(result, indent=1) + "\n")
+    typer.echo(summary(result))
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes of the package."""
     from autosam3d.recipe import load_recipe, recipe_names
@@ -311,11 +343,69 @@ def pack(
     model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
     destination: Annotated[Path, typer.Argument(help="New folder for model.json and its weights.")],
     sam: Sam = None,
+    half: Annotated[bool, typer.Option("--half", help="Store weights as float16: half the size, rounded.")] = False,
 ) -> None:
     """Write a model with all its weights, SAM's too, so that it needs no other file."""
     from autosam3d.checkpoint import pack_model
 
-    typer.echo(f"wrote {pack_model(model, destination, sam=sam)}")
+    typer.echo(f"wrote {pack_model(model, destination, sam=sam, half=half)}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for ONNX, OpenVINO, description and certificate.")],
+    ct: Annotated[Path | None, typer.Option(help="A CT of the kind that the model is for: the parity is shown on its "
+                                                 "windows, and they go into the folder. Default: a phantom.")] = None,
+    sam: Sam = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export.")] = False,
+    prefer: Prefer = None,
+    assume_ras: AssumeRas = False,
+    force: Force = False,
+    threads: Threads = 0,
+) -> None:
+    """Write a model as ONNX and OpenVINO with a certificate that both say what PyTorch says; else write nothing."""
+    from autosam3d.io import ReadOptions, read_ct
+
+    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
+    volume = read_ct(ct, options) if ct is not None else None
+    _set_threads(threads)
+    from autosam3d.checkpoint import load_model
+    from autosam3d.export import export_model
+
+    with progress_bars() as bars:
+        result = export_model(load_model(model, sam=sam), folder, ct=volume, threads=_cores(threads),
+                              overwrite=overwrite, progress=on_task(bars, bars.add_task("exporting", total=None)))
+    _print_parity(result.rows)
+    if result.organs_not_shown:
+        typer.echo(f"the golden case shows no {', '.join(result.organs_not_shown)}: parity is not proved there; name a "
+                   "scan with --ct", err=True)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in result.sizes.items() if size > 5e4)
+    typer.echo(f"wrote {folder}: {sizes}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder that `autosam3d export` wrote.")],
+    threads: Threads = 0,
+) -> None:
+    """Check the files of an export by their hashes, and its golden case on every runtime that is installed here."""
+    from autosam3d.verify import verify_export
+
+    result = verify_export(folder, _cores(threads))
+    if result.faults:
+        raise CheckpointError("PARITY", folder, "; ".join(result.faults), "do not use this model here, and report it")
+    typer.echo(f"{len(result.files)} files are what they were when they were exported ({result.certified})")
+    _print_parity(result.rows)
+
+
+def _print_parity(rows: Any) -> None:
+    from autosam3d.certificate import PARITY_HEAD, parity_cells
+
+    table = [PARITY_HEAD, *map(parity_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -439,21 +529,32 @@ def _checkpoint_of(what: str) -> Path | None:
         raise
 
 
-def _set_threads(threads: int) -> None:
-    """Threads of torch and of the libraries below it: those asked for, or the cores that are ours."""
+def _model_and_scans(paths: list[Path]) -> tuple[Path | None, Path, Path]:
+    """[MODEL] INPUT OUTPUT, told apart by their number."""
+    if len(paths) == 3:
+        return paths[0], paths[1], paths[2]
+    if len(paths) != 2:
+        raise UsageError("USAGE", "segment", f"expected [MODEL] INPUT OUTPUT, got {len(paths)} paths",
+                         "see autosam3d segment --help")
+    if any((paths[0] / name).is_file() for name in ("best.json", "model.json", "last.json")):
+        raise UsageError("USAGE", "segment", f"expected INPUT and OUTPUT after the model {paths[0]}, got one path",
+                         "name the scan, and where its labels go")
+    return None, paths[0], paths[1]
+
+
+def _cores(threads: int) -> int:
+    """The threads asked for, or the cores that are ours."""
     count = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
     os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    return count
+
+
+def _set_threads(threads: int) -> None:
+    """Threads of torch and of the libraries below it."""
+    count = _cores(threads)
     import torch
 
     torch.set_num_threads(count if threads or "WORLD_SIZE" not in os.environ else int(os.environ["OMP_NUM_THREADS"]))
-
-
-def _pick_device(device: str) -> str:
-    import torch
-
-    from autosam3d.runtime import pick_device
-
-    return str(torch.device(pick_device(device)))
 
 
 def _report_batch(result: Any) -> None:

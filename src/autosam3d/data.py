@@ -260,7 +260,7 @@ def without_background(probs: np.ndarray) -> np.ndarray:
 def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and batch systems signal the whole group. Workers go on until the training has saved, and end with it.
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

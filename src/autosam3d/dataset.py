@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def index_description(folder: Path) -> str | None:
 
 def held_out(names: Iterable[str], share: float) -> list[str]:
     """`share` of `names`, at least one and not all, in the order of a hash: the same on every machine."""
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     if share <= 0 or len(ranked) < 2:
         return []
     return sorted(ranked[: min(max(1, round(share * len(ranked))), len(ranked) - 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.models.parameters import count_parameters
@@ -76,6 +77,8 @@ def describe_model(path: Path) -> str:
     json_path = find_checkpoint(path)
     meta = read_meta(json_path)
     recipe = recipe_of(meta, json_path)
+    if meta["kind"] == "export":
+        return "\n".join([*_export_lines(meta, json_path), "", describe_recipe(recipe)])
     sam = meta.get("sam")
     # A model is kept inside its last epoch, from 0; a training state counts the epochs that are done.
     epochs = meta["epoch"] + (meta["kind"] == "model")
@@ -91,6 +94,15 @@ def describe_model(path: Path) -> str:
         shown = ", ".join(f"{name} {d:.3f}" for name, d in organs.items() if d is not None)
         lines.append(f"validation   Dice {dice:.4f} ({shown})")
     return "\n".join([*lines, "", describe_recipe(recipe)])
+
+
+def _export_lines(meta: dict[str, Any], json_path: Path) -> list[str]:
+    files = ", ".join(f"{name} {entry['bytes'] / 1e6:.1f} MB" for name, entry in meta["files"].items())
+    return [
+        f"{json_path}: export of autosam3d {meta['autosam3d']}, {meta['date']}",
+        f"files        {files}",
+        f"model        SHA-256 {meta['weights']['sha256']}, of weights {meta['trained_weights_sha256']}",
+    ]
 
 
 def _by(triple: tuple[int, ...]) -> str:

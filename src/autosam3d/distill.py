@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from autosam3d.checkpoint import find_checkpoint, read_meta, recipe_of
+from autosam3d.export_targets import demand_exportable
+from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.recipe import Recipe, load_recipe, recipe_from_dict, with_overrides
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -18,8 +19,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "edge": {"network": "res_unet"},
 }
 """The paper's two students, SwinUNETR of 4.1 M and 15.7 M parameters, and a residual U-Net for the weakest machines."""
-# The size to which a student halves its crops five or four times.
-_STEP = {"swin_unetr": 32, "res_unet": 16}
+# Both students halve a crop five times.
+_STEP = 32
 
 
 def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -38,12 +39,12 @@ def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] =
         return load_recipe(student, overrides)
     json_path = find_checkpoint(Path(teacher))
     tree = recipe_of(read_meta(json_path), json_path).as_dict()
-    network = STUDENTS[student]
-    step = _STEP[network["network"]]
     # At least what the teacher saw around a voxel.
-    patch_size = [-(-n // step) * step for n in tree["model"]["patch_size"]]
+    patch_size = [-(-n // _STEP) * _STEP for n in tree["model"]["patch_size"]]
     tree["about"] = f"{student} student of {tree['name']}"
     tree["name"] = f"{tree['name'][:50]}_{student}"
-    tree["model"] = {**network, "patch_size": patch_size}
+    tree["model"] = {**STUDENTS[student], "patch_size": patch_size}
     tree["distill"] = {}
-    return recipe_from_dict(with_overrides(tree, overrides), f"student {student}")
+    recipe = recipe_from_dict(with_overrides(tree, overrides), f"student {student}")
+    demand_exportable(recipe.model)
+    return recipe

@@ -23,6 +23,8 @@ __all__ = ["Evaluation", "case_name", "evaluate_folder", "read_pair", "write_csv
 log = logging.getLogger(__name__)
 
 _ENDINGS = (".nii.gz", ".nii")
+# TotalSegmentator has 117; a CT or a picture has thousands.
+_MAX_UNNAMED = 256
 
 
 def evaluate_folder(
@@ -129,7 +131,11 @@ class _Naming:
         truth_names = truth.organs or {k: n for k, n in self._of_dataset.items() if n != "ignore"}
         organs = self._given or prediction.organs or truth_names
         if not organs:
-            organs = {int(v): f"label {v}" for v in np.union1d(_values(prediction.labels), _values(truth.labels)) if v}
+            values = np.union1d(_values(prediction.labels), _values(truth.labels))
+            if len(values) > _MAX_UNNAMED:
+                raise VolumeError("NOT_LABELS", paths[0], f"expected a label map, got {len(values)} different values "
+                                  "in it and in the truth", "give label maps, or name the organs with --recipe")
+            organs = {int(v): f"label {v}" for v in values if v}
         predicted, true = self._without_ignored(prediction.labels, truth.labels)
         predicted = self._renumber(predicted, prediction.organs, organs, paths[0])
         true = self._renumber(true, truth_names, organs, paths[1])

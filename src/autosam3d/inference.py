@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -51,9 +51,6 @@ class SegmentOptions:
     """Windows per call of the predictor; 1 is best on a CPU."""
     tta: bool = False
     """Average over the mirror images that the recipe trained on: 2, 4 or 8 times the work."""
-    skip_air: bool = False
-    """Take windows that hold nothing above the HU window's lower end as background, unseen. Not proven harmless
-    for every model, so off."""
     max_ram_bytes: int | None = None
     """Most memory that the whole process may hold: program, weights, scan, activations, result. None takes what is
     free."""
@@ -72,7 +69,6 @@ def segment(
     tiling: Tiling | None = None,
     batch_size: int = 1,
     tta: bool = False,
-    skip_air: bool = False,
     max_ram_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Segmentation:
@@ -84,16 +80,14 @@ def segment(
     Args:
         volume: one CT.
         model: recipe and network.
-        tiling, batch_size, tta, skip_air, max_ram_bytes: see `SegmentOptions`.
+        tiling, batch_size, tta, max_ram_bytes: see `SegmentOptions`.
         progress: called after every batch of windows.
 
     Raises:
         ResourceError: MEMORY or DISK, before the work where it can be foreseen.
         CheckpointError: NONFINITE, the network returned NaN or infinity.
     """
-    options = SegmentOptions(
-        tiling=tiling, batch_size=batch_size, tta=tta, skip_air=skip_air, max_ram_bytes=max_ram_bytes
-    )
+    options = SegmentOptions(tiling=tiling, batch_size=batch_size, tta=tta, max_ram_bytes=max_ram_bytes)
     return segment_with(volume, model, options, progress)
 
 
@@ -105,9 +99,9 @@ def segment_with(
     if options.tta:
         predictor = MirrorPredictor(predictor, recipe)
     undo = plan_grid(volume, recipe.preprocess)
-    memory = plan_memory(undo, predictor, options)
+    memory = plan_memory(undo, predictor, options, volume.name)
     prepared = prepare_ct(volume, recipe.preprocess, undo)
-    walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, options.skip_air, memory)
+    walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, memory)
     labels = restore_labels(walk.slabs(prepared.voxels, progress), undo, predictor.num_outputs)
     found = told(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
     return Segmentation(labels, volume.affine, volume.source, dict(recipe.labels.by_index), (*volume.warnings, *found))
@@ -159,7 +153,7 @@ def probabilities_prepared(
     return _Walk(predictor, tiling, float(voxels.min()) if air is None else air).slabs(voxels, progress)
 
 
-def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions) -> MemoryPlan:
+def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions, name: str = "scan") -> MemoryPlan:
     """How the scan will be worked through within the memory there is.
 
     Raises:
@@ -176,7 +170,7 @@ def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions) -> Me
         )
         for size in (options.batch_size, 1)
     )
-    where = f"scan of {' x '.join(map(str, undo.native_shape))} voxels"
+    where = f"{name} ({' x '.join(map(str, undo.native_shape))} voxels)"
     return fit_memory(wish, smaller, options.max_ram_bytes, where)
 
 
@@ -222,15 +216,20 @@ class MirrorPredictor:
 
 @dataclass(frozen=True)
 class _Walk:
-    """Windows over a prepared scan, predicted and stitched."""
+    """Windows over a prepared scan, predicted and stitched.
+
+    Windows that hold nothing but air are one and the same input: the predictor sees the first of them, and its answer
+    is used again. The result is the same to the last bit.
+    """
 
     predictor: Predictor
     tiling: Tiling
     air: float
     """Normalised value beside the scan."""
-    skip_air: bool = False
     memory: MemoryPlan | None = None
     """None: one window at a time, sums in memory."""
+    _blank: dict[float, np.ndarray] = field(default_factory=dict)
+    """The least value that a window held throughout, and its probabilities."""
 
     def slabs(self, ct: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:
         """Mean probabilities float32 [K, dz, h, w] of a prepared scan [z, y, x], in z order."""
@@ -253,15 +252,22 @@ class _Walk:
                 yield from zip(probs, batch, strict=True)
 
     def _predict(self, ct: np.ndarray, starts: list[Size]) -> list[np.ndarray]:
-        size, num_outputs = self.predictor.patch_size, self.predictor.num_outputs
+        size = self.predictor.patch_size
         crops = [ct[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))] for start in starts]
-        # The margin is 0.05 HU or less: in float32 air may lie a bit beside the exact quotient.
-        shown = [not self.skip_air or float(crop.max()) > self.air + 1e-4 for crop in crops]
-        seen = [crop for crop, show in zip(crops, shown, strict=True) if show]
-        probs = iter(self.predictor.predict(np.stack(seen)[:, None]) if seen else ())
-        background = np.zeros((num_outputs if len(seen) < len(crops) else 0, *size), np.float16)
-        background[:1] = 1
-        return [next(probs) if show else background for show in shown]
+        values = [float(crop[0, 0, 0]) if _is_blank(crop) else None for crop in crops]
+        known = dict(self._blank)
+        # Of equal windows in one batch the first is seen.
+        seen = [i for i, v in enumerate(values) if v is None or (v not in known and v not in values[:i])]
+        fresh = self.predictor.predict(np.stack([crops[i] for i in seen])[:, None]) if seen else ()
+        probs = dict(zip(seen, fresh, strict=True))
+        for i in seen:
+            if (value := values[i]) is not None:
+                known[value] = probs[i].copy()
+        if known:  # one answer is kept, that of the least value: air
+            least = min(known)
+            self._blank.clear()
+            self._blank[least] = known[least]
+        return [probs[i] if i in probs else known[value] for i, value in enumerate(values)]  # type: ignore[index]
 
     def _stitcher(self, shape: tuple[int, ...]) -> Stitcher:
         size, memory = self.predictor.patch_size, self.memory
@@ -279,6 +285,12 @@ class _Walk:
                 f"{size_text(shutil.disk_usage(scratch).free)} free)",
                 "free some space, name another folder in TMPDIR, or use a machine with more memory",
             ) from error
+
+
+def _is_blank(crop: np.ndarray) -> bool:
+    """Whether all voxels have one value; a corner that differs from the middle settles most windows at once."""
+    first, middle = crop[0, 0, 0], crop[tuple(n // 2 for n in crop.shape)]
+    return bool(first == middle and (crop == first).all())
 
 
 def _reported(

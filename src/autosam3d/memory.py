@@ -113,8 +113,9 @@ def estimate_ram_bytes(
         # One slab of 8 slices, two slices in the restorer; per native slice a few planes of one class.
         slabs=4 * 10 * num_outputs * plane + 4 * 6 * native_plane,
         labels=math.prod(native_shape),
-        # Two windows at a time: while the next is predicted, the last one is still being added.
-        predict=4 * batch_size * math.prod(patch_size) * 2 * (1 + num_outputs) + predict_bytes,
+        # Two windows at a time: while the next is predicted, the last one is still being added. The answer to air is
+        # kept.
+        predict=4 * math.prod(patch_size) * (2 * batch_size * (1 + num_outputs) + num_outputs) + predict_bytes,
         batch_size=batch_size,
     )
 

@@ -38,7 +38,9 @@ def _demand(ok: bool, field_name: str, wish: str, got: object) -> None:
 
 
 def _is_glob_below(glob: str) -> bool:
-    return bool(glob) and not glob.startswith("/") and ".." not in glob.split("/") and "\\" not in glob
+    parts = glob.split("/")
+    whole_stars = all(part == "**" or "**" not in part for part in parts)  # what pathlib demands
+    return bool(glob) and not glob.startswith("/") and ".." not in parts and "\\" not in glob and whole_stars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,8 @@ class Sampling:
     """Foreground centres: first an organ at random, then a voxel of it; False: any organ voxel alike."""
 
     def __post_init__(self) -> None:
-        _demand(self.patches_per_volume >= 1, "patches_per_volume", "1 or more", self.patches_per_volume)
+        fits = 1 <= self.patches_per_volume <= 10_000
+        _demand(fits, "patches_per_volume", "1 to 10000", self.patches_per_volume)
         _demand(0 <= self.foreground_share <= 1, "foreground_share", "0 to 1", self.foreground_share)
 
 
@@ -218,6 +221,8 @@ class Training:
         for name in ("val_cases", "num_workers", "dice_weight", "ce_weight"):
             _demand(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         _demand(self.num_workers <= 64, "num_workers", "at most 64", self.num_workers)
+        _demand(self.batch_size <= 1024, "batch_size", "at most 1024", self.batch_size)
+        _demand(self.epochs <= 10**6, "epochs", "at most a million", self.epochs)
         _demand(0 <= self.seed < 2**63, "seed", "0 up to less than 2**63", self.seed)
         _demand(self.dice_weight + self.ce_weight > 0, "dice_weight", "a weight above 0 here or in ce_weight", 0)
         _demand(0 <= self.val_overlap < 1, "val_overlap", "0 up to less than 1", self.val_overlap)

@@ -1,6 +1,6 @@
 """One interface over the runtimes: patches in, probabilities out.
 
-Today PyTorch; ONNX Runtime and OpenVINO take the same place. Only `TorchPredictor` imports torch, and only when it
+Here PyTorch; `onnx_runtime` and `openvino_runtime` run exports. Only `TorchPredictor` imports torch, and only when it
 is built, so that the others run where torch is not installed.
 """
 

@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) ask for a stop.
+    """SIGTERM, SIGINT, SIGHUP (the terminal went) and SIGUSR1 (a batch system's warning) ask for a stop.
 
     A signal is noted only, so that no update of the weights and no save is torn; those at work look for it: training
     at each module of the network (`stop_inside`) and after each step, validation after each window. While nothing is
@@ -55,8 +55,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-        before = {s: signal.signal(s, self._on_signal) for s in (getattr(signal, name) for name in names)}
+        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in names]
+        # Who started it with `nohup` wants it to outlive the terminal.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:

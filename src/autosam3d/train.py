@@ -97,7 +97,7 @@ def train(
 ) -> TrainResult:
     """Train, or go on training, the network of `recipe` on `cases`.
 
-    SIGTERM, Ctrl-C and SIGUSR1 save and return; the same call goes on from there. In one process the stop comes
+    SIGTERM, SIGHUP, Ctrl-C and SIGUSR1 save and return; the same call goes on from there. In one process the stop comes
     within an operation of the network and the time to save. Several processes stop at the end of the step, or of the
     window of a validation, that they are in.
 
@@ -210,7 +210,7 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         runlog.step(progress.epoch, progress.global_step, values)
         run.observer.on_step(progress.global_step, total, values)
         run.demand_no_stop()
-        if progress.global_step % recipe.train.save_every_steps == 0:
+        if progress.global_step % recipe.train.save_every_steps == 0 and good:
             save_state(run)
         mark = time.perf_counter()
 

@@ -225,8 +225,10 @@ def _write_error(error: OSError, file: FileToWrite, temporary: Path) -> AutoSam3
         free_bytes = shutil.disk_usage(file.path.parent).free
         free = f"{free_bytes} bytes free ({size_text(free_bytes)})"
     except OSError:
-        free = "free space unknown"
-    if error.errno in _NO_SPACE:
+        free_bytes, free = 1 << 62, "free space unknown"
+    # numpy's error of a short write has no number.
+    short = error.errno is None and file.size_bytes is not None and free_bytes < file.size_bytes
+    if error.errno in _NO_SPACE or short:
         return ResourceError("NO_SPACE", file.path, f"{needed}, {free} ({_reason(error)})",
                              "free some space, raise the quota or write elsewhere")
     return ResourceError("IO", file.path, f"writing failed ({_reason(error)}); {needed}, {free}",

@@ -22,12 +22,14 @@ def available_ram_bytes() -> int | None:
 def resident_bytes() -> int:
     """Memory that this process holds now: interpreter, libraries, weights, data. Where the platform tells only the
     most it ever held, that; 0 where it tells nothing."""
-    try:
-        for line in Path("/proc/self/status").read_text("ascii").splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
+    return _status("VmRSS") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held; 0 where the platform does not tell."""
+    # Linux's `ru_maxrss` begins with what the process that started this one held.
+    if peak := _status("VmHWM"):
+        return peak
     try:
         import resource
 
@@ -35,6 +37,17 @@ def resident_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
     except (ImportError, OSError, ValueError):
         return 0
+
+
+def _status(key: str) -> int:
+    """A size that Linux tells of this process, in bytes; 0 where there is none."""
+    try:
+        for line in Path("/proc/self/status").read_text("ascii", errors="replace").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
 
 
 def demand_ram(

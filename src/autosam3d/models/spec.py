@@ -98,7 +98,7 @@ class AutoSamSpec:
             all(n >= 16 // s and n % (16 // s) == 0 for n, s in zip(self.patch_size, self.scale, strict=True)),
             "patch_size", f"positive multiples of {tuple(16 // s for s in self.scale)} (16/scale)",
         )
-        demand(all(w >= 1 for w in self.attn_window), "attn_window", "positive sizes")
+        demand(all(1 <= w <= 1024 for w in self.attn_window), "attn_window", "sizes from 1 to 1024")
         demand(0 <= self.adapter_dim <= 4096, "adapter_dim", "0 to 4096")
         demand(self.adapter_act in ("relu", "gelu"), "adapter_act", "relu or gelu")
         demand(self.rel_pos_resize in ("crop", "interp"), "rel_pos_resize", "crop or interp")
@@ -148,13 +148,13 @@ class ResUnetSpec:
     """K: organs and background."""
     network: Literal["res_unet"] = "res_unet"
     patch_size: Size = (96, 96, 96)
-    """The crop that the model is trained and exported for; multiples of 16."""
+    """The crop that the model is trained and exported for; multiples of 32."""
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 128, 256)
-    """Of the five levels, from full resolution down."""
+    """Of the five levels, from half resolution down."""
 
     def __post_init__(self) -> None:
         _demand_common(self)
-        _demand(self, _multiples(self.patch_size, 16), "patch_size", "positive multiples of 16")
+        _demand(self, _multiples(self.patch_size, 32), "patch_size", "positive multiples of 32")
         _demand(self, all(1 <= c <= 4096 for c in self.channels), "channels", "five widths from 1 to 4096")
 
 

@@ -1,0 +1,338 @@
+"""Where the time and the memory of a segmentation go, stage by stage and runtime by runtime, beside MONAI's way.
+
+Each runtime is measured in a process of its own, so that one's memory cannot hide another's. MONAI's way is its
+`sliding_window_inference` over the network in eager PyTorch (its own SwinUNETR, with the same weights, where the model
+is one), with the same windows' size, overlap, weighting and threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autosam3d.errors import MissingExtraError, ResourceError
+from autosam3d.exported import BACKENDS, PACKAGE_OF, is_export
+from autosam3d.inference import Model, SegmentOptions, segment_with
+from autosam3d.io import read_ct, write_segmentation
+from autosam3d.io.memory import resident_bytes
+from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.patches import Stitcher, Tiling, grid_starts, pad_to, unpad_slabs
+from autosam3d.preprocess import plan_grid, prepare_ct
+from autosam3d.restore import SlabRestorer
+from autosam3d.volume import Segmentation, Volume
+
+STAGES = ("load", "read", "resample", "model", "stitch", "restore", "write")
+BASELINE = "monai"
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Meter:
+    """Seconds and peak memory per stage; a stage may be entered many times."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    """Most that the process held inside a stage, all in all; empty where the system does not say (not Linux)."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        watched = _forget_peak()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            if watched:
+                self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), _peak_mib())
+
+
+def bench(
+    model: Path, ct: Path, backends: Sequence[str], *, overlap: float | None, threads: int, baseline: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model on a scan.
+
+    Args:
+        model: a checkpoint, or an export folder, which PyTorch and MONAI cannot run.
+        backends: of `contenders`, in the order in which they run.
+        overlap: of the windows; None takes the recipe's.
+        threads: CPU threads of every contender.
+        baseline: measure MONAI's way too; it needs a model that PyTorch can run.
+
+    Returns:
+        Plain values for JSON: ``rows`` by contender with ``seconds``, ``peak_mib``, ``whole_seconds``, ``windows``,
+        ``labels_equal`` (share of voxels of the first contender's labels), and what belongs to a measurement.
+
+    Raises:
+        MissingExtraError: MONAI is not there for the baseline.
+        ResourceError: a contender's process died.
+    """
+    if baseline and importlib.util.find_spec("monai") is None:
+        raise MissingExtraError("MISSING_EXTRA", "bench", "expected the package monai for the comparison, got none",
+                                "pip install monai einops, or give --no-baseline")
+    names = [*backends, *([BASELINE] if baseline else [])]
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="autosam3d-bench-") as name:
+        for index, contender in enumerate(names):
+            if progress:
+                progress(index, len(names))
+            rows[contender] = _in_child(_measure, model, ct, contender, overlap, threads, Path(name))
+        first = np.load(Path(name) / f"{names[0]}.npy", mmap_mode="r")
+        for contender in names:
+            labels = np.load(Path(name) / f"{contender}.npy", mmap_mode="r")
+            rows[contender]["labels_equal"] = float(np.mean(labels == first))
+            organs = (labels > 0) | (first > 0)
+            same = float(np.mean(labels[organs] == first[organs])) if organs.any() else 1.0
+            rows[contender]["organ_labels_equal"] = same
+    if progress:
+        progress(len(names), len(names))
+    scan = {key: rows[names[0]].pop(key) for key in ("shape_zyx", "spacing_mm_zyx")}
+    for row in rows.values():
+        for key in scan:
+            row.pop(key, None)
+    _share_of_peak(rows)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": _machine(threads),
+        "scan": scan, "settings": {"overlap": rows[names[0]]["overlap"], "threads": threads}, "rows": rows,
+    }
+
+
+def contenders(model: Path) -> list[str]:
+    """The runtimes that can run `model` here."""
+    found = [name for name in reversed(BACKENDS) if importlib.util.find_spec(PACKAGE_OF[name]) is not None]
+    return found if is_export(model) else [*found, "torch"]
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A table: a line a contender, a column a stage, ratios to MONAI's way."""
+    rows, lines = result["rows"], []
+    head = ["", *STAGES, "whole", "peak MiB", "windows", "equal labels", "ratio"]
+    slow = rows.get(BASELINE)
+    for name, row in rows.items():
+        cells = [f"{row['seconds'].get(stage, 0):.2f}" for stage in STAGES]
+        peak = max(row["peak_mib"].values(), default=0)
+        ratio = f"{slow['whole_seconds'] / row['whole_seconds']:.1f}x" if slow else ""
+        lines.append([name, *cells, f"{row['whole_seconds']:.2f}", f"{peak:.0f}", str(row["windows"]),
+                      f"{row['labels_equal']:.4%}", ratio])
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
+    for name, row in rows.items():
+        if row.get("matrix_peak_share"):
+            text.append(f"{name}: the network ran at {row['matrix_peak_share']:.0%} of this machine's matrix peak "
+                        f"({row['matrix_peak_gflops']:.0f} GFLOP/s measured)")
+    return "\n".join(text)
+
+
+def _in_child(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        child.join()
+        raise ResourceError("CHILD", str(arguments[2]), f"its process ended with exit code {child.exitcode}",
+                            "give a smaller scan, or close other programs") from None
+    child.join()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _send(sender: Any, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    try:
+        sender.send(work(*arguments))
+    except (RuntimeError, ValueError, OSError, MemoryError) as error:  # our own errors are among them
+        sender.send(error)
+
+
+def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threads: int, folder: Path
+             ) -> dict[str, Any]:
+    """One contender: each stage by itself, then the whole as `segment` does it."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    meter = Meter()
+    with meter.stage("load"):
+        loaded, predict = _contender(model, contender, threads)
+    with meter.stage("read"):
+        volume = read_ct(ct)
+    tiling = loaded.recipe.inference
+    tiling = tiling if overlap is None else Tiling(overlap=overlap, importance=tiling.importance)
+    held = resident_bytes()
+    if predict is not None:
+        labels, windows = _monai_way(volume, loaded, predict, tiling, meter)
+        whole = sum(meter.seconds.get(stage, 0.0) for stage in ("read", "resample", "model", "restore"))
+    else:
+        labels, windows = _by_stages(volume, loaded, tiling, meter)
+        started = time.perf_counter()
+        again = segment_with(read_ct(ct), loaded, SegmentOptions(tiling=tiling)).labels
+        whole = time.perf_counter() - started
+        if not np.array_equal(again, labels):
+            raise ValueError("the stages one by one and `segment` gave different labels")
+    result = Segmentation(labels, volume.affine, volume.source, dict(loaded.recipe.labels.by_index))
+    with meter.stage("write"):
+        write_segmentation(folder / f"{contender}.nii.gz", result, loaded.recipe.labels)
+    np.save(folder / f"{contender}.npy", labels)
+    row = {"seconds": meter.seconds, "peak_mib": meter.peak_mib, "whole_seconds": whole + meter.seconds["write"],
+           "windows": windows, "held_before_mib": held / 2**20, "overlap": tiling.overlap,
+           "shape_zyx": list(volume.shape), "spacing_mm_zyx": [round(mm, 4) for mm in volume.spacing_mm]}
+    return row | _matrix_peak(loaded)
+
+
+def _contender(model: Path, name: str, threads: int) -> tuple[Model, Callable[..., Any] | None]:
+    """The model on a runtime; for MONAI's way also the function that it calls per window."""
+    wish = ModelWish(backend=name if name != BASELINE else "torch", device="cpu", threads=threads)
+    loaded = open_model(model, wish)
+    if name != BASELINE:
+        return loaded, None
+    import torch
+
+    network = _monai_network(loaded)
+
+    def predict(window: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(network(window), dim=1)
+
+    return loaded, predict
+
+
+def _monai_network(loaded: Any) -> Any:
+    """MONAI's own network with the same weights where it has one, else ours."""
+    spec = loaded.recipe.model
+    if spec.network != "swin_unetr":
+        return loaded.network
+    from monai.networks.nets.swin_unetr import SwinUNETR
+
+    network = SwinUNETR(in_channels=1, out_channels=spec.num_outputs, feature_size=spec.feature_size, use_v2=False)
+    network.load_state_dict(loaded.network.state_dict() | {
+        name: buffer for name, buffer in network.state_dict().items() if name.endswith("relative_position_index")})
+    return network.eval()
+
+
+def _by_stages(volume: Volume, model: Model, tiling: Tiling, meter: Meter) -> tuple[np.ndarray, int]:
+    """`segment`'s work in its own order, but one thing at a time. Returns labels and the number of windows."""
+    recipe, predictor = model.recipe, model.predictor
+    size = predictor.patch_size
+    with meter.stage("resample"):
+        undo = plan_grid(volume, recipe.preprocess)
+        prepared = prepare_ct(volume, recipe.preprocess, undo).voxels
+    ct, padding = pad_to(prepared, size, recipe.preprocess.air)
+    starts = grid_starts(ct.shape, size, tiling.overlap)
+    stitcher = Stitcher(ct.shape, predictor.num_outputs, size, tiling.weights(size))  # type: ignore[arg-type]
+    restorer = SlabRestorer(undo, predictor.num_outputs)
+
+    def slabs() -> Iterator[np.ndarray]:
+        for start in starts:
+            with meter.stage("stitch"):
+                done = list(stitcher.finished(start[0]))
+            yield from done
+            window = ct[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]
+            with meter.stage("model"):
+                probs = predictor.predict(np.ascontiguousarray(window)[None, None])[0]
+            with meter.stage("stitch"):
+                stitcher.add(probs, start)
+        yield from stitcher.finished()
+
+    for slab in unpad_slabs(slabs(), padding, ct.shape):
+        with meter.stage("restore"):
+            restorer.add(slab)
+    return restorer.finish(), len(starts)
+
+
+def _monai_way(volume: Volume, model: Model, predict: Callable[..., Any], tiling: Tiling, meter: Meter
+               ) -> tuple[np.ndarray, int]:
+    """The same preparation, then MONAI's windows and sums for all classes at once, then the same way back.
+
+    Its "model" holds the sums too: MONAI does both in one call.
+    """
+    import torch
+    from monai.inferers.utils import sliding_window_inference
+
+    recipe = model.recipe
+    with meter.stage("resample"):
+        undo = plan_grid(volume, recipe.preprocess)
+        prepared = prepare_ct(volume, recipe.preprocess, undo).voxels
+    calls = 0
+
+    def counted(window: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return predict(window)
+
+    with meter.stage("model"), torch.no_grad():
+        probs = sliding_window_inference(
+            torch.from_numpy(prepared)[None, None], recipe.model.patch_size, 1, counted, overlap=tiling.overlap,
+            mode=tiling.importance, sigma_scale=0.125, padding_mode="constant", cval=recipe.preprocess.air)
+    assert isinstance(probs, torch.Tensor)
+    restorer = SlabRestorer(undo, recipe.model.num_outputs)
+    with meter.stage("restore"):
+        restorer.add(probs[0].numpy())
+        labels = restorer.finish()
+    return labels, calls
+
+
+def _share_of_peak(rows: dict[str, Any]) -> None:
+    """Give each row the share of the machine's matrix peak that its network ran at, where PyTorch could count."""
+    known = next((row for row in rows.values() if "matrix_peak_gflops" in row), None)
+    if known is None:
+        return
+    for row in rows.values():
+        rate = known["gflop_per_window"] * row["windows"] / row["seconds"]["model"]
+        row["matrix_peak_share"] = rate / known["matrix_peak_gflops"]
+        row["matrix_peak_gflops"] = known["matrix_peak_gflops"]
+
+
+def _matrix_peak(loaded: Model) -> dict[str, float]:
+    """Operations of a window, and what this machine's cores multiply at best; empty without a PyTorch network."""
+    network = getattr(loaded, "network", None)
+    if network is None:
+        return {}
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 1, *loaded.recipe.model.patch_size))
+    flops = counter.get_total_flops()
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    best = math.inf
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    peak = 2 * 1024**3 / best
+    return {"gflop_per_window": flops / 1e9, "matrix_peak_gflops": peak / 1e9}
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "load_average": load,
+            "threads": threads, "system": platform.system(), "python": platform.python_version()}
+
+
+def _forget_peak() -> bool:
+    try:
+        _CLEAR.write_text("5")  # Linux: VmHWM starts again
+    except OSError:
+        return False
+    return True
+
+
+def _peak_mib() -> float:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024

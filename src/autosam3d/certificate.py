@@ -1,0 +1,91 @@
+"""The parity certificate of an export: what was compared, where, with what result, for programs and for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import autosam3d
+from autosam3d.parity import MAX_LOGIT_SHARE, MIN_DICE, MIN_DICE_VOXELS, MIN_EQUAL_SHARE, Parity
+
+PARITY_HEAD = ["backend", "version", "threads", "s per window", "largest logit difference", "of the scale",
+               "flipped labels", "equal labels", "worst Dice", "within bounds"]
+
+
+def make_certificate(rows: Sequence[Parity], source: str, model_sha256: str) -> dict[str, Any]:
+    """Plain values for ``certificate.json``.
+
+    Args:
+        rows: one a backend, PyTorch first.
+        source: where the golden windows come from; never a file name, which may name a patient.
+        model_sha256: of the ONNX file.
+    """
+    missing = sorted(name for name, count in rows[0].reference_voxels.items() if not count)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
+        "versions": {"autosam3d": autosam3d.__version__, "python": platform.python_version()}
+        | {row.backend: row.version for row in rows},
+        "model_sha256": model_sha256, "golden": source, "organs_not_shown": missing,
+        "bounds": {"logit_share": MAX_LOGIT_SHARE, "equal_share": MIN_EQUAL_SHARE, "dice": MIN_DICE,
+                   "dice_judged_from_voxels": MIN_DICE_VOXELS},
+        "logits_against": "PyTorch float32, weights as stored (rounded to float16); PyTorch itself against weights as "
+        "trained: what rounding does, without a bound",
+        "labels_against": "PyTorch float32, weights as trained",
+        "backends": [row.as_dict() for row in rows],
+    }
+
+
+def certificate_text(certificate: dict[str, Any], rows: Sequence[Parity]) -> str:
+    """``certificate.md``."""
+    bounds, missing = certificate["bounds"], certificate["organs_not_shown"]
+    lines = [
+        "# Parity certificate", "",
+        f"Model {certificate['model_sha256'][:16]}, {certificate['date']}, {certificate['machine']}.",
+        f"Golden case: {certificate['golden']}.", "",
+        f"Logits against {certificate['logits_against']}.", f"Labels and Dice against {certificate['labels_against']}.",
+        f"Bounds: logits {bounds['logit_share']:g} of their largest value, labels {bounds['equal_share']:.2%} equal, "
+        f"Dice {bounds['dice']:g} for each organ of {bounds['dice_judged_from_voxels']} voxels or more.", "",
+        f"| {' | '.join(PARITY_HEAD)} |", "|" + "---|" * len(PARITY_HEAD),
+        *("| " + " | ".join(parity_cells(row)) + " |" for row in rows), "",
+        "| organ | voxels | " + " | ".join(row.backend for row in rows) + " |",
+        "|---|---|" + "---|" * len(rows),
+        *(f"| {name} | {count} | " + " | ".join(_dice(row.dice[name]) for row in rows) + " |"
+          for name, count in rows[0].reference_voxels.items()), "",
+    ]
+    if missing:
+        lines += [f"Not shown by these windows, so not proved: {', '.join(missing)}.", ""]
+    return "\n".join(lines)
+
+
+def parity_cells(row: Parity) -> list[str]:
+    """A row of the table of backends."""
+    return [row.backend, row.version, str(row.threads), f"{row.seconds_per_window:.3f}",
+            f"{row.max_logit_difference:.2e}", f"{row.logit_share:.1e}", f"{row.flipped} of {row.voxels}",
+            f"{row.equal_share:.4%}", _dice(row.worst_dice),
+            "no: " + "; ".join(row.faults()) if row.faults() else "yes"]
+
+
+def machine() -> str:
+    """Processor, cores and system, without a name of the computer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{cpu_name()}, {cores} cores, {platform.system()} {platform.machine()}"
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or sys.platform
+
+
+def _dice(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

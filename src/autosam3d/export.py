@@ -1,0 +1,222 @@
+"""From a trained model to a folder that runs without torch: ONNX, OpenVINO, a description, a proof.
+
+The proof comes before the folder: a backend that does not say what PyTorch says is reason to write nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autosam3d.certificate import certificate_text, cpu_name, make_certificate
+from autosam3d.checkpoint import LoadedModel
+from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
+from autosam3d.export_targets import demand_exportable
+from autosam3d.exported import BACKENDS, Export, is_export, load_exported
+from autosam3d.golden import golden_windows, make_golden, save_golden
+from autosam3d.io.files import sha256_of
+from autosam3d.io.folders import staged_folder
+from autosam3d.model_description import describe_use
+from autosam3d.model_file import meta_text, sealed
+from autosam3d.onnx_file import labels_note
+from autosam3d.onnx_graph import OPSET, onnx_model, with_half_weights
+from autosam3d.parity import Parity, measure_parity
+from autosam3d.probe import measure_cost
+from autosam3d.recipe import Recipe
+from autosam3d.volume import Volume
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done and their number."""
+_STEPS = 6
+_PHANTOM_SEED = 0
+_WINDOWS = {"phantom": 2, "scan": 4}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of an export."""
+
+    folder: Path
+    sizes: dict[str, int]
+    """File to its bytes."""
+    rows: list[Parity]
+    organs_not_shown: list[str]
+
+
+def export_model(
+    model: LoadedModel,
+    folder: Path,
+    *,
+    ct: Volume | None = None,
+    threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a model as ONNX and OpenVINO IR with its certificate; all of it, or nothing.
+
+    Args:
+        model: trained.
+        folder: new; with `overwrite` also one that an export wrote before. Nothing else is ever replaced.
+        ct: a scan of the kind that the model is for, whose windows become the golden case and go into the folder; None
+            takes a phantom, which shows abdominal organs or none at all.
+        threads: of the runtimes, in the certificate.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`.
+        UsageError: EXISTS, or TARGET, a network that does not export.
+        MissingExtraError: onnx, onnxscript, onnxruntime or openvino is not installed.
+    """
+    recipe = model.recipe
+    demand_exportable(recipe.model)
+    _demand_extra()
+    _demand_replaceable(folder, overwrite)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, _STEPS)
+
+    trained = model.network.to("cpu").float().eval()
+    stored = with_half_weights(trained)
+    with staged_folder(folder) as stage:
+        _write_graphs(stored, recipe, stage)
+        step()
+        scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom()
+        windows, trained_logits = golden_windows(scan, recipe, _runner(trained), _WINDOWS["scan" if ct else "phantom"])
+        step()
+        started = time.perf_counter()
+        stored_logits = _runner(stored)(windows)
+        seconds = time.perf_counter() - started
+        golden = make_golden(windows, stored_logits, trained_logits)
+        save_golden(stage / "golden.npz", golden)
+        organs = recipe.labels.organs
+        rows = [measure_parity(stored_logits, golden, organs, backend="pytorch", version=torch.__version__,
+                               threads=torch.get_num_threads(), seconds=seconds, reference=trained_logits,
+                               judge_logits=False)]
+        step()
+        meta = _meta(model, _entries(stage))
+        export = Export(stage, meta, recipe)
+        for backend in BACKENDS:
+            predictor = load_exported(export, backend, threads, output="logits").predictor
+            logits, seconds = _timed(predictor.predict, windows)
+            rows.append(measure_parity(logits, golden, organs, backend=backend, version=predictor.version,
+                                       threads=threads, seconds=seconds, reference=stored_logits))
+            step()
+        _demand_parity(rows, folder)
+        certificate = make_certificate(rows, source, export.sha256)
+        (stage / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n", "utf-8")
+        (stage / "certificate.md").write_text(certificate_text(certificate, rows), "utf-8")
+        # The probe reads the folder as any user would, so it needs a description that is whole.
+        _write_meta(stage, _meta(model, _entries(stage)))
+        costs = {backend: measure_cost(stage, backend, threads) for backend in BACKENDS}
+        memory = {backend: cost.activation_bytes for backend, cost in costs.items() if cost is not None}
+        _write_meta(stage, _meta(model, _entries(stage), memory))
+        step()
+        sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+    return Exported(folder, sizes, rows, certificate["organs_not_shown"])
+
+
+def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
+    import openvino
+
+    labels = labels_note(["background", *recipe.labels.organs])
+    graph = onnx_model(stored, recipe.model.patch_size)
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = "labels", labels
+    onnx_path = stage / "model.onnx"
+    onnx_path.write_bytes(graph.SerializeToString(deterministic=True))
+    # Not `convert_model`, which reports its use to a server.
+    ir = openvino.Core().read_model(onnx_path)
+    ir.set_rt_info(labels, ["autosam3d", "labels"])
+    # The large weights are float16 already; compressing the rest, biases and norms, costs accuracy and saves nothing.
+    openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)
+
+
+def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | None = None) -> dict[str, Any]:
+    recipe = model.recipe
+    return sealed({
+        "kind": "export", "recipe": recipe.as_dict(), "weights": {"file": "model.onnx", **files["model.onnx"]},
+        "files": files, "use": describe_use(recipe, OPSET), "metrics": dict(model.metrics),
+        "trained_weights_sha256": model.sha256, "memory": memory or {},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions()},
+        "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    })
+
+
+def _write_meta(stage: Path, meta: dict[str, Any]) -> None:
+    (stage / "model.json").write_text(meta_text(meta), "utf-8")
+
+
+def _entries(stage: Path) -> dict[str, Any]:
+    return {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            for path in sorted(stage.iterdir()) if path.name != "model.json"}
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript", *BACKENDS)}
+
+
+def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits window by window, in float32."""
+
+    def run(windows: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.concatenate([network(torch.from_numpy(w[None])).numpy() for w in windows])
+
+    return run
+
+
+def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tuple[np.ndarray, float]:
+    run(windows[:1])  # what a runtime prepares at its first call does not count
+    started = time.perf_counter()
+    logits = run(windows)
+    return logits, time.perf_counter() - started
+
+
+def _demand_parity(rows: list[Parity], folder: Path) -> None:
+    for row in rows:
+        if row.faults():
+            raise CheckpointError("PARITY", folder, f"{row.backend} {row.version} does not say what PyTorch says: "
+                                  f"{'; '.join(row.faults())}", "nothing was written; train longer (an untrained "
+                                  "network has no clear answers), or report it with the model")
+
+
+def _demand_extra() -> None:
+    import importlib.util
+
+    missing = [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError("MISSING_EXTRA", "export", f"expected the packages {', '.join(missing)}, got none",
+                                'pip install "autosam3d[export]"')
+
+
+def _demand_replaceable(folder: Path, overwrite: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_export(folder):
+        raise UsageError("EXISTS", folder, "the folder holds files that are not an export", "name another folder")
+    if not overwrite:
+        raise UsageError("EXISTS", folder, "the folder holds an export", "name another folder or allow --overwrite")
+
+
+def _phantom() -> tuple[Volume, str]:
+    from autosam3d.phantom import make_phantom
+
+    return make_phantom(_PHANTOM_SEED)[0], f"windows of a synthetic abdomen (phantom {_PHANTOM_SEED}), no patient"

@@ -1,0 +1,55 @@
+"""How to run an exported network without this package, in plain words and numbers: goes into its model.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autosam3d.recipe import Recipe
+
+
+def describe_use(recipe: Recipe, opset: int) -> dict[str, Any]:
+    """Everything that comes before and after the network. Axes are [z, y, x] throughout."""
+    pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
+    spacing = None if pre.spacing_mm is None else list(pre.spacing_mm)
+    return {
+        "what": "3D organ segmentation of CT; for research, not a medical device",
+        "axes": "arrays are [z, y, x]: z grows to the head, y to the front, x to the patient's right",
+        "steps": [
+            "read the CT in Hounsfield units and bring its axes into that order",
+            "crop to the body where crop_to_body is true: any box that holds the whole patient will do; outside it "
+            "everything is background" if pre.crop_to_body else "keep the whole scan",
+            "clip to -1024..3071 HU, then resample linearly to spacing_mm, both grids covering the same cuboid corner "
+            "on corner: m = max(1, round(n * spacing / target)) voxels an axis, and prepared index j lies at native "
+            "index (j + 0.5) * n / m - 0.5" if spacing else "keep the scan's own spacing",
+            "clip to hu_window, subtract subtract_hu, divide by divide_hu",
+            "where an axis is shorter than the patch, pad both ends with the value `air`",
+            "cut overlapping windows of the patch size: ceil((n - p) / step) + 1 windows an axis, step = floor(p * "
+            "(1 - overlap)), spread evenly, the last one flush with the border",
+            "run each window; average the probabilities of overlapping windows, weighted by `importance`",
+            "interpolate the probabilities linearly on the scan's grid, then take the largest; among equals the lowest "
+            "label",
+        ],
+        "onnx": {"file": "model.onnx", "opset": opset, "precision": "weights stored as float16, computed in float32"},
+        "openvino": {"files": ["openvino.xml", "openvino.bin"], "inference_precision": "f32: bf16 and f16 hints are "
+                     "slower on CPUs and less exact"},
+        "input": {"name": "ct", "type": "float32", "shape": [1, 1, *size]},
+        "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1"},
+        "patch": size,
+        "spacing_mm": spacing,
+        "crop_to_body": pre.crop_to_body,
+        "hu_window": [pre.hu_window.low_hu, pre.hu_window.high_hu],
+        "subtract_hu": pre.subtract_hu,
+        "divide_hu": pre.divide_hu,
+        "air": pre.air,
+        "overlap": recipe.inference.overlap,
+        "importance": "gaussian: product over the axes of exp(-0.5 * ((i - (n - 1) / 2) / (n / 8)) ** 2), divided by "
+        "its largest value, 0.001 at least" if recipe.inference.importance == "gaussian" else "constant: 1",
+        "labels": [
+            {"value": 0, "name": "background"},
+            *({"value": i, "name": name, "rgb": list(labels.color(i)), "snomed": labels.snomed(i)}
+              for i, name in labels.by_index.items()),
+        ],
+        "side_pairs": [list(pair) for pair in labels.side_pairs],
+        "golden": "golden.npz: ct float16 [n, 1, D, H, W]; logits int16 at every second voxel, times scale / 32767; "
+        "labels uint8 of PyTorch with the weights as trained",
+    }

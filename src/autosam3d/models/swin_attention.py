@@ -1,0 +1,337 @@
+"""Attention of the Swin stages: a grid of tokens cut into windows, and the softmax inside each.
+
+*Source*: Swin Transformer (arXiv:2103.14030); the bias table and its index as MONAI 1.6.1 stores them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Triple = tuple[int, int, int]
+Slices = tuple[slice, slice, slice]
+
+_WINDOW = 7
+"""Tokens per axis of an attention window; a shorter axis is one window."""
+_SEAM = 100.0
+"""What two tokens on different sides of a seam lose in their logit. *Source*: the mask of the published function."""
+
+
+class WindowAttention(nn.Module):
+    """Self-attention in windows of 7x7x7 tokens with a learned bias for each offset between two tokens.
+
+    The grid is padded with zeros at its far ends to whole windows. That padding is seen by the tokens beside it: the
+    published function has no mask for it.
+    """
+
+    MAX_MAP = 1 << 24
+    """Entries of the tokens x tokens map at a time in an exported graph: 64 MB of float32."""
+
+    def __init__(self, dim: int, num_heads: int, shifted: bool) -> None:
+        super().__init__()
+        self.num_heads, self.shifted = num_heads, shifted
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * _WINDOW - 1) ** 3, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", relative_position_index(), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # A constant that the published state dicts carry, 7 MB of it: not kept in ours, and taken as read in theirs.
+        state_dict.pop(f"{prefix}relative_position_index", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
+        cut = Cut.of(cast(Triple, tuple(tokens.shape[1:4])), self.shifted)
+        return cut.merge(self.proj(self.mix(self.qkv(cut.split(tokens)), cut)))
+
+    def mix(self, qkv: Tensor, cut: Cut) -> Tensor:
+        """Attention proper, between the two projections: queries, keys and values (V, n, 3C) to (V, n, C)."""
+        num_windows, n, triple_dim = qkv.shape
+        heads, head_dim = self.num_heads, triple_dim // 3 // self.num_heads
+        # Tokens last: a product with a long and a thin side is up to five times as fast if the thin one is not last.
+        qkv = qkv.view(num_windows, n, 3 * heads, head_dim).permute(2, 0, 3, 1)
+        q, k, v = qkv.contiguous().split(heads)  # heads V c n
+        q, bias = q * head_dim**-0.5, self.bias(n)
+        if q.device.type == "cpu" and not torch.compiler.is_exporting():
+            mixed = cast(Tensor, _MixOnCpu.apply(q, k, v, bias, cut))
+        else:
+            if any(cut.shift):
+                q, k = widen(q, k, cut.seams(num_windows, q))
+            step = max(1, self.MAX_MAP // (heads * n * n))
+            parts = zip(q.split(step, 1), k.split(step, 1), v.split(step, 1), strict=True)
+            mixed = torch.cat([mix_windows(qs, ks, vs, bias) for qs, ks, vs in parts], 1)
+        return mixed.permute(1, 3, 0, 2).reshape(num_windows, n, heads * head_dim)
+
+    def bias(self, n: int) -> Tensor:
+        """(heads, n, n): the bias of each pair of tokens.
+
+        A window of fewer than 7x7x7 tokens reads the rows of the first n of 343, as the published function does:
+        there the bias no longer follows the offset in space, yet weights were trained with it.
+        """
+        index = cast(Tensor, self.relative_position_index)[:n, :n]
+        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
+
+
+def mix_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k' + bias) v, the definition.
+
+    Args:
+        q, k: (heads, V, w, n).
+        v: (heads, V, c, n).
+        bias: (heads, n, n).
+
+    Returns:
+        (heads, V, c, n).
+    """
+    probs = torch.softmax(q.transpose(-1, -2) @ k + bias[:, None], -1)
+    return v @ probs.transpose(-1, -2)
+
+
+class _MixOnCpu(torch.autograd.Function):
+    """Attention inside windows for training on a CPU: the same numbers as `widen` and `mix_windows`.
+
+    * What a map of 343x343 costs is its way to memory and back, for head_dim 4 by far. A few windows of one head at a
+      time stay in the processor's cache, and the backward pass computes them again.
+    * No mask: a window that a seam cuts is as many small windows, and padding, which nobody reads, asks nothing.
+      At 64^3 voxels that leaves little more than half of the entries.
+    * Always in float32 or float64: in bfloat16 the exponential, the largest part, takes longer on a CPU.
+    """
+
+    MAX_MAP = 1 << 19
+    """Entries of the map at a time and thread: 2 MB of float32."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cut: Cut) -> Tensor:  # type: ignore[override]
+        """q, k, v (heads, V, c, n) and bias (heads, n, n) to (heads, V, c, n), with zeros for padding."""
+        ctx.low, ctx.cut = v.dtype, cut
+        q, k, v, bias = (_at_least_float32(t) for t in (q, k, v, bias))
+        ctx.save_for_backward(q, k, v, bias)
+        mixed = torch.zeros_like(v)
+        with torch.autocast("cpu", enabled=False):
+            for side in cut.sides():
+                q_side, k_side, v_side = side.queries(q), side.keys(k), side.keys(v)
+                bias_side, mixed_side = side.pairs(bias), torch.empty_like(q_side)
+                step = _MixOnCpu._step(bias_side)
+                maps = bias.new_empty(2, step, *bias_side.shape[1:])
+                for head, *tensors in _MixOnCpu._parts(step, bias_side, q_side, k_side, v_side, mixed_side):
+                    for qs, ks, vs, out in zip(*tensors, strict=True):
+                        logits, probs = maps[:, : len(qs)]
+                        torch.bmm(qs.transpose(1, 2), ks, out=logits).add_(head)
+                        torch.softmax(logits, -1, out=probs)
+                        torch.bmm(vs, probs.transpose(1, 2), out=out)
+                side.put_queries(mixed, mixed_side)
+        return mixed.to(ctx.low)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        q, k, v, bias = ctx.saved_tensors
+        grad, softmax_backward = grad.to(v.dtype).contiguous(), torch.ops.aten._softmax_backward_data.out
+        grad_q, grad_k, grad_v, grad_bias = (torch.zeros_like(t) for t in (q, k, v, bias))
+        with torch.autocast("cpu", enabled=False):
+            for side in ctx.cut.sides():
+                bias_side, q_side, k_side, v_side = side.pairs(bias), side.queries(q), side.keys(k), side.keys(v)
+                grad_bias_side = torch.zeros_like(bias_side)
+                results = [torch.empty_like(q_side), torch.empty_like(k_side), torch.empty_like(v_side)]
+                step = _MixOnCpu._step(bias_side)
+                maps = bias.new_empty(3, step, *bias_side.shape[1:])
+                parts = _MixOnCpu._parts(step, bias_side, q_side, k_side, v_side, side.queries(grad), *results)
+                for grad_head, (head, *tensors) in zip(grad_bias_side, parts, strict=True):
+                    for qs, ks, vs, gs, gq, gk, gv in zip(*tensors, strict=True):
+                        logits, probs, grad_logits = maps[:, : len(qs)]
+                        torch.bmm(qs.transpose(1, 2), ks, out=logits).add_(head)
+                        torch.softmax(logits, -1, out=probs)
+                        torch.bmm(gs, probs, out=gv)
+                        grad_probs = torch.bmm(gs.transpose(1, 2), vs, out=logits)
+                        softmax_backward(grad_probs, probs, -1, probs.dtype, grad_input=grad_logits)
+                        torch.bmm(ks, grad_logits.transpose(1, 2), out=gq)
+                        torch.bmm(qs, grad_logits, out=gk)
+                        grad_head += grad_logits.sum(0)
+                side.put_queries(grad_q, results[0])
+                side.put_keys(grad_k, results[1])
+                side.put_keys(grad_v, results[2])
+                side.add_pairs(grad_bias, grad_bias_side)
+        return grad_q.to(ctx.low), grad_k.to(ctx.low), grad_v.to(ctx.low), grad_bias, None
+
+    @staticmethod
+    def _step(bias: Tensor) -> int:
+        """Windows at a time."""
+        return max(1, _MixOnCpu.MAX_MAP * torch.get_num_threads() // bias[0].numel())
+
+    @staticmethod
+    def _parts(step: int, bias: Tensor, *tensors: Tensor) -> list[tuple]:
+        """Per head: its bias, then each tensor's few windows at a time."""
+        return list(zip(bias, *([head.split(step) for head in t] for t in tensors), strict=True))
+
+
+def widen(q: Tensor, k: Tensor, seams: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a channel per seam whose product is the mask.
+
+    With side 0 or 1 of a seam the mask is -M (s_i + s_j - 2 s_i s_j). What depends on the query alone falls out of
+    the softmax, so -M s_j (1 - 2 s_i) remains: exactly 0 in every window that no seam cuts.
+
+    Args:
+        q, k: (heads, V, c, n), q scaled.
+        seams: (V, 3, n), see `Cut.seams`.
+    """
+    sides = seams.to(q.dtype).expand(q.shape[0], *seams.shape)
+    return torch.cat([q, 1 - 2 * sides], 2), torch.cat([k, -_SEAM * sides], 2)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def relative_position_index() -> Tensor:
+    """(343, 343): the row of the bias table for each pair of tokens of a window."""
+    place = torch.arange(_WINDOW, dtype=torch.int32)  # exported files hold the index of every block
+    base = 2 * _WINDOW - 1
+    code = (place[:, None, None] * base + place[:, None]) * base + place
+    code = code.flatten()
+    return code[:, None] - code[None] + (base**3 - 1) // 2
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a grid of tokens is cut into windows. All triples are (d, h, w)."""
+
+    grid: Triple
+    window: Triple
+    shift: Triple
+    """How far the grid is rolled back first."""
+
+    @classmethod
+    def of(cls, grid: Triple, shifted: bool) -> Cut:
+        """Windows of 7 tokens, shifted by 3; an axis of at most 7 tokens is one window and is not shifted."""
+        window = cast(Triple, tuple(min(_WINDOW, g) for g in grid))
+        return cls(grid, window, cast(Triple, tuple(_WINDOW // 2 if shifted and g > _WINDOW else 0 for g in grid)))
+
+    @property
+    def counts(self) -> Triple:
+        """Windows per axis."""
+        return cast(Triple, tuple(-(-g // n) for g, n in zip(self.grid, self.window, strict=True)))
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """Cut a grid into windows: (B, d, h, w, C) to (V, n, C), V = B times the windows of one grid.
+
+        The grid is padded with zeros at its far ends to whole windows, then rolled. No tensor has more than five
+        axes: phones know no more.
+        """
+        batch, *grid, dim = tokens.shape
+        over = [-g % n for g, n in zip(grid, self.window, strict=True)]
+        if any(over):
+            tokens = F.pad(tokens, (0, 0, 0, over[2], 0, over[1], 0, over[0]))
+        if any(self.shift):
+            tokens = torch.roll(tokens, tuple(-s for s in self.shift), (1, 2, 3))
+        (d, h, w), (nd, nh, nw) = self.window, self.counts
+        tokens = tokens.reshape(batch * nd, d, nh, h, nw * w * dim).transpose(1, 2)
+        tokens = tokens.reshape(batch * nd * nh, d * h, nw, w * dim).transpose(1, 2)
+        return tokens.reshape(batch * nd * nh * nw, d * h * w, dim)
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """Undo `split`: (V, n, C) to (B, d, h, w, C)."""
+        dim = windows.shape[-1]
+        (d, h, w), (nd, nh, nw) = self.window, self.counts
+        batch = windows.shape[0] // (nd * nh * nw)
+        tokens = windows.reshape(batch * nd * nh, nw, d * h, w * dim).transpose(1, 2)
+        tokens = tokens.reshape(batch * nd, nh, d, h, nw * w * dim).transpose(1, 2)
+        tokens = tokens.reshape(batch, nd * d, nh * h, nw * w, dim)
+        if any(self.shift):
+            tokens = torch.roll(tokens, self.shift, (1, 2, 3))
+        return tokens[:, : self.grid[0], : self.grid[1], : self.grid[2]]
+
+    def seams(self, num_windows: int, like: Tensor) -> Tensor:
+        """On which side of each seam a token lies: (V, 3, n) of 0 and 1, of the dtype and device of `like`.
+
+        A seam is where the roll brought the two ends of an axis together. Tokens attend to each other only if they
+        are on the same side of all three.
+        """
+        nd, nh, nw = (c * n for c, n in zip(self.counts, self.window, strict=True))
+        near = [torch.arange(n, device=like.device) < s for n, s in zip((nd, nh, nw), self.shift, strict=True)]
+        sides = [
+            near[0].view(nd, 1, 1).expand(nd, nh, nw),
+            near[1].view(1, nh, 1).expand(nd, nh, nw),
+            near[2].view(1, 1, nw).expand(nd, nh, nw),
+        ]
+        seams = self.split(torch.stack(sides, -1).to(like.dtype)[None]).transpose(1, 2)
+        return seams.repeat(num_windows // len(seams), 1, 1)
+
+    def sides(self) -> list[Side]:
+        """The parts of windows that attend among themselves, equal ones together; together all that is asked for."""
+        axes = [_axis_sides(*axis) for axis in zip(self.grid, self.window, self.shift, strict=True)]
+        return [Side(self, *cast(tuple[Slices, Slices, Slices], tuple(zip(*parts, strict=True))))
+                for parts in itertools.product(*axes)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The same part of several windows: its keys see each other and nothing else."""
+
+    cut: Cut
+    windows: Slices
+    asking: Slices
+    """Tokens of the window whose queries count: no padding."""
+    seen: Slices
+    """Tokens of the window that they see, padding included."""
+
+    def queries(self, x: Tensor) -> Tensor:
+        """From (heads, V, c, n) of all windows to (heads, V', c, n') of this part."""
+        return self._view(x, self.asking).flatten(6).flatten(1, 4)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """See `queries`."""
+        return self._view(x, self.seen).flatten(6).flatten(1, 4)
+
+    def pairs(self, bias: Tensor) -> Tensor:
+        """From (heads, n, n) to (heads, queries, keys)."""
+        return self._pairs_view(bias).flatten(4).flatten(1, 3)
+
+    def put_queries(self, x: Tensor, part: Tensor) -> None:
+        """Undo `queries`: write `part` to its place in x."""
+        view = self._view(x, self.asking)
+        view.copy_(part.view(view.shape))
+
+    def put_keys(self, x: Tensor, part: Tensor) -> None:
+        """Undo `keys`."""
+        view = self._view(x, self.seen)
+        view.copy_(part.view(view.shape))
+
+    def add_pairs(self, bias: Tensor, part: Tensor) -> None:
+        """Undo `pairs`, adding."""
+        view = self._pairs_view(bias)
+        view += part.view(view.shape)
+
+    def _view(self, x: Tensor, tokens: Slices) -> Tensor:
+        heads, _, dim, _ = x.shape
+        x = x.view(heads, -1, *self.cut.counts, dim, *self.cut.window)
+        return x[(slice(None), slice(None), *self.windows, slice(None), *tokens)]
+
+    def _pairs_view(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *self.cut.window, *self.cut.window)[(slice(None), *self.asking, *self.seen)]
+
+
+def _axis_sides(grid: int, window: int, shift: int) -> list[tuple[slice, slice, slice]]:
+    """One axis of `Cut.sides`: (windows, asking, seen) of each part."""
+    count = -(-grid // window)
+    sides: list[tuple[slice, slice, slice]] = []
+    for index in range(count):
+        start = index * window + shift  # of this window, on the grid that was not rolled
+        seam = min(window, count * window - start)
+        for low, high, first in ((0, seam, start), (seam, window, 0)):
+            real = min(high, low + grid - first)
+            if real <= low:
+                continue  # nothing or padding alone
+            tokens = slice(low, real), slice(low, high)
+            if sides and sides[-1][1:] == tokens and sides[-1][0].stop == index:
+                sides[-1] = (slice(sides[-1][0].start, index + 1), *tokens)
+            else:
+                sides.append((slice(index, index + 1), *tokens))
+    return sides
