@@ -178,7 +178,7 @@ class CommandLine:
     def close(self) -> None:
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(20)
+        self._server.wait(60)
         self._server.stdout.close()
 
     def _answer(self) -> Any:
