@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from autosam3d.errors import MissingExtraError, ResourceError
+from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
 from autosam3d.exported import BACKENDS, PACKAGE_OF, is_export
 from autosam3d.inference import Model, SegmentOptions, segment_with
 from autosam3d.io import read_ct, write_segmentation
@@ -77,12 +77,14 @@ def bench(
         ``labels_equal`` (share of voxels of the first contender's labels), and what belongs to a measurement.
 
     Raises:
+        VolumeError: the scan is broken.
         MissingExtraError: MONAI is not there for the baseline.
         ResourceError: a contender's process died.
     """
     if baseline and importlib.util.find_spec("monai") is None:
         raise MissingExtraError("MISSING_EXTRA", "bench", "expected the package monai for the comparison, got none",
                                 "pip install monai einops, or give --no-baseline")
+    read_ct(ct)  # a scan that is broken is refused before a model is exported for it
     names = [*backends, *([BASELINE] if baseline else [])]
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="autosam3d-bench-") as name:
@@ -157,7 +159,7 @@ def _in_child(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 def _send(sender: Any, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
     try:
         sender.send(work(*arguments))
-    except (RuntimeError, ValueError, OSError, MemoryError) as error:  # our own errors are among them
+    except (AutoSam3dError, RuntimeError, ValueError, OSError, MemoryError) as error:
         sender.send(error)
 
 

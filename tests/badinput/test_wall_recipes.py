@@ -1,4 +1,4 @@
-"""The wall: recipes, overrides, settings and reading options against the real command line (rows 25 to 50, 79 to 83, 89).
+"""The wall: recipes, settings and reading options against the real command line (rows 25 to 50, 79 to 83, 89).
 
 What is wrong with a recipe is said before any data is touched: no run folder appears.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from autosam3d.recipe import dump_recipe
-from command_line import mini_model, run, unchanged
+from command_line import mini_model, run, unchanged, write_model
 from mini_run import mini_recipe, write_mini_dataset, write_recipe
 
 
@@ -144,12 +144,12 @@ def test_a_student_of_a_broken_or_another_teacher(tmp_path: Path, dataset: Path)
     plain = write_recipe(tmp_path / "mini.yaml", mini_recipe())
     run("distill", mini_model(), "--data", dataset, "--out", out, "--student", plain).demand_error("NO_DISTILL", 2)
     run("train", plain, "--data", dataset, "--out", out, "--set", "distill.lambda=0.5").demand_error("NO_TEACHER", 2)
-    tree = dump_recipe(mini_recipe()).replace("- left_kidney\n", "- left_kidney\n  - spleen\n", 1)
-    tree = tree.replace("num_outputs: 3", "num_outputs: 4")
-    other = tmp_path / "other.yaml"
-    other.write_text(tree + "distill: {lambda: 0.5}\n")
-    line = run("distill", mini_model(), "--data", dataset, "--out", out, "--student", other).demand_error("MISMATCH", 4)
-    assert "right_kidney, left_kidney, spleen; got one of 3, background, right_kidney, left_kidney" in line
+    other = tmp_path / "other"
+    other.mkdir()
+    write_model(other, labels__organs=["right_kidney", "left_kidney", "spleen"])
+    plain.write_text(dump_recipe(mini_recipe()) + "distill: {lambda: 0.5}\n")
+    line = run("distill", other, "--data", dataset, "--out", out, "--student", plain).demand_error("MISMATCH", 4)
+    assert "right_kidney, left_kidney; got one of 4, background, right_kidney, left_kidney, spleen" in line
     assert not list(out.glob("*.safetensors"))
 
 

@@ -208,7 +208,7 @@ def test_a_limit_is_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_where_the_system_tells_less_the_peak_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_file(self: Path, *_: object) -> str:
+    def no_file(self: Path, *_: object, **__: object) -> str:
         raise FileNotFoundError(self)
 
     held = resident_bytes()

@@ -24,7 +24,7 @@ def test_it_is_small() -> None:
     with torch.device("meta"):
         whole = build_network(ResUnetSpec(num_outputs=14))
         ct = torch.empty(1, 1, 96, 96, 96)
-    assert sum(p.numel() for p in whole.parameters()) == 2_738_054
+    assert sum(p.numel() for p in whole.parameters()) == 2_891_422
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         whole(ct)
     assert 7.5e9 < counter.get_total_flops() / 2 < 9e9
@@ -44,7 +44,7 @@ def test_every_weight_learns_and_the_finest_level_sees_the_voxels() -> None:
     assert logits.shape == (1, 3, 32, 32, 64)
     logits[0, 1].sub(logits[0, 2]).square().mean().backward()
     for name, parameter in model.named_parameters():
-        if name != "head.bias":
+        if name != "out.bias":
             assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
     # One voxel moves the logits of its own place more than those of any other voxel.
     moved = ct.detach().clone()

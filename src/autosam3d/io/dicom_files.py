@@ -246,8 +246,8 @@ def _parse_slice(content: bytes, path: Path, number: int, where: str, force: boo
     _check_pixels(dataset, shape, len(content), syntax, where)
     slope, intercept = _rescale(dataset, where, force)
     orientation = tag_numbers(dataset, "ImageOrientationPatient", 6, where).reshape(2, 3)
-    if abs(float(orientation[0] @ orientation[1])) > 0.01:
-        raise VolumeError("AFFINE_SINGULAR", where, "expected rows and columns at right angles, got "
+    if abs(float(orientation[0] @ orientation[1])) > 0.99:
+        raise VolumeError("AFFINE_SINGULAR", where, "expected rows and columns across each other, got "
                           f"ImageOrientationPatient {orientation.ravel().tolist()}", _REMEDY)
     if np.abs(np.linalg.norm(orientation, axis=1) - 1).max() > 0.01:
         raise VolumeError("TAG_INVALID", where, "expected two directions of length 1 in ImageOrientationPatient",

@@ -24,11 +24,31 @@ def norm_leaky(x: Tensor, slope: float, weight: Tensor | None = None, bias: Tens
     """
     if x.device.type == "cpu" and not torch.compiler.is_exporting():
         return cast(Tensor, _NormLeaky.apply(x, slope, weight, bias))
-    if x[0, 0].numel() == 1:
+    size = x.shape[2:]
+    if size.numel() == 1:
         x = x - x.detach() if bias is None else (x - x.detach()) + bias[:, None, None, None]
+    elif torch.onnx.is_in_onnx_export() and size.numel() >= _MANY and all(n % 4 == 0 for n in size):
+        x = _pooled_norm(x, weight, bias)
     else:
         x = F.instance_norm(x, weight=weight, bias=bias)
     return x if slope == 1 else F.leaky_relu(x, slope)
+
+
+_MANY = 1 << 18
+"""Voxels from which on an exported norm sums in two steps: 64^3. Smaller maps are not what makes the error."""
+
+
+def _pooled_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """Instance norm in two steps of summing, for ONNX.
+
+    OpenVINO adds up a channel's voxels one by one: at 96^3 the norm after two convolutions is off by 1.2e-3 (and
+    ONNX Runtime's by 7e-5). With blocks of 4x4x4 averaged first it is 2e-5 (and 4e-6).
+    """
+    x = x - F.avg_pool3d(x, 4).mean((2, 3, 4), keepdim=True)
+    scale = torch.rsqrt(F.avg_pool3d(x * x, 4).mean((2, 3, 4), keepdim=True) + eps)
+    if weight is None or bias is None:
+        return x * scale
+    return x * (scale * weight[:, None, None, None]) + bias[:, None, None, None]
 
 
 class _NormLeaky(torch.autograd.Function):

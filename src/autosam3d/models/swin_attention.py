@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -99,15 +100,15 @@ def mix_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 class _MixOnCpu(torch.autograd.Function):
     """Attention inside windows for training on a CPU: the same numbers as `widen` and `mix_windows`.
 
-    * What a map of 343x343 costs is its way to memory and back, for head_dim 4 by far. A few windows of one head at a
-      time stay in the processor's cache, and the backward pass computes them again.
+    * What a map of 343x343 costs is its way to memory and back, for head_dim 4 by far. A few maps at a time stay in
+      the processor's cache, and the backward pass computes them again.
     * No mask: a window that a seam cuts is as many small windows, and padding, which nobody reads, asks nothing.
       At 64^3 voxels that leaves little more than half of the entries.
     * Always in float32 or float64: in bfloat16 the exponential, the largest part, takes longer on a CPU.
     """
 
     MAX_MAP = 1 << 19
-    """Entries of the map at a time and thread: 2 MB of float32."""
+    """Entries of the maps at a time and thread: 2 MB of float32."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, cut: Cut) -> Tensor:  # type: ignore[override]
@@ -120,14 +121,13 @@ class _MixOnCpu(torch.autograd.Function):
             for side in cut.sides():
                 q_side, k_side, v_side = side.queries(q), side.keys(k), side.keys(v)
                 bias_side, mixed_side = side.pairs(bias), torch.empty_like(q_side)
-                step = _MixOnCpu._step(bias_side)
-                maps = bias.new_empty(2, step, *bias_side.shape[1:])
-                for head, *tensors in _MixOnCpu._parts(step, bias_side, q_side, k_side, v_side, mixed_side):
-                    for qs, ks, vs, out in zip(*tensors, strict=True):
-                        logits, probs = maps[:, : len(qs)]
-                        torch.bmm(qs.transpose(1, 2), ks, out=logits).add_(head)
-                        torch.softmax(logits, -1, out=probs)
-                        torch.bmm(vs, probs.transpose(1, 2), out=out)
+                maps = _MixOnCpu._maps(2, bias_side)
+                for rows, qs, ks, vs, out in _MixOnCpu._parts([bias_side], q_side, k_side, v_side, mixed_side):
+                    logits, probs = maps[:, : len(qs)]
+                    torch.bmm(qs.transpose(1, 2), ks, out=logits)
+                    logits.unflatten(0, (len(rows), -1)).add_(rows[:, None])
+                    torch.softmax(logits, -1, out=probs)
+                    torch.bmm(vs, probs.transpose(1, 2), out=out)
                 side.put_queries(mixed, mixed_side)
         return mixed.to(ctx.low)
 
@@ -141,20 +141,20 @@ class _MixOnCpu(torch.autograd.Function):
                 bias_side, q_side, k_side, v_side = side.pairs(bias), side.queries(q), side.keys(k), side.keys(v)
                 grad_bias_side = torch.zeros_like(bias_side)
                 results = [torch.empty_like(q_side), torch.empty_like(k_side), torch.empty_like(v_side)]
-                step = _MixOnCpu._step(bias_side)
-                maps = bias.new_empty(3, step, *bias_side.shape[1:])
-                parts = _MixOnCpu._parts(step, bias_side, q_side, k_side, v_side, side.queries(grad), *results)
-                for grad_head, (head, *tensors) in zip(grad_bias_side, parts, strict=True):
-                    for qs, ks, vs, gs, gq, gk, gv in zip(*tensors, strict=True):
-                        logits, probs, grad_logits = maps[:, : len(qs)]
-                        torch.bmm(qs.transpose(1, 2), ks, out=logits).add_(head)
-                        torch.softmax(logits, -1, out=probs)
-                        torch.bmm(gs, probs, out=gv)
-                        grad_probs = torch.bmm(gs.transpose(1, 2), vs, out=logits)
-                        softmax_backward(grad_probs, probs, -1, probs.dtype, grad_input=grad_logits)
-                        torch.bmm(ks, grad_logits.transpose(1, 2), out=gq)
-                        torch.bmm(qs, grad_logits, out=gk)
-                        grad_head += grad_logits.sum(0)
+                maps, grad_side = _MixOnCpu._maps(3, bias_side), side.queries(grad)
+                for rows, grad_rows, qs, ks, vs, gs, gq, gk, gv in _MixOnCpu._parts(
+                    [bias_side, grad_bias_side], q_side, k_side, v_side, grad_side, *results
+                ):
+                    logits, probs, grad_logits = maps[:, : len(qs)]
+                    torch.bmm(qs.transpose(1, 2), ks, out=logits)
+                    logits.unflatten(0, (len(rows), -1)).add_(rows[:, None])
+                    torch.softmax(logits, -1, out=probs)
+                    torch.bmm(gs, probs, out=gv)
+                    grad_probs = torch.bmm(gs.transpose(1, 2), vs, out=logits)
+                    softmax_backward(grad_probs, probs, -1, probs.dtype, grad_input=grad_logits)
+                    torch.bmm(ks, grad_logits.transpose(1, 2), out=gq)
+                    torch.bmm(qs, grad_logits, out=gk)
+                    grad_rows += grad_logits.unflatten(0, (len(rows), -1)).sum(1)
                 side.put_queries(grad_q, results[0])
                 side.put_keys(grad_k, results[1])
                 side.put_keys(grad_v, results[2])
@@ -162,14 +162,30 @@ class _MixOnCpu(torch.autograd.Function):
         return grad_q.to(ctx.low), grad_k.to(ctx.low), grad_v.to(ctx.low), grad_bias, None
 
     @staticmethod
-    def _step(bias: Tensor) -> int:
-        """Windows at a time."""
+    def _num_maps(bias: Tensor) -> int:
+        """How many maps at a time."""
         return max(1, _MixOnCpu.MAX_MAP * torch.get_num_threads() // bias[0].numel())
 
     @staticmethod
-    def _parts(step: int, bias: Tensor, *tensors: Tensor) -> list[tuple]:
-        """Per head: its bias, then each tensor's few windows at a time."""
-        return list(zip(bias, *([head.split(step) for head in t] for t in tensors), strict=True))
+    def _maps(count: int, bias: Tensor) -> Tensor:
+        """Memory for `count` times as many maps, used again and again."""
+        return bias.new_empty(count, _MixOnCpu._num_maps(bias), *bias.shape[1:])
+
+    @staticmethod
+    def _parts(biases: list[Tensor], *tensors: Tensor) -> Iterator[list[Tensor]]:
+        """Some windows of one head at a time, or of some heads all windows.
+
+        Yields:
+            (heads', queries, keys) of each of `biases`, (heads' * V', c, n) of each of `tensors`.
+        """
+        heads, num_windows = tensors[0].shape[:2]
+        step = _MixOnCpu._num_maps(biases[0])
+        step_heads = max(1, step // num_windows)
+        for head in range(0, heads, step_heads):
+            of_heads = [t[head : head + step_heads] for t in biases]
+            for window in range(0, num_windows, step):
+                part = slice(head, head + step_heads), slice(window, window + step)
+                yield of_heads + [t[part].flatten(0, 1) for t in tensors]
 
 
 def widen(q: Tensor, k: Tensor, seams: Tensor) -> tuple[Tensor, Tensor]:

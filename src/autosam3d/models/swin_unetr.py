@@ -7,7 +7,8 @@
                Swin stage 3 ─┴─┬─────────────────────────────────── decoder5                      D/16  H/16  W/16
                  Swin stage 4 ─┴────────────────────── encoder10 ──────┘                          D/32  H/32  W/32
 
-A state dict of ``monai.networks.nets.SwinUNETR(1, K, feature_size=F)`` loads strictly, and ours loads there.
+A state dict of ``monai.networks.nets.SwinUNETR(1, K, feature_size=F)`` loads strictly, and ours is the same without
+the index of its bias tables, which is a constant.
 
 *Source*: "Swin UNETR" (arXiv:2201.01266); parity with MONAI 1.6.1 is what the tests hold it to. Weights trained with
 a MONAI that merged tokens in another order (``PatchMerging`` once took two corners twice) load as well, but mean
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autosam3d.models.conv import Conv3d
 from autosam3d.models.instance_norm import norm_leaky
+from autosam3d.models.pointwise import Doubling, Mixing
 from autosam3d.models.spec import SwinUnetrSpec
 from autosam3d.models.swin_attention import WindowAttention
 
@@ -169,54 +171,18 @@ class ResBlock(nn.Module):
         return F.leaky_relu_(norm_leaky(self.conv2(x), 1) + shortcut, 0.01)
 
 
-class Mixing(Conv3d):
-    """A 1x1x1 convolution as the product that it is; PyTorch's own kernel for one thread leaves channels_last."""
-
-    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
-        super().__init__(dim_in, dim_out, 1, bias=bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            return super().forward(input)
-        return F.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
-
-
 class UpBlock(nn.Module):
     """Double the grid, lay the encoder's map beside it, convolve."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        # Holds the weight under its published name; `double` does its work.
-        self.transp_conv = _named(conv=nn.ConvTranspose3d(dim_in, dim_out, 2, stride=2, bias=False))
+        self.transp_conv = _named(conv=Doubling(dim_in, dim_out))
         self.conv_block = ResBlock(2 * dim_out, dim_out)
 
     def forward(
         self, x: Float[Tensor, "B C d h w"], skip: Float[Tensor, "B E 2*d 2*h 2*w"]
     ) -> Float[Tensor, "B E 2*d 2*h 2*w"]:
-        weight = cast(Tensor, self.transp_conv.get_parameter("conv.weight"))
-        return self.conv_block(torch.cat([double(x, weight), skip], 1))
-
-
-def double(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv_transpose3d(x, weight, stride=2)`` for a kernel of 2, where no two taps meet.
-
-    So it is a product over the channels, whose 8 results per channel are then laid into the two voxels per axis.
-
-    Args:
-        x: (B, C, d, h, w).
-        weight: (C, E, 2, 2, 2).
-
-    Returns:
-        (B, E, 2d, 2h, 2w) in channels_last_3d.
-    """
-    batch, dim_in, d, h, w = x.shape
-    dim = weight.shape[1]
-    taps = weight.permute(2, 3, 4, 1, 0).reshape(8 * dim, dim_in)  # (z y x E) C
-    x = F.linear(x.permute(0, 2, 3, 4, 1), taps)
-    x = x.reshape(batch * d * h, w, 4, 2 * dim).transpose(1, 2)  # (B d h) (z y) w (x E)
-    x = x.reshape(batch * d, h, 2, 2 * w * 2 * dim).transpose(1, 2)  # (B d) z h (y w x E)
-    x = x.reshape(batch, 2 * d, 2 * h, 2 * w, dim)
-    return x.permute(0, 4, 1, 2, 3)
+        return self.conv_block(torch.cat([self.transp_conv(x), skip], 1))
 
 
 def _named(**part: nn.Module) -> nn.Sequential:

@@ -1,0 +1,78 @@
+"""`bench`: its stages are the pipeline's, its baseline is MONAI's, and its figures belong to one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import autosam3d.bench as bench_module
+from autosam3d.bench import Meter, contenders, summary
+from autosam3d.inference import SegmentOptions, segment_with
+from autosam3d.io import read_ct, write_ct
+from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.volume import Volume
+from command_line import mini_model, run
+from mini_run import affine_of, blobs
+
+
+def scan(folder: Path) -> Path:
+    write_ct(folder / "ct.nii.gz", Volume(blobs(0)[0], affine_of()))
+    return folder / "ct.nii.gz"
+
+
+def test_the_stages_one_by_one_are_segment(tmp_path: Path) -> None:
+    model, volume, meter = open_model(mini_model(), ModelWish(device="cpu")), read_ct(scan(tmp_path)), Meter()
+    tiling = model.recipe.inference
+    labels, windows = bench_module._by_stages(volume, model, tiling, meter)
+    assert np.array_equal(labels, segment_with(volume, model, SegmentOptions(tiling=tiling)).labels)
+    assert windows > 1 and set(meter.seconds) == {"resample", "model", "stitch", "restore"}
+    assert all(seconds > 0 for seconds in meter.seconds.values())
+
+
+def test_monais_way_gives_the_same_labels_where_its_windows_are_ours(tmp_path: Path) -> None:
+    """With overlap 0 and a scan of whole windows both walk the same grid."""
+    pytest.importorskip("monai")
+    model, volume = open_model(mini_model(), ModelWish(device="cpu")), read_ct(scan(tmp_path))
+    own, _ = bench_module._by_stages(volume, model, model.recipe.inference, Meter())
+    loaded, predict = bench_module._contender(mini_model(), bench_module.BASELINE, 1)
+    assert predict is not None
+    theirs, calls = bench_module._monai_way(volume, loaded, predict, model.recipe.inference, Meter())
+    assert calls > 1 and float(np.mean(own == theirs)) > 0.9
+
+
+def test_a_meter_adds_up_and_keeps_the_largest_peak() -> None:
+    meter = Meter()
+    for size in (1, 40 << 20):
+        with meter.stage("x"):
+            block = np.ones(size, np.uint8)
+            assert block.sum() == size
+    assert meter.seconds["x"] > 0
+    if meter.peak_mib:  # Linux
+        with meter.stage("y"):
+            pass
+        assert meter.peak_mib["x"] > meter.peak_mib["y"] - 1
+
+
+def test_the_command_measures_every_contender_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    path = scan(tmp_path)
+    if "torch" not in contenders(mini_model()):
+        pytest.fail("a checkpoint runs on PyTorch")
+    rows = {name: bench_module._measure(mini_model(), path, name, None, 1, tmp_path)
+            for name in ("torch", bench_module.BASELINE)}
+    bench_module._share_of_peak(rows)
+    for name, row in rows.items():
+        row |= {"labels_equal": 1.0}
+        assert 0 < row["matrix_peak_share"] < 5 and row["whole_seconds"] > 0, name
+    table = summary({"rows": rows})
+    assert len(table.splitlines()) == 5 and "monai" in table and "1.0x" in table
+    json.dumps(rows)
+
+
+def test_a_bench_without_a_scan_is_refused(tmp_path: Path) -> None:
+    done = run("bench", mini_model(), tmp_path / "none.nii.gz", "--no-baseline")
+    assert done.code == 3 and "Traceback" not in done.err
+    run("bench", tmp_path / "none", scan(tmp_path)).demand_error("NO_MODEL", 4)
