@@ -32,7 +32,7 @@ TARGETS: dict[str, frozenset[str]] = {
 }
 """Target to the operators that it runs.
 
-*Source*: edge.md, measured with onnxruntime-web 1.30 (WebGPU: "Only Conv2d or Conv1d are supported" of ConvTranspose,
+*Source*: measured with onnxruntime-web 1.30 (WebGPU: "Only Conv2d or Conv1d are supported" of ConvTranspose,
 "Conv3D does not support grouped convolution"), LiteRT 0.10 and ExecuTorch 1.5.1 (3D convolutions as three 2D ones;
 ConvTranspose3d and grouped ones fail), coremltools 9.0 (rank 5 at most; converted, never run).
 """

@@ -18,7 +18,7 @@ class OpenVinoPredictor:
     """An OpenVINO IR with the input ``ct`` [1, 1, D, H, W] and the outputs ``logits`` and ``probs`` [1, K, D, H, W].
 
     It computes in float32: on CPUs the hints bf16 and f16 were 1.2 and 1.6 times as slow, and less exact
-    (edge.md, OpenVINO 2026.4).
+    (OpenVINO 2026.4, two cores with AVX512-BF16).
 
     Args:
         xml_path: of the IR; the .bin lies beside it.
