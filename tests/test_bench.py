@@ -33,14 +33,14 @@ def test_the_stages_one_by_one_are_segment(tmp_path: Path) -> None:
 
 
 def test_monais_way_gives_the_same_labels_where_its_windows_are_ours(tmp_path: Path) -> None:
-    """With overlap 0 and a scan of whole windows both walk the same grid."""
+    """With two windows per axis both walk the same grid."""
     pytest.importorskip("monai")
     model, volume = open_model(mini_model(), ModelWish(device="cpu")), read_ct(scan(tmp_path))
     own, _ = bench_module._by_stages(volume, model, model.recipe.inference, Meter())
     loaded, predict = bench_module._contender(mini_model(), bench_module.BASELINE, 1)
     assert predict is not None
     theirs, calls = bench_module._monai_way(volume, loaded, predict, model.recipe.inference, Meter())
-    assert calls > 1 and float(np.mean(own == theirs)) > 0.9
+    assert calls == 8 and float(np.mean(own == theirs)) > 0.995  # a random network: near ties
 
 
 def test_a_meter_adds_up_and_keeps_the_largest_peak() -> None:
