@@ -38,7 +38,9 @@ from autosam3d.io import read_ct, write_ct
 from autosam3d.losses import SegmentationLoss, dice_ce_loss
 from autosam3d.model_file import content_sha256
 from autosam3d.models.autosam import AutoSam
+from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import convert_sam_state, frozen_names
+from autosam3d.models.spec import NetworkSpec, ResUnetSpec, SwinUnetrSpec
 from autosam3d.preprocess import prepare_ct
 from autosam3d.recipe import Recipe, dump_recipe
 from autosam3d.schedule import learning_rate
@@ -596,7 +598,7 @@ def test_weights_not_frozen_are_trained_and_kept_whole(
 def test_weight_decay_spares_norms_biases_and_tables(folder: Path) -> None:
     torch.manual_seed(0)
     network = AutoSam(RECIPE.model)
-    decayed, bare = parameter_groups(network, RECIPE)
+    bare, decayed = sorted(parameter_groups(network, RECIPE), key=lambda group: group["weight_decay"])
     assert decayed["weight_decay"] == 1e-5 and bare["weight_decay"] == 0
     names = {id(p): name for name, p in network.named_parameters()}
     spared = {names[id(p)] for p in bare["params"]}
@@ -604,6 +606,17 @@ def test_weight_decay_spares_norms_biases_and_tables(folder: Path) -> None:
     for name, parameter in network.named_parameters():
         is_table = name.rpartition(".")[2] in ("pos_embed", "depth_embed", "rel_pos_d", "rel_pos_h", "rel_pos_w")
         assert (name in spared) == (parameter.ndim == 1 or is_table), name
+
+
+@pytest.mark.parametrize("spec", [RECIPE.model, SwinUnetrSpec(num_outputs=3), ResUnetSpec(num_outputs=3)])
+def test_the_last_layer_has_a_rate_of_its_own(spec: NetworkSpec) -> None:
+    recipe = replace(RECIPE, optim=replace(RECIPE.optim, head_lr=10.0))
+    network = build_network(spec)
+    head = {id(p) for group in parameter_groups(network, recipe) if group["scale"] == 10 for p in group["params"]}
+    names = [name for name, p in network.named_parameters() if id(p) in head]
+    assert names and all(".out." in f".{name}" for name in names)
+    kernels = [p for p in network.parameters() if id(p) in head and p.ndim > 1]
+    assert len(kernels) == 1 and spec.num_outputs in kernels[0].shape
 
 
 # ---- learning ----

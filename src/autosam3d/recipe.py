@@ -164,6 +164,9 @@ class Optim:
     __pydantic_config__ = _STRICT
     lr: float = 5e-4
     """Learning rate at the end of the warm-up."""
+    head_lr: float = 1.0
+    """Times `lr`, for the last layer alone. Its inputs are normalised, so its weights must grow to some units before a
+    voxel is sure, while convolutions before a norm only turn."""
     momentum: float = 0.9
     """beta1 of AdamW, the paper's "momentum"."""
     beta2: float = 0.999
@@ -180,6 +183,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         _demand(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
+        _demand(self.head_lr > 0 and math.isfinite(self.head_lr), "head_lr", "a positive number", self.head_lr)
         for name in ("momentum", "beta2", "ema"):
             _demand(0 <= getattr(self, name) < 1, name, "0 up to less than 1", getattr(self, name))
         _demand(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)

@@ -284,7 +284,7 @@ def _set_learning_rate(run: Run, steps_per_epoch: int) -> float:
     epoch = progress.epoch + (progress.step_in_epoch / steps_per_epoch if optim.per_step else 0.0)
     rate = learning_rate(epoch, run.recipe.train.epochs, optim)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     return rate
 
 

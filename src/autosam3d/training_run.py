@@ -47,6 +47,9 @@ from autosam3d.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+_HEADS = ("out.", "decoder.out.")
+"""Names of the last layer, the one that makes logits, of each network."""
+
 
 @dataclass
 class Progress:
@@ -271,14 +274,20 @@ def start_run(
 
 
 def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only, not on norms, biases and position tables."""
-    decayed, bare = [], []
+    """Weight decay on matrices and kernels only, not on norms, biases and position tables; the last layer by itself.
+
+    Each group's ``scale`` times the schedule's rate is its rate.
+    """
+    optim = recipe.optim
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         table = name.endswith(("pos_embed", "depth_embed", "rel_pos_d", "rel_pos_h", "rel_pos_w"))
-        (bare if parameter.ndim <= 1 or table else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": recipe.optim.weight_decay}, {"params": bare, "weight_decay": 0.0}]
+        decay = 0.0 if parameter.ndim <= 1 or table else optim.weight_decay
+        scale = optim.head_lr if name.startswith(_HEADS) else 1.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    return [{"params": group, "weight_decay": decay, "scale": scale} for (scale, decay), group in groups.items()]
 
 
 def demand_space(run: Run) -> None:
