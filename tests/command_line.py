@@ -211,19 +211,23 @@ def mini_model() -> Path:
     return folder
 
 
-def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A model of `mini_recipe` with `changes` as ``folder/best.json``; returns the folder."""
+def write_model(folder: Path, seed: int = 0, model: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+    """A model of `mini_recipe` with `changes`, or with another `model` section, as ``folder/best.json``."""
     import torch
 
     from autosam3d.checkpoint import save_checkpoint
-    from autosam3d.models.autosam import AutoSam
+    from autosam3d.models.build import build_network
+    from autosam3d.recipe import recipe_from_dict
     from mini_run import mini_recipe
 
     torch.manual_seed(seed)
+    folder.mkdir(exist_ok=True)
     recipe = mini_recipe(**changes)
+    if model is not None:
+        recipe = recipe_from_dict(recipe.as_dict() | {"model": dict(model)}, "test")
     meta = {"kind": "model", "contains": "all", "recipe": recipe.as_dict(), "sam": None, "epoch": 0, "metrics": {},
             "torch": torch.__version__}
-    save_checkpoint(folder / "best.json", AutoSam(recipe.model).state_dict(), meta)
+    save_checkpoint(folder / "best.json", build_network(recipe.model).state_dict(), meta)
     return folder
 
 

@@ -1,10 +1,16 @@
-"""What several tests share: where the real scans lie, and one thread per test process."""
+"""What several tests share: where the real scans lie, and a user's cache of their own."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Measurements and exports that `segment` keeps in the user's cache stay out of it, and out of the next run of the tests.
+CACHE = tempfile.TemporaryDirectory(prefix="autosam3d-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 REPO = Path(__file__).resolve().parents[1]
 REAL_DATA = REPO.parent / "shared" / "data"

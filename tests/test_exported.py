@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+import autosam3d.export as export_module
 from autosam3d import model_choice
+from autosam3d.checkpoint import LoadedModel
 from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError, UsageError
-from autosam3d.exported import load_exported, open_export
+from autosam3d.exported import ExportedModel, load_exported, open_export
 from autosam3d.inference import segment
 from autosam3d.io import read_segmentation, write_ct
 from autosam3d.model_choice import ModelWish, open_model
@@ -170,6 +173,46 @@ def test_without_a_model_the_packages_own_is_taken(
     assert "expected INPUT and OUTPUT after the model" in line
     run("segment", scan).demand_error("USAGE", 2)
     run("segment", *[scan] * 4).demand_error("USAGE", 2)
+
+
+STUDENT = {"network": "res_unet", "patch_size": [32, 32, 32], "channels": [2, 2, 2, 2, 2]}
+
+
+def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_model(tmp_path / "student", model=STUDENT)
+    teacher = write_model(tmp_path / "teacher")
+    made: list[Path] = []
+    ready = mini_export()
+
+    def export(model: LoadedModel, folder: Path, **options: Any) -> None:
+        made.append(folder)
+        shutil.copytree(ready, folder, dirs_exist_ok=True)
+        edit(folder, lambda meta: meta.update(trained_weights_sha256=model.sha256))
+
+    def unlike(*args: Any, **options: Any) -> None:
+        raise CheckpointError("PARITY", folder, "the labels differ", "report it")
+
+    monkeypatch.setattr(export_module, "export_model", unlike)
+    assert isinstance(open_model(folder, ModelWish()), LoadedModel)
+    assert "the labels differ; PyTorch runs it" in caplog.text
+    monkeypatch.setattr(export_module, "export_model", export)
+    for wish in (ModelWish(backend="torch"), ModelWish(device="cpu", backend="torch")):
+        assert isinstance(open_model(folder, wish), LoadedModel) and not made
+    assert isinstance(open_model(teacher, ModelWish()), LoadedModel) and not made
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "missing_packages", lambda: ["onnxscript"])
+        assert isinstance(open_model(folder, ModelWish()), LoadedModel) and not made
+    for _ in range(2):
+        assert isinstance(open_model(folder, ModelWish(device="cpu")), ExportedModel) and len(made) == 1
+    # What is kept is used without what made it, and made again when it is damaged.
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "missing_packages", lambda: ["onnxscript"])
+        assert isinstance(open_model(folder, ModelWish()), ExportedModel)
+    flip(made[0])
+    assert isinstance(open_model(folder, ModelWish()), ExportedModel) and len(made) == 2
 
 
 @pytest.mark.slow

@@ -178,8 +178,8 @@ def segment(
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
     force: Force = False,
-    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime or openvino. auto: an export runs on the "
-                                              "fastest that is installed, a checkpoint on PyTorch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime or openvino. auto: the fastest that is "
+                                              "installed; a teacher's checkpoint on PyTorch.")] = "auto",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:

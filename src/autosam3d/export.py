@@ -196,11 +196,15 @@ def _demand_parity(rows: list[Parity], folder: Path) -> None:
                                   "network has no clear answers), or report it with the model")
 
 
-def _demand_extra() -> None:
+def missing_packages() -> list[str]:
+    """Those of the extra `export` that are not installed."""
     import importlib.util
 
-    missing = [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
-    if missing:
+    return [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
+
+
+def _demand_extra() -> None:
+    if missing := missing_packages():
         raise MissingExtraError("MISSING_EXTRA", "export", f"expected the packages {', '.join(missing)}, got none",
                                 'pip install "autosam3d[export]"')
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from autosam3d.backend import cache_folder, fastest_backend, wished_backend
 from autosam3d.batch import SourcedModel
-from autosam3d.errors import CheckpointError, UsageError
-from autosam3d.exported import Export, load_exported, open_export
+from autosam3d.errors import CheckpointError, ResourceError, UsageError
+from autosam3d.exported import Export, installed_backends, load_exported, open_export
 from autosam3d.memory import demand_model_ram
-from autosam3d.model_file import find_checkpoint, read_meta
+from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 
 _log = logging.getLogger(__name__)
 
 PACKAGED = Path(__file__).parent / "weights" / "openkbp_tiny"
 """The model that comes with the package."""
+_STUDENTS = ("swin_unetr", "res_unet")
+"""Networks that were made to be exported: it takes them half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,9 @@ class ModelWish:
 def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     """The model at `path`, ready to segment; None takes the one of the package.
 
-    An export is run by the backend that was wished for, else by the fastest one here. A checkpoint is run by PyTorch,
-    unless another backend is named: then it is exported once, into the user's cache.
+    An export is run by the backend that was wished for, else by the fastest one here. A checkpoint is exported once,
+    into the user's cache, where another backend than PyTorch is named, and also where nothing is named, the network is
+    a student, no GPU would run it, and what an export needs is installed. Else PyTorch runs it.
 
     Raises:
         CheckpointError: NO_MODEL, or a broken model.
@@ -53,6 +56,8 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
             raise UsageError("BACKEND", "torch", "expected a checkpoint for PyTorch, got an export",
                              "name the run folder, or another backend")
         return _run_export(open_export(json_path), backend, wish)
+    if backend == "auto" and (export := _export_of_student(json_path, wish)) is not None:
+        return _run_export(export, "auto", wish)
     if backend in ("auto", "torch"):
         import torch
 
@@ -88,16 +93,58 @@ def _demand_cpu(wish: ModelWish) -> None:
                          "leave the device out, or run a checkpoint with --backend torch")
 
 
+def _export_of_student(json_path: Path, wish: ModelWish) -> Export | None:
+    """The export of a checkpoint for which the user wished nothing; None where PyTorch is to run it."""
+    if wish.device not in ("auto", "cpu") or not installed_backends():
+        return None
+    if (export := _kept_export(json_path)) is not None:
+        return export
+    meta = read_meta(json_path)
+    # A teacher would take minutes to export, and is seldom run twice on a CPU.
+    if meta.get("kind") != "model" or recipe_of(meta, json_path).model.network not in _STUDENTS:
+        return None
+    from autosam3d.export import missing_packages
+
+    if missing_packages():
+        return None
+    if wish.device == "auto":
+        from autosam3d.runtime import pick_device
+
+        if pick_device("auto") != "cpu":
+            return None
+    try:
+        return _cached_export(json_path, wish)
+    except CheckpointError as error:
+        if error.code != "PARITY":
+            raise
+        _log.warning("%s: %s; PyTorch runs it", json_path, error.fault)
+        return None
+    except ResourceError as error:
+        _log.warning("%s: it cannot be exported (%s); PyTorch runs it", json_path, error.fault)
+        return None
+
+
+def _kept_export(json_path: Path) -> Export | None:
+    """The export of a checkpoint in the user's cache, if it is whole."""
+    weights = str(read_meta(json_path)["weights"].get("sha256"))
+    try:
+        export = open_export(_export_folder(weights))
+        for name in export.meta["files"]:
+            export.path(name)
+    except CheckpointError:
+        return None
+    return export if export.meta.get("trained_weights_sha256") == weights else None
+
+
+def _export_folder(weights_sha256: str) -> Path:
+    return cache_folder() / "exports" / weights_sha256[:32]
+
+
 def _cached_export(json_path: Path, wish: ModelWish) -> Export:
     """The export of a checkpoint in the user's cache, made now where there is none that is whole."""
-    weights = str(read_meta(json_path)["weights"].get("sha256"))
-    folder = cache_folder() / "exports" / weights[:32]
-    try:
-        export = open_export(folder)
-        if export.meta.get("trained_weights_sha256") == weights:
-            return export
-    except CheckpointError:
-        pass
+    if (export := _kept_export(json_path)) is not None:
+        return export
+    folder = _export_folder(str(read_meta(json_path)["weights"].get("sha256")))
     _log.warning("%s: exporting it once to %s; the next runs begin at once", json_path, folder)
     import torch
 
