@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Measurements and exports that `segment` keeps in the user's cache stay out of it, and out of the next run of the tests.
+# What `segment` keeps in the user's cache stays out of it, and out of the next run of the tests.
 CACHE = tempfile.TemporaryDirectory(prefix="autosam3d-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 

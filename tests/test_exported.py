@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto
 
 import autosam3d.export as export_module
-from autosam3d import model_choice
+from autosam3d import model_file
 from autosam3d.checkpoint import LoadedModel
 from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError, UsageError
 from autosam3d.exported import ExportedModel, load_exported, open_export
@@ -163,11 +163,11 @@ def test_what_cannot_be_run_where_it_was_wished(tmp_path: Path) -> None:
 def test_without_a_model_the_packages_own_is_taken(
     tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_choice, "PACKAGED", tmp_path / "none")
+    monkeypatch.setattr(model_file, "PACKAGED", tmp_path / "none")
     with pytest.raises(AutoSam3dError, match="no model was named, and this installation carries none") as caught:
         open_model(None, ModelWish())
     assert caught.value.exit_code == 4
-    monkeypatch.setattr(model_choice, "PACKAGED", mini_export())
+    monkeypatch.setattr(model_file, "PACKAGED", mini_export())
     assert open_model(None, ModelWish(backend="openvino")).sha256 == open_export(mini_export()).sha256
     line = run("segment", mini_export(), scan).demand_error("USAGE", 2)
     assert "expected INPUT and OUTPUT after the model" in line

@@ -17,9 +17,10 @@ import torch
 
 import command_line
 from autosam3d.checkpoint import read_checkpoint
-from autosam3d.recipe import Recipe
+from autosam3d.recipe import Recipe, recipe_from_dict
 from command_line import Done, Started
 from mini_run import (
+    TRAIN,
     environment,
     log_rows,
     mini_recipe,
@@ -279,9 +280,13 @@ def free_port() -> int:
 
 
 def two_processes(folder: Path, recipe: Path, run: Path) -> list[str]:
+    return in_two("train", recipe, "--data", folder / "data", "--out", run, "--device", "cpu", "--sam",
+                  folder / "sam.safetensors")
+
+
+def in_two(*command: str | Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-            "--master-port", str(free_port()), "-m", "autosam3d", "train", str(recipe), "--data", str(folder / "data"),
-            "--out", str(run), "--device", "cpu", "--sam", str(folder / "sam.safetensors")]
+            "--master-port", str(free_port()), "-m", "autosam3d", *map(str, command)]
 
 
 def recipe_of_batch(path: Path, batch_size: int, **changes: object) -> Path:
@@ -299,7 +304,34 @@ def test_two_processes_train_as_one_with_the_double_batch(folder: Path, tmp_path
     alone = command_line.run("train", double, "--data", folder / "data", "--out", tmp_path / "one", "--device", "cpu",
                 "--threads", "1", "--sam", folder / "sam.safetensors")
     assert alone.code == 0, alone.err
-    two, one = tmp_path / "two", tmp_path / "one"
+    demand_alike(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one_with_the_double_batch(folder: Path, tmp_path: Path) -> None:
+    """Each asks the teacher for its half of the cases; both read all of its answers."""
+    teacher = command_line.write_model(tmp_path / "teacher")
+    for name, batch_size in (("two", 1), ("one", 2)):
+        recipe = recipe_from_dict(mini_recipe(train__batch_size=batch_size, train__epochs=2, train__validate_every=1,
+                                              model__adapter_dim=4).as_dict() | {"distill": {"lambda": 0.3}})
+        command = ("distill", teacher, "--student", write_recipe(tmp_path / f"{name}.yaml", recipe), "--data",
+                   folder / "data", "--out", tmp_path / name, "--device", "cpu", "--cache", tmp_path / f"{name}_cache")
+        if name == "one":
+            alone = command_line.run(*command, "--threads", "1")
+            assert alone.code == 0, alone.err
+            continue
+        done = subprocess.run(in_two(*command), env=environment(), capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    demand_alike(tmp_path / "two", tmp_path / "one")
+    answers = [sorted(p.relative_to(tmp_path / cache) for p in (tmp_path / cache).glob("*/teacher-*.npy"))
+               for cache in ("two_cache", "one_cache")]
+    assert answers[0] == answers[1] and len(answers[0]) == len(TRAIN)
+    header, *rows = log_rows(tmp_path / "two")
+    assert rows and all(float(row[header.index("teacher_mse")]) > 0 for row in rows)
+
+
+def demand_alike(two: Path, one: Path) -> None:
+    """Two processes with a crop each, and one with both, came to the same."""
     assert json.loads((two / "last.json").read_text())["world_size"] == 2
     ours, theirs = (read_checkpoint(run / "last.json").tensors for run in (two, one))
     assert ours.keys() == theirs.keys()

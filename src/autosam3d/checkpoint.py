@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from autosam3d.errors import CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
-from autosam3d.model_file import find_checkpoint, meta_text, read_meta, recipe_of, sealed
+from autosam3d.model_file import find_checkpoint, meta_text, packaged_model, read_meta, recipe_of, sealed
 from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import freeze_sam, frozen_names, load_sam
 from autosam3d.recipe import Recipe
@@ -137,18 +137,20 @@ def read_checkpoint(json_path: Path) -> Checkpoint:
     return Checkpoint(meta, tensors)
 
 
-def load_model(path: str | Path, *, sam: str | Path | None = None, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path | None = None, *, sam: str | Path | None = None, device: str | torch.device = "cpu"
+) -> LoadedModel:
     """A trained model, ready to segment.
 
     Args:
-        path: a run folder (its best checkpoint is taken), or a checkpoint's JSON.
+        path: a run folder (its best checkpoint is taken), or a checkpoint's JSON; None takes the model of the package.
         sam: where the SAM file lies now, for a model that was trained on frozen SAM weights and does not carry
             them; default: where it lay in training.
 
     Raises:
         CheckpointError: the file is broken, of another format, or does not fit the network that it describes.
     """
-    json_path = find_checkpoint(Path(path))
+    json_path = find_checkpoint(Path(path)) if path is not None else packaged_model()
     checkpoint = read_checkpoint(json_path)
     recipe = recipe_of(checkpoint.meta, json_path)
     tensors = checkpoint.tensors

@@ -14,12 +14,10 @@ from autosam3d.batch import SourcedModel
 from autosam3d.errors import CheckpointError, ResourceError, UsageError
 from autosam3d.exported import Export, installed_backends, load_exported, open_export
 from autosam3d.memory import demand_model_ram
-from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
+from autosam3d.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
 
 _log = logging.getLogger(__name__)
 
-PACKAGED = Path(__file__).parent / "weights" / "openkbp_tiny"
-"""The model that comes with the package."""
 _STUDENTS = ("swin_unetr", "res_unet")
 """Networks that were made to be exported: it takes them half a minute."""
 
@@ -70,18 +68,6 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     return _run_export(_cached_export(json_path, wish), backend, wish)
 
 
-def packaged_model() -> Path:
-    """The JSON of the model that comes with the package.
-
-    Raises:
-        CheckpointError: NO_MODEL, this installation has none.
-    """
-    if not (PACKAGED / "model.json").is_file():
-        raise CheckpointError("NO_MODEL", "autosam3d", "no model was named, and this installation carries none",
-                              "name a model: autosam3d segment MODEL INPUT OUTPUT")
-    return PACKAGED / "model.json"
-
-
 def _run_export(export: Export, backend: str, wish: ModelWish) -> SourcedModel:
     _demand_cpu(wish)
     return load_exported(export, fastest_backend(export, wish.threads) if backend == "auto" else backend, wish.threads)
@@ -102,6 +88,8 @@ def _export_of_student(json_path: Path, wish: ModelWish) -> Export | None:
     meta = read_meta(json_path)
     # A teacher would take minutes to export, and is seldom run twice on a CPU.
     if meta.get("kind") != "model" or recipe_of(meta, json_path).model.network not in _STUDENTS:
+        return None
+    if wish.max_ram_bytes is not None:  # an export takes memory of its own
         return None
     from autosam3d.export import missing_packages
 

@@ -19,6 +19,8 @@ from autosam3d.recipe import Recipe, recipe_from_dict
 
 log = logging.getLogger(__name__)
 
+PACKAGED = Path(__file__).parent / "weights" / "openkbp_tiny"
+"""The model that comes with the package."""
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 4 << 20
 
@@ -40,6 +42,18 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError("NO_MODEL", path, "expected a model folder or its .json file",
                               "name the folder that `autosam3d train` wrote")
     return path
+
+
+def packaged_model() -> Path:
+    """The JSON of the model that comes with the package.
+
+    Raises:
+        CheckpointError: NO_MODEL, this installation has none.
+    """
+    if not (PACKAGED / "model.json").is_file():
+        raise CheckpointError("NO_MODEL", "autosam3d", "no model was named, and this installation carries none",
+                              "name a model: autosam3d segment MODEL INPUT OUTPUT")
+    return PACKAGED / "model.json"
 
 
 def read_meta(json_path: Path) -> dict[str, Any]:
