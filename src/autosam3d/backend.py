@@ -15,7 +15,7 @@ from typing import Any
 import autosam3d
 from autosam3d.certificate import cpu_name
 from autosam3d.errors import AutoSam3dError, MissingExtraError, UsageError
-from autosam3d.exported import BACKENDS, PACKAGE_OF, Export, installed_backends
+from autosam3d.exported import FILES_OF, PACKAGE_OF, Export, installed_backends
 from autosam3d.io.files import write_text_atomic
 from autosam3d.probe import measure_cost
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 VARIABLE = "AUTOSAM3D_BACKEND"
 """Environment variable that names a backend for all runs that do not name one themselves."""
-CHOICES = ("auto", "torch", *BACKENDS)
+CHOICES = ("auto", "torch", *FILES_OF)
 _MAX_BYTES = 1 << 16
 
 
@@ -41,7 +41,7 @@ def wished_backend(option: str) -> str:
 
 
 def fastest_backend(export: Export, threads: int) -> str:
-    """The runtime to take for an export on this machine with `threads`.
+    """The runtime to take for an export on this machine with `threads`; INT8 never, which is to be named.
 
     Where several are installed, each runs a few windows in a process of its own, once; the answer is kept in the
     user's cache until the model, a version, the processor or the number of threads changes. A cache that is broken or

@@ -99,7 +99,7 @@ def check_inputs(source: Path, output: Path) -> list[Job]:
     """
     if not os.path.exists(source):  # noqa: PTH110 - unlike Path.exists, no error where no file system has such a name
         raise VolumeError("UNREADABLE", source, "no such file or folder", "check the path")
-    scans = _scans_in(source, output) if source.is_dir() else [source]
+    scans = scans_in(source, output) if source.is_dir() else [source]
     is_file = output.name.lower().endswith(_NIFTI) and not output.is_dir()
     if is_file and len(scans) > 1:
         raise UsageError("OUTPUT_NAME", output, f"expected a folder for {len(scans)} scans, got a file name",
@@ -268,10 +268,19 @@ class _Run:
                     labels=self.model.recipe.labels)
 
 
-def _scans_in(folder: Path, output: Path) -> list[Path]:
-    """NIfTI files; else the folder itself where it holds files, else its sub-folders that hold any; sorted."""
+def scans_in(folder: Path, output: Path | None = None) -> list[Path]:
+    """NIfTI files; else the folder itself where it holds files, else its sub-folders that hold any; sorted.
+
+    Args:
+        folder: that exists.
+        output: in it, passed over.
+
+    Raises:
+        VolumeError: UNREADABLE or NO_SCANS.
+    """
+    kept = None if output is None else _real(output)
     try:
-        entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _real(p) != _real(output))
+        entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _real(p) != kept)
     except OSError as error:
         raise VolumeError("UNREADABLE", folder, f"cannot be listed ({error.strerror})", "check the path") from None
     nifti = [p for p in entries if p.name.lower().endswith(_NIFTI)]

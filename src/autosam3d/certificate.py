@@ -11,19 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import autosam3d
-from autosam3d.parity import MAX_LOGIT_SHARE, MIN_DICE, MIN_DICE_VOXELS, MIN_EQUAL_SHARE, Parity
+from autosam3d.parity import (
+    MAX_LOGIT_SHARE,
+    MIN_DICE,
+    MIN_DICE_VOXELS,
+    MIN_EQUAL_SHARE,
+    MIN_INT8_MEAN_DICE,
+    MIN_INT8_WORST_DICE,
+    Parity,
+)
 
 PARITY_HEAD = ["backend", "version", "threads", "s per window", "largest logit difference", "of the scale",
                "flipped labels", "equal labels", "worst Dice", "within bounds"]
 
 
-def make_certificate(rows: Sequence[Parity], source: str, model_sha256: str) -> dict[str, Any]:
+def make_certificate(
+    rows: Sequence[Parity], source: str, model_sha256: str, int8: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Plain values for ``certificate.json``.
 
     Args:
         rows: one a backend, PyTorch first.
         source: where the golden windows come from; never a file name, which may name a patient.
         model_sha256: of the ONNX file.
+        int8: how the INT8 network was made and judged, where there is one.
     """
     missing = sorted(name for name, count in rows[0].reference_voxels.items() if not count)
     return {
@@ -37,7 +48,9 @@ def make_certificate(rows: Sequence[Parity], source: str, model_sha256: str) -> 
         "trained: what rounding does, without a bound",
         "labels_against": "PyTorch float32, weights as trained",
         "backends": [row.as_dict() for row in rows],
-    }
+    } | ({} if int8 is None else {"int8": int8 | {"bounds": {
+        "mean_dice": MIN_INT8_MEAN_DICE, "worst_dice": MIN_INT8_WORST_DICE,
+        "dice_judged_from_voxels": MIN_DICE_VOXELS}}})
 
 
 def certificate_text(certificate: dict[str, Any], rows: Sequence[Parity]) -> str:
@@ -59,7 +72,32 @@ def certificate_text(certificate: dict[str, Any], rows: Sequence[Parity]) -> str
     ]
     if missing:
         lines += [f"Not shown by these windows, so not proved: {', '.join(missing)}.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_int8_lines(certificate["int8"])] if "int8" in certificate else lines)
+
+
+def int8_text(int8: dict[str, Any]) -> str:
+    """What the INT8 network is, in one sentence without a full stop."""
+    way = ("weights as INT8, computed in float32" if int8["way"] == "weights" else
+           f"weights and activations as INT8, calibrated on {int8['calibrating_windows']} windows of "
+           f"{int8['calibrating_scans']} scans")
+    ratio = int8["time_ratio"]
+    return f"{way}; a window takes {ratio:.2f} of float32's time here{', no faster' if ratio > 0.95 else ''}"
+
+
+def _int8_lines(int8: dict[str, Any]) -> list[str]:
+    bounds = int8["bounds"]
+    return [
+        "## INT8", "", f"openvino-int8: {int8_text(int8)}. It is run only where it is named.",
+        f"Bounds: Dice against float32 {bounds['mean_dice']:g} in the mean of the organs, {bounds['worst_dice']:g} for "
+        f"the worst of any scan, from {bounds['dice_judged_from_voxels']} voxels on; logits and equal labels are told, "
+        "not judged.",
+        f"Judged on {int8['judging_scans']} whole scans that did not calibrate it: mean Dice {int8['mean_dice']:.4f}.",
+        "", "| organ | mean Dice | worst scan | scans |", "|---|---|---|---|",
+        *(f"| {name} | {organ['mean']:.4f} | {organ['worst']:.4f} | {organ['scans']} |"
+          for name, organ in int8["organs"].items()), "",
+        *([f"Not shown by these scans, so not judged: {', '.join(int8['organs_not_judged'])}.", ""]
+          if int8["organs_not_judged"] else []),
+    ]
 
 
 def parity_cells(row: Parity) -> list[str]:

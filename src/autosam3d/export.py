@@ -22,8 +22,9 @@ from autosam3d.certificate import certificate_text, cpu_name, make_certificate
 from autosam3d.checkpoint import LoadedModel
 from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
 from autosam3d.export_targets import demand_exportable
-from autosam3d.exported import BACKENDS, Export, is_export, load_exported
-from autosam3d.golden import golden_windows, make_golden, save_golden
+from autosam3d.exported import BACKENDS, INT8, Export, is_export, load_exported
+from autosam3d.golden import Golden, golden_windows, make_golden, save_golden
+from autosam3d.int8 import Int8, Scans, demand_bounds, write_int8
 from autosam3d.io.files import sha256_of
 from autosam3d.io.folders import staged_folder
 from autosam3d.model_description import describe_use
@@ -38,6 +39,7 @@ from autosam3d.volume import Volume
 Progress = Callable[[int, int], None]
 """Called with the steps done and their number."""
 _STEPS = 6
+_INT8_STEPS = 3
 _PHANTOM_SEED = 0
 _WINDOWS = {"phantom": 2, "scan": 4}
 
@@ -51,6 +53,7 @@ class Exported:
     """File to its bytes."""
     rows: list[Parity]
     organs_not_shown: list[str]
+    int8: Int8 | None = None
 
 
 def export_model(
@@ -58,6 +61,7 @@ def export_model(
     folder: Path,
     *,
     ct: Volume | None = None,
+    int8: Scans | None = None,
     threads: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -69,25 +73,26 @@ def export_model(
         folder: new; with `overwrite` also one that an export wrote before. Nothing else is ever replaced.
         ct: a scan of the kind that the model is for, whose windows become the golden case and go into the folder; None
             takes a phantom, which shows abdominal organs or none at all.
+        int8: scans that make and judge an INT8 network beside the others, with `ct`; None makes none.
         threads: of the runtimes, in the certificate.
         progress: called after each step.
 
     Raises:
-        CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`.
+        CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`; INT8, that one does.
         UsageError: EXISTS, or TARGET, a network that does not export.
         MissingExtraError: onnx, onnxscript, onnxruntime or openvino is not installed.
     """
     recipe = model.recipe
     demand_exportable(recipe.model)
     _demand_extra()
-    _demand_replaceable(folder, overwrite)
+    demand_replaceable(folder, overwrite)
     done = 0
 
     def step() -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, _STEPS)
+            progress(done, _STEPS + _INT8_STEPS * (int8 is not None))
 
     trained = model.network.to("cpu").float().eval()
     stored = with_half_weights(trained)
@@ -107,26 +112,28 @@ def export_model(
                                threads=torch.get_num_threads(), seconds=seconds, reference=trained_logits,
                                judge_logits=False)]
         step()
-        meta = _meta(model, _entries(stage))
-        export = Export(stage, meta, recipe)
+        made, backends = None, BACKENDS
         for backend in BACKENDS:
-            predictor = load_exported(export, backend, threads, output="logits").predictor
-            logits, seconds = _timed(predictor.predict, windows)
-            rows.append(measure_parity(logits, golden, organs, backend=backend, version=predictor.version,
-                                       threads=threads, seconds=seconds, reference=stored_logits))
+            rows.append(_parity_of(stage, model, backend, threads, windows, golden, stored_logits))
             step()
         _demand_parity(rows, folder)
-        certificate = make_certificate(rows, source, export.sha256)
+        if int8 is not None:
+            made, backends = write_int8(stage, recipe, int8, threads, step), (*BACKENDS, INT8)
+            demand_bounds(made, folder)
+            rows.append(_parity_of(stage, model, INT8, threads, windows, golden, stored_logits))
+            _demand_parity(rows, folder)
+            step()
+        certificate = make_certificate(rows, source, sha256_of(stage / "model.onnx"), made and made.as_dict())
         (stage / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n", "utf-8")
         (stage / "certificate.md").write_text(certificate_text(certificate, rows), "utf-8")
         # The probe reads the folder as any user would, so it needs a description that is whole.
         _write_meta(stage, _meta(model, _entries(stage)))
-        costs = {backend: measure_cost(stage, backend, threads) for backend in BACKENDS}
+        costs = {backend: measure_cost(stage, backend, threads) for backend in backends}
         memory = {backend: cost.activation_bytes for backend, cost in costs.items() if cost is not None}
         _write_meta(stage, _meta(model, _entries(stage), memory))
         step()
         sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
-    return Exported(folder, sizes, rows, certificate["organs_not_shown"])
+    return Exported(folder, sizes, rows, certificate["organs_not_shown"], made)
 
 
 def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
@@ -149,7 +156,8 @@ def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | No
     recipe = model.recipe
     return sealed({
         "kind": "export", "recipe": recipe.as_dict(), "weights": {"file": "model.onnx", **files["model.onnx"]},
-        "files": files, "use": describe_use(recipe, OPSET), "metrics": dict(model.metrics),
+        "files": files, "use": describe_use(recipe, OPSET, "openvino_int8.xml" in files),
+        "metrics": dict(model.metrics),
         "trained_weights_sha256": model.sha256, "memory": memory or {},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions()},
         "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -181,6 +189,17 @@ def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
+def _parity_of(
+    stage: Path, model: LoadedModel, backend: str, threads: int, windows: np.ndarray, golden: Golden,
+    reference: np.ndarray,
+) -> Parity:
+    export = Export(stage, _meta(model, _entries(stage)), model.recipe)
+    predictor = load_exported(export, backend, threads, output="logits").predictor
+    logits, seconds = _timed(predictor.predict, windows)
+    return measure_parity(logits, golden, model.recipe.labels.organs, backend=backend, version=predictor.version,
+                          threads=threads, seconds=seconds, reference=reference, int8=backend == INT8)
+
+
 def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tuple[np.ndarray, float]:
     run(windows[:1])  # what a runtime prepares at its first call does not count
     started = time.perf_counter()
@@ -191,9 +210,9 @@ def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tupl
 def _demand_parity(rows: list[Parity], folder: Path) -> None:
     for row in rows:
         if row.faults():
-            raise CheckpointError("PARITY", folder, f"{row.backend} {row.version} does not say what PyTorch says: "
-                                  f"{'; '.join(row.faults())}", "nothing was written; train longer (an untrained "
-                                  "network has no clear answers), or report it with the model")
+            raise CheckpointError("INT8" if row.int8 else "PARITY", folder, f"{row.backend} {row.version} does not say "
+                                  f"what PyTorch says: {'; '.join(row.faults())}", "nothing was written; train longer "
+                                  "(an untrained network has no clear answers), or report it with the model")
 
 
 def missing_packages() -> list[str]:
@@ -209,7 +228,12 @@ def _demand_extra() -> None:
                                 'pip install "autosam3d[export]"')
 
 
-def _demand_replaceable(folder: Path, overwrite: bool) -> None:
+def demand_replaceable(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but an export which may be replaced.
+
+    Raises:
+        UsageError: EXISTS.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
     if not folder.exists() or not any(folder.iterdir()):

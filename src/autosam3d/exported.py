@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,14 @@ from autosam3d.recipe import Recipe
 from autosam3d.runtime import Predictor
 
 ONNX, OPENVINO = ("model.onnx",), ("openvino.xml", "openvino.bin")
-FILES_OF = {"onnxruntime": ONNX, "openvino": OPENVINO}
+INT8 = "openvino-int8"
+"""Another network than the trained one, within the bounds of `parity`: run only where it is named."""
+OPENVINO_INT8 = ("openvino_int8.xml", "openvino_int8.bin")
+FILES_OF = {"onnxruntime": ONNX, "openvino": OPENVINO, INT8: OPENVINO_INT8}
 """Backend to the files that it reads."""
-BACKENDS = tuple(FILES_OF)
-PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+BACKENDS = ("onnxruntime", "openvino")
+"""What every export holds, and of which "auto" takes the fastest."""
+PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino", INT8: "openvino"}
 _AGAIN = "export the model again, or copy the whole folder again"
 
 
@@ -115,10 +119,10 @@ def open_export(path: Path) -> Export:
     return Export(json_path.parent, meta, recipe_of(meta, json_path))
 
 
-def installed_backends(export: Export | None = None) -> list[str]:
-    """The runtimes that this Python has, of those that `export` has files for."""
-    return [name for name, files in FILES_OF.items()
-            if importlib.util.find_spec(PACKAGE_OF[name]) is not None and (export is None or export.has(files[0]))]
+def installed_backends(export: Export | None = None, names: Sequence[str] = BACKENDS) -> list[str]:
+    """Those of `names` whose runtime this Python has, and that `export` has files for."""
+    return [name for name in names if importlib.util.find_spec(PACKAGE_OF[name]) is not None
+            and (export is None or export.has(FILES_OF[name][0]))]
 
 
 def load_exported(path: Path | Export, backend: str, threads: int, *, output: str = "probs") -> ExportedModel:
@@ -126,18 +130,20 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
 
     Args:
         path: the folder.
-        backend: one of `BACKENDS`.
+        backend: one of `FILES_OF`.
         threads: CPU threads.
         output: what its predictor gives: "probs", or "logits" for comparisons.
 
     Raises:
         CheckpointError: the folder is broken, its network has other classes than its recipe, or KIND.
         MissingExtraError: the runtime is not installed.
-        UsageError: BACKEND, no such one.
+        UsageError: BACKEND, no such one, or INT8 of an export without it.
     """
-    if backend not in BACKENDS:
-        raise UsageError("BACKEND", backend, f"expected {' or '.join(BACKENDS)}", "name one of these")
+    if backend not in FILES_OF:
+        raise UsageError("BACKEND", backend, f"expected {' or '.join(FILES_OF)}", "name one of these")
     export = path if isinstance(path, Export) else open_export(path)
+    if backend == INT8 and not export.has(OPENVINO_INT8[0]):
+        raise no_int8(export.folder)
     if importlib.util.find_spec(PACKAGE_OF[backend]) is None:
         raise MissingExtraError("MISSING_EXTRA", backend, f"expected the package {PACKAGE_OF[backend]}, got none",
                                 'pip install "autosam3d[fast]"')
@@ -151,8 +157,14 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
     else:
         from autosam3d.openvino_runtime import OpenVinoPredictor
 
-        predictor = OpenVinoPredictor(files[0], *form)
+        predictor = OpenVinoPredictor(files[0], *form, name=backend)
     return ExportedModel(recipe, predictor, export.sha256, export.meta.get("metrics", {}))
+
+
+def no_int8(where: Path) -> UsageError:
+    """The refusal of a model that has no INT8 network."""
+    return UsageError("BACKEND", where, f"expected an export that was made with --int8 for {INT8}, got a model without",
+                      "export it with --int8 SCANS, or name another backend")
 
 
 def _content(path: Path, sha256: str) -> bytes:

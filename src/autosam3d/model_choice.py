@@ -12,7 +12,7 @@ from pathlib import Path
 from autosam3d.backend import cache_folder, fastest_backend, wished_backend
 from autosam3d.batch import SourcedModel
 from autosam3d.errors import CheckpointError, ResourceError, UsageError
-from autosam3d.exported import Export, installed_backends, load_exported, open_export
+from autosam3d.exported import INT8, Export, installed_backends, load_exported, no_int8, open_export
 from autosam3d.memory import demand_model_ram
 from autosam3d.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
 
@@ -65,6 +65,8 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
         torch.set_num_threads(wish.threads)
         return load_model(json_path, sam=wish.sam, device=pick_device(wish.device))
     _demand_cpu(wish)
+    if backend == INT8:  # it takes scans to make it
+        raise no_int8(json_path)
     return _run_export(_cached_export(json_path, wish), backend, wish)
 
 

@@ -7,8 +7,14 @@ from typing import Any
 from autosam3d.recipe import Recipe
 
 
-def describe_use(recipe: Recipe, opset: int) -> dict[str, Any]:
-    """Everything that comes before and after the network. Axes are [z, y, x] throughout."""
+def describe_use(recipe: Recipe, opset: int, int8: bool = False) -> dict[str, Any]:
+    """Everything that comes before and after the network. Axes are [z, y, x] throughout.
+
+    Args:
+        recipe: of the model.
+        opset: of the ONNX file.
+        int8: whether an INT8 network lies beside it.
+    """
     pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
     spacing = None if pre.spacing_mm is None else list(pre.spacing_mm)
     return {
@@ -32,6 +38,8 @@ def describe_use(recipe: Recipe, opset: int) -> dict[str, Any]:
         "onnx": {"file": "model.onnx", "opset": opset, "precision": "weights stored as float16, computed in float32"},
         "openvino": {"files": ["openvino.xml", "openvino.bin"], "inference_precision": "f32: bf16 and f16 hints are "
                      "slower on CPUs and less exact"},
+        **({"openvino_int8": {"files": ["openvino_int8.xml", "openvino_int8.bin"], "note": "another network within the "
+                              "bounds of certificate.md; the same input and outputs"}} if int8 else {}),
         "input": {"name": "ct", "type": "float32", "shape": [1, 1, *size]},
         "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1"},
         "patch": size,

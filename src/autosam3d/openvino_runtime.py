@@ -27,17 +27,16 @@ class OpenVinoPredictor:
         threads: of the inference.
         activation_bytes: what one patch takes, where it is known.
         output: "probs", or "logits" for comparisons; the other one is not computed.
+        name: of the backend. What is INT8 in the IR is computed in it.
 
     Raises:
         MissingExtraError: openvino is not installed.
         CheckpointError: CORRUPT or MISMATCH.
     """
 
-    name = "openvino"
-
     def __init__(self, xml_path: Path, patch_size: Size, labels: Sequence[str], threads: int,
-                 activation_bytes: int = 0, output: str = "probs") -> None:
-        self.patch_size, self.num_outputs = patch_size, len(labels)
+                 activation_bytes: int = 0, output: str = "probs", name: str = "openvino") -> None:
+        self.name, self.patch_size, self.num_outputs = name, patch_size, len(labels)
         self._activation_bytes, self._has_run = activation_bytes, False
         self._ov = _import()
         core = self._ov.Core()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosam3d.errors import MissingExtraError
-from autosam3d.exported import installed_backends, load_exported, open_export
+from autosam3d.exported import FILES_OF, INT8, installed_backends, load_exported, open_export
 from autosam3d.golden import load_golden
 from autosam3d.parity import Parity, measure_parity
 
@@ -30,6 +30,8 @@ class Verified:
 def verify_export(folder: Path, threads: int) -> Verified:
     """Check all hashes and run the golden case on each installed runtime; torch is not needed.
 
+    INT8 is judged by its own bounds.
+
     Raises:
         CheckpointError: a file is missing, altered or not what it claims.
         MissingExtraError: no runtime is installed.
@@ -39,7 +41,7 @@ def verify_export(folder: Path, threads: int) -> Verified:
     for name in files:
         export.path(name)
     golden = load_golden(export.path("golden.npz"), export.recipe)
-    backends = installed_backends(export)
+    backends = installed_backends(export, tuple(FILES_OF))
     if not backends:
         raise MissingExtraError("MISSING_EXTRA", folder, "expected onnxruntime or openvino, got neither",
                                 'pip install "autosam3d[fast]"')
@@ -50,7 +52,7 @@ def verify_export(folder: Path, threads: int) -> Verified:
         logits = predictor.predict(golden.ct)
         rows.append(measure_parity(
             logits, golden, export.recipe.labels.organs, backend=backend, version=predictor.version, threads=threads,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started, int8=backend == INT8,
         ))
     date, machine = (str(export.meta.get(key, "unknown")) for key in ("date", "machine"))
     return Verified(files, rows, f"{date}, {machine}")
