@@ -52,6 +52,7 @@ _TIMED = 5
 _LEFT = ["Gather", "Add", "Subtract", "Multiply", "Divide", "Concat"]
 """Kinds of operators that stay float32: an INT8 copy of a skip connection loses more than it gains, and nncf 3.4 fails
 on a table that is gathered from."""
+_NNCF_FAULTS = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def write_int8(
     windows = _calibrating_windows(scans.calibrating, truths, recipe)
     seconds = judge.cpu_seconds(exact, windows[0])
     with tempfile.TemporaryDirectory(prefix="autosam3d-int8-") as folder:
-        chosen, way = _quantised(exact, Path(folder), "weights", windows, recipe), "weights"
+        chosen, way = _safest(exact, Path(folder), windows, recipe), "weights"
         spent = judge.cpu_seconds(chosen, windows[0])
         bolder = _bolder(exact, Path(folder), windows, recipe)
         if bolder is not None and (bold := judge.cpu_seconds(bolder, windows[0])) < _FASTER * spent:
@@ -237,11 +238,24 @@ def _calibrating_windows(scans: Sequence[np.ndarray], truths: Sequence[np.ndarra
     return windows
 
 
+def _safest(exact: Path, folder: Path, windows: Sequence[np.ndarray], recipe: Recipe) -> Path:
+    """The network with INT8 weights.
+
+    Raises:
+        CheckpointError: INT8, nncf cannot make it.
+    """
+    try:
+        return _quantised(exact, folder, "weights", windows, recipe)
+    except _NNCF_FAULTS as error:
+        raise CheckpointError("INT8", "--int8", f"nncf cannot make INT8 weights of this network "
+                              f"({type(error).__name__})", "export without --int8") from error
+
+
 def _bolder(exact: Path, folder: Path, windows: Sequence[np.ndarray], recipe: Recipe) -> Path | None:
     """The network with INT8 activations; None where nncf cannot make it, which is no reason to give up."""
     try:
         return _quantised(exact, folder, "activations", windows, recipe)
-    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+    except _NNCF_FAULTS as error:
         _log.warning("INT8 activations are left out: nncf cannot make them of this network (%s)", type(error).__name__)
         return None
 
