@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from autosam3d.export_targets import MOBILE
 from autosam3d.recipe import Recipe
 
+_MOBILE_USE = {
+    "litert": "one input, one output: logits; weights stored as float16, computed in float32",
+    "executorch": "method forward: ct to logits; method labels: the classes; for the XNNPACK backend; float32",
+    "coreml": "input ct, output logits; float32; written and never run: compare with golden.npz before use",
+}
 
-def describe_use(recipe: Recipe, opset: int) -> dict[str, Any]:
-    """Everything that comes before and after the network. Axes are [z, y, x] throughout."""
+
+def describe_use(recipe: Recipe, opset: int, mobile: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that comes before and after the network, and how to run the `mobile` targets. Axes are [z, y, x]."""
     pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
     spacing = None if pre.spacing_mm is None else list(pre.spacing_mm)
     return {
@@ -32,8 +40,10 @@ def describe_use(recipe: Recipe, opset: int) -> dict[str, Any]:
         "onnx": {"file": "model.onnx", "opset": opset, "precision": "weights stored as float16, computed in float32"},
         "openvino": {"files": ["openvino.xml", "openvino.bin"], "inference_precision": "f32: bf16 and f16 hints are "
                      "slower on CPUs and less exact"},
+        **{target: {"file": MOBILE[target], "how": _MOBILE_USE[target]} for target in mobile},
         "input": {"name": "ct", "type": "float32", "shape": [1, 1, *size]},
-        "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1"},
+        "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1; files for "
+                    "phones give logits alone"},
         "patch": size,
         "spacing_mm": spacing,
         "crop_to_body": pre.crop_to_body,
