@@ -27,12 +27,13 @@ from autosam3d.exported import FILES_OF, NOT_RUN_HERE, installed_backends, load_
 from autosam3d.inference import segment
 from autosam3d.io import write_ct
 from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
+from autosam3d.quiet import mute, quiet
 from autosam3d.runtime import softmax
 from autosam3d.verify import verify_export
 from autosam3d.volume import Volume
 from command_line import contents, mini_model, run
 from exports import LABELS, SIZE, Convolutions, accept, copied, edit, loaded, make_patches, mini_export, torch_logits
-from mini_run import affine_of, blobs
+from mini_run import affine_of, blobs, environment
 
 PACKAGES = {"litert": ("litert_torch", "ai_edge_litert"), "executorch": ("executorch",), "coreml": ("coremltools",)}
 
@@ -354,3 +355,25 @@ def test_every_student_converts(target: str, tmp_path: Path) -> None:
 def test_errors_are_of_the_tree() -> None:
     with pytest.raises(AutoSam3dError, match="expected onnxruntime or openvino or litert or executorch"):
         load_exported(mini_export(), "abacus", 1)
+
+
+def test_what_is_muted_is_heard_again_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+    import warnings
+
+    print("before")
+    with pytest.raises(ValueError), mute(), quiet("root"):
+        print("inside")
+        os.write(2, b"native code\n")
+        warnings.warn("nothing", stacklevel=1)
+        raise ValueError
+    print("after")
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+def test_a_process_without_stdout_can_be_muted() -> None:
+    import subprocess
+    import sys
+
+    code = "import os, sys; os.close(1); sys.stdout = None\nfrom autosam3d.quiet import mute\nwith mute(): pass\n"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0

@@ -58,7 +58,8 @@ class ExecutorchPredictor:
                 kernels: Any = _import("executorch.extension.pybindings.portable_lib")
                 if kernels._threadpool_get_thread_count() != threads:
                     kernels._unsafe_reset_threadpool(threads)  # unsafe while a program runs; here none does
-                self._method = program.load_method("forward")
+                # The runtime reads the program where it lies, and does not hold it.
+                self._held, self._method = (content, program), program.load_method("forward")
         except RuntimeError as error:
             raise CheckpointError("CORRUPT", where, f"ExecuTorch does not take it ({_first_line(error)})",
                                   _AGAIN) from None

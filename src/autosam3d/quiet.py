@@ -29,18 +29,30 @@ def quiet(*talkers: str) -> Iterator[None]:
 @contextlib.contextmanager
 def mute() -> Iterator[None]:
     """Nothing at all on stdout and stderr of this process, not even of native code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = [os.dup(number) for number in (1, 2)]
+    _flush()
+    kept = {number: os.dup(number) for number in (1, 2) if _is_open(number)}
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number in (1, 2):
+        for number in kept:
             os.dup2(nowhere, number)
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        for number, old in zip((1, 2), kept, strict=True):
+        _flush()
+        for number, old in kept.items():
             os.dup2(old, number)
-        for number in (*kept, nowhere):
-            os.close(number)
+            os.close(old)
+        os.close(nowhere)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
