@@ -47,6 +47,7 @@ def write_coreml(network: nn.Module, patch_size: Size, labels: Sequence[str], pa
         )
         package.user_defined_metadata["labels"] = labels_note(labels)
         package.save(str(path))
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)  # for another project's debugger
 
 
 def _without_aliases(program: torch.export.ExportedProgram) -> None:
