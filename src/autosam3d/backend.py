@@ -15,7 +15,7 @@ from typing import Any
 import autosam3d
 from autosam3d.certificate import cpu_name
 from autosam3d.errors import AutoSam3dError, MissingExtraError, UsageError
-from autosam3d.exported import FILES_OF, PACKAGE_OF, Export, installed_backends
+from autosam3d.exported import PACKAGE_OF, RUNTIMES, Export, installed_backends
 from autosam3d.io.files import write_text_atomic
 from autosam3d.probe import measure_cost
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 VARIABLE = "AUTOSAM3D_BACKEND"
 """Environment variable that names a backend for all runs that do not name one themselves."""
-CHOICES = ("auto", "torch", *FILES_OF)
+CHOICES = ("auto", "torch", *RUNTIMES)
 _MAX_BYTES = 1 << 16
 
 

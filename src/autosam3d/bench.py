@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
-from autosam3d.exported import BACKENDS, PACKAGE_OF, is_export
+from autosam3d.exported import BACKENDS, PACKAGE_OF, installed_backends, is_export, open_export
 from autosam3d.inference import Model, SegmentOptions, segment_with
 from autosam3d.io import read_ct, write_segmentation
 from autosam3d.io.memory import resident_bytes
@@ -114,8 +114,9 @@ def bench(
 
 def contenders(model: Path) -> list[str]:
     """The runtimes that can run `model` here."""
-    found = [name for name in reversed(BACKENDS) if importlib.util.find_spec(PACKAGE_OF[name]) is not None]
-    return found if is_export(model) else [*found, "torch"]
+    if is_export(model):
+        return sorted(installed_backends(open_export(model)), reverse=True)
+    return [*(name for name in reversed(BACKENDS) if importlib.util.find_spec(PACKAGE_OF[name]) is not None), "torch"]
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ PARITY_HEAD = ["backend", "version", "threads", "s per window", "largest logit d
 
 
 def make_certificate(
-    rows: Sequence[Parity], source: str, model_sha256: str, int8: dict[str, Any] | None = None
+    rows: Sequence[Parity], source: str, model_sha256: str, not_run: Mapping[str, str] | None = None,
+    int8: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Plain values for ``certificate.json``.
 
@@ -34,6 +35,7 @@ def make_certificate(
         rows: one a backend, PyTorch first.
         source: where the golden windows come from; never a file name, which may name a patient.
         model_sha256: of the ONNX file.
+        not_run: targets of the folder that nothing was proved of, each with the reason.
         int8: how the INT8 network was made and judged, where there is one.
     """
     missing = sorted(name for name, count in rows[0].reference_voxels.items() if not count)
@@ -47,7 +49,7 @@ def make_certificate(
         "logits_against": "PyTorch float32, weights as stored (rounded to float16); PyTorch itself against weights as "
         "trained: what rounding does, without a bound",
         "labels_against": "PyTorch float32, weights as trained",
-        "backends": [row.as_dict() for row in rows],
+        "backends": [row.as_dict() for row in rows], "not_run": dict(not_run or {}),
     } | ({} if int8 is None else {"int8": int8 | {"bounds": {
         "mean_dice": MIN_INT8_MEAN_DICE, "worst_dice": MIN_INT8_WORST_DICE,
         "dice_judged_from_voxels": MIN_DICE_VOXELS}}})
@@ -64,7 +66,8 @@ def certificate_text(certificate: dict[str, Any], rows: Sequence[Parity]) -> str
         f"Bounds: logits {bounds['logit_share']:g} of their largest value, labels {bounds['equal_share']:.2%} equal, "
         f"Dice {bounds['dice']:g} for each organ of {bounds['dice_judged_from_voxels']} voxels or more.", "",
         f"| {' | '.join(PARITY_HEAD)} |", "|" + "---|" * len(PARITY_HEAD),
-        *("| " + " | ".join(parity_cells(row)) + " |" for row in rows), "",
+        *("| " + " | ".join(parity_cells(row)) + " |" for row in rows),
+        *("| " + " | ".join(not_run_cells(name, why)) + " |" for name, why in certificate["not_run"].items()), "",
         "| organ | voxels | " + " | ".join(row.backend for row in rows) + " |",
         "|---|---|" + "---|" * len(rows),
         *(f"| {name} | {count} | " + " | ".join(_dice(row.dice[name]) for row in rows) + " |"
@@ -72,6 +75,8 @@ def certificate_text(certificate: dict[str, Any], rows: Sequence[Parity]) -> str
     ]
     if missing:
         lines += [f"Not shown by these windows, so not proved: {', '.join(missing)}.", ""]
+    for name, why in certificate["not_run"].items():
+        lines += [f"{name} was written and {why}: nothing is proved of it.", ""]
     return "\n".join([*lines, *_int8_lines(certificate["int8"])] if "int8" in certificate else lines)
 
 
@@ -106,6 +111,11 @@ def parity_cells(row: Parity) -> list[str]:
             f"{row.max_logit_difference:.2e}", f"{row.logit_share:.1e}", f"{row.flipped} of {row.voxels}",
             f"{row.equal_share:.4%}", _dice(row.worst_dice),
             "no: " + "; ".join(row.faults()) if row.faults() else "yes"]
+
+
+def not_run_cells(name: str, why: str) -> list[str]:
+    """The row of a target that no runtime was asked."""
+    return [name, *["-"] * (len(PARITY_HEAD) - 2), why]
 
 
 def machine() -> str:

@@ -178,9 +178,9 @@ def segment(
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
     force: Force = False,
-    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino or openvino-int8. auto: the "
-                                              "fastest that is installed, INT8 never; a teacher's checkpoint on "
-                                              "PyTorch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, openvino-int8, litert or "
+                                              "executorch. auto: the faster of onnxruntime and openvino; a teacher's "
+                                              "checkpoint on PyTorch.")] = "auto",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -356,6 +356,8 @@ def pack(
 def export(
     model: Annotated[Path, typer.Argument(help="Run folder, or a checkpoint's .json.")],
     folder: Annotated[Path, typer.Argument(help="New folder for ONNX, OpenVINO, description and certificate.")],
+    target: Annotated[list[str] | None, typer.Option("--target", help="Also write litert (TFLite), executorch or "
+                                                     "coreml; repeat it for several.")] = None,
     ct: Annotated[Path | None, typer.Option(help="A CT of the kind that the model is for: the parity is shown on its "
                                                  "windows, and they go into the folder. Default: a phantom.")] = None,
     int8: Annotated[list[Path] | None, typer.Option(
@@ -371,25 +373,29 @@ def export(
     threads: Threads = 0,
 ) -> None:
     """Write a model as ONNX and OpenVINO with a certificate that both say what PyTorch says; else write nothing."""
+    from autosam3d.export_targets import demand_mobile
     from autosam3d.io import ReadOptions, read_ct
+    from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 
     options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     paths = _int8_scans(int8, ct is not None)
+    json_path = find_checkpoint(model)
+    demand_mobile(recipe_of(read_meta(json_path), json_path).model, target or ())
     volume = read_ct(ct, options) if ct is not None else None
     _set_threads(threads)
     from autosam3d.checkpoint import load_model
     from autosam3d.export import demand_replaceable, export_model
 
-    trained, scans = load_model(model, sam=sam), None
+    trained, scans = load_model(json_path, sam=sam), None
     if paths and volume is not None:
         from autosam3d.int8 import read_scans
 
         demand_replaceable(folder, overwrite)
         scans = read_scans(paths, trained.recipe, options, volume)
     with progress_bars() as bars:
-        result = export_model(trained, folder, ct=volume, int8=scans, threads=_cores(threads),
+        result = export_model(trained, folder, targets=target or (), ct=volume, int8=scans, threads=_cores(threads),
                               overwrite=overwrite, progress=on_task(bars, bars.add_task("exporting", total=None)))
-    _print_parity(result.rows)
+    _print_parity(result.rows, result.not_run)
     if result.int8 is not None:
         _print_int8(result.int8)
     if result.organs_not_shown:
@@ -411,7 +417,7 @@ def verify(
     if result.faults:
         raise CheckpointError("PARITY", folder, "; ".join(result.faults), "do not use this model here, and report it")
     typer.echo(f"{len(result.files)} files are what they were when they were exported ({result.certified})")
-    _print_parity(result.rows)
+    _print_parity(result.rows, result.not_run)
 
 
 def _int8_scans(wish: list[Path] | None, has_ct: bool) -> list[Path]:
@@ -437,10 +443,10 @@ def _print_int8(int8: Any) -> None:
         typer.echo(f"these scans show no {', '.join(told['organs_not_judged'])}: INT8 is not judged there", err=True)
 
 
-def _print_parity(rows: Any) -> None:
-    from autosam3d.certificate import PARITY_HEAD, parity_cells
+def _print_parity(rows: Any, not_run: dict[str, str]) -> None:
+    from autosam3d.certificate import PARITY_HEAD, not_run_cells, parity_cells
 
-    table = [PARITY_HEAD, *map(parity_cells, rows)]
+    table = [PARITY_HEAD, *map(parity_cells, rows), *(not_run_cells(name, why) for name, why in not_run.items())]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

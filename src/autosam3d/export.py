@@ -1,4 +1,4 @@
-"""From a trained model to a folder that runs without torch: ONNX, OpenVINO, a description, a proof.
+"""From a trained model to a folder that runs without torch: ONNX, OpenVINO, what phones take, a description, a proof.
 
 The proof comes before the folder: a backend that does not say what PyTorch says is reason to write nothing.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch import nn
 from autosam3d.certificate import certificate_text, cpu_name, make_certificate
 from autosam3d.checkpoint import LoadedModel
 from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
-from autosam3d.export_targets import demand_exportable
-from autosam3d.exported import BACKENDS, INT8, Export, is_export, load_exported
+from autosam3d.export_targets import MOBILE, demand_exportable, demand_mobile
+from autosam3d.exported import BACKENDS, INT8, NOT_RUN_HERE, PACKAGE_OF, RUNTIMES, Export, is_export, load_exported
 from autosam3d.golden import Golden, golden_windows, make_golden, save_golden
 from autosam3d.int8 import Int8, Scans, demand_bounds, write_int8
 from autosam3d.io.files import sha256_of
@@ -40,6 +40,8 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and their number."""
 _STEPS = 6
 _INT8_STEPS = 3
+_WRITERS = {"litert": "litert_torch", "executorch": "executorch", "coreml": "coremltools"}
+"""Mobile target to the package that writes it."""
 _PHANTOM_SEED = 0
 _WINDOWS = {"phantom": 2, "scan": 4}
 
@@ -50,8 +52,10 @@ class Exported:
 
     folder: Path
     sizes: dict[str, int]
-    """File to its bytes."""
+    """File, or folder, to its bytes."""
     rows: list[Parity]
+    not_run: dict[str, str]
+    """Targets that were written and not run, each with the reason: nothing is proved of them."""
     organs_not_shown: list[str]
     int8: Int8 | None = None
 
@@ -60,17 +64,19 @@ def export_model(
     model: LoadedModel,
     folder: Path,
     *,
+    targets: Sequence[str] = (),
     ct: Volume | None = None,
     int8: Scans | None = None,
     threads: int = 1,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a model as ONNX and OpenVINO IR with its certificate; all of it, or nothing.
+    """Write a model as ONNX and OpenVINO IR, and for phones where asked, with its certificate; all of it, or nothing.
 
     Args:
         model: trained.
         folder: new; with `overwrite` also one that an export wrote before. Nothing else is ever replaced.
+        targets: of `MOBILE`, written besides.
         ct: a scan of the kind that the model is for, whose windows become the golden case and go into the folder; None
             takes a phantom, which shows abdominal organs or none at all.
         int8: scans that make and judge an INT8 network beside the others, with `ct`; None makes none.
@@ -79,12 +85,14 @@ def export_model(
 
     Raises:
         CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`; INT8, that one does.
-        UsageError: EXISTS, or TARGET, a network that does not export.
-        MissingExtraError: onnx, onnxscript, onnxruntime or openvino is not installed.
+        UsageError: EXISTS, or TARGET, one that is none or does not run this network.
+        MissingExtraError: a package that writes or runs one of the files is not installed.
     """
     recipe = model.recipe
+    targets = sorted(set(targets), key=list(MOBILE).index) if set(targets) <= set(MOBILE) else targets
     demand_exportable(recipe.model)
-    _demand_extra()
+    demand_mobile(recipe.model, targets)
+    _demand_extra(targets)
     demand_replaceable(folder, overwrite)
     done = 0
 
@@ -92,13 +100,16 @@ def export_model(
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, _STEPS + _INT8_STEPS * (int8 is not None))
+            progress(done, _STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None))
 
     trained = model.network.to("cpu").float().eval()
     stored = with_half_weights(trained)
     with staged_folder(folder) as stage:
         _write_graphs(stored, recipe, stage)
         step()
+        for target in targets:
+            _write_mobile(target, stored, recipe, stage)
+            step()
         scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom()
         windows, trained_logits = golden_windows(scan, recipe, _runner(trained), _WINDOWS["scan" if ct else "phantom"])
         step()
@@ -112,18 +123,21 @@ def export_model(
                                threads=torch.get_num_threads(), seconds=seconds, reference=trained_logits,
                                judge_logits=False)]
         step()
-        made, backends = None, BACKENDS
-        for backend in BACKENDS:
-            rows.append(_parity_of(stage, model, backend, threads, windows, golden, stored_logits))
+        backends = [*BACKENDS, *(target for target in targets if target in RUNTIMES)]
+        not_run = {target: NOT_RUN_HERE for target in targets if target not in RUNTIMES}
+        for backend in backends:
+            rows.append(_run(stage, model, backend, threads, golden, stored_logits))
             step()
         _demand_parity(rows, folder)
+        made = None
         if int8 is not None:
-            made, backends = write_int8(stage, recipe, int8, threads, step), (*BACKENDS, INT8)
+            made = write_int8(stage, recipe, int8, threads, step)
             demand_bounds(made, folder)
-            rows.append(_parity_of(stage, model, INT8, threads, windows, golden, stored_logits))
+            backends.append(INT8)
+            rows.append(_run(stage, model, INT8, threads, golden, stored_logits))
             _demand_parity(rows, folder)
             step()
-        certificate = make_certificate(rows, source, sha256_of(stage / "model.onnx"), made and made.as_dict())
+        certificate = make_certificate(rows, source, sha256_of(stage / "model.onnx"), not_run, made and made.as_dict())
         (stage / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n", "utf-8")
         (stage / "certificate.md").write_text(certificate_text(certificate, rows), "utf-8")
         # The probe reads the folder as any user would, so it needs a description that is whole.
@@ -132,8 +146,8 @@ def export_model(
         memory = {backend: cost.activation_bytes for backend, cost in costs.items() if cost is not None}
         _write_meta(stage, _meta(model, _entries(stage), memory))
         step()
-        sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
-    return Exported(folder, sizes, rows, certificate["organs_not_shown"], made)
+        sizes = {path.name: sum(p.stat().st_size for p in _files(path)) for path in sorted(stage.iterdir())}
+    return Exported(folder, sizes, rows, not_run, certificate["organs_not_shown"], made)
 
 
 def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
@@ -152,14 +166,43 @@ def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
     openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)
 
 
+def _write_mobile(target: str, stored: nn.Module, recipe: Recipe, stage: Path) -> None:
+    form = stored, recipe.model.patch_size, ["background", *recipe.labels.organs]
+    path = stage / MOBILE[target]
+    if target == "litert":
+        from autosam3d.litert_graph import litert_model
+
+        path.write_bytes(litert_model(*form))
+    elif target == "executorch":
+        from autosam3d.executorch_graph import executorch_program
+
+        path.write_bytes(executorch_program(*form))
+    else:
+        from autosam3d.coreml_graph import write_coreml
+
+        write_coreml(*form, path)
+
+
+def _run(
+    stage: Path, model: LoadedModel, backend: str, threads: int, golden: Golden, stored_logits: np.ndarray
+) -> Parity:
+    """The golden case on a runtime."""
+    export = Export(stage, _meta(model, _entries(stage)), model.recipe)
+    predictor = load_exported(export, backend, threads, output="logits").predictor
+    logits, seconds = _timed(predictor.predict, golden.ct)
+    return measure_parity(logits, golden, model.recipe.labels.organs, backend=backend, version=predictor.version,
+                          threads=threads, seconds=seconds, reference=stored_logits, int8=backend == INT8)
+
+
 def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | None = None) -> dict[str, Any]:
     recipe = model.recipe
+    mobile = [target for target in MOBILE if any(name.split("/")[0] == MOBILE[target] for name in files)]
     return sealed({
         "kind": "export", "recipe": recipe.as_dict(), "weights": {"file": "model.onnx", **files["model.onnx"]},
-        "files": files, "use": describe_use(recipe, OPSET, "openvino_int8.xml" in files),
+        "files": files, "use": describe_use(recipe, OPSET, mobile, "openvino_int8.xml" in files),
         "metrics": dict(model.metrics),
         "trained_weights_sha256": model.sha256, "memory": memory or {},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions(mobile)},
         "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     })
 
@@ -169,14 +212,25 @@ def _write_meta(stage: Path, meta: dict[str, Any]) -> None:
 
 
 def _entries(stage: Path) -> dict[str, Any]:
-    return {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-            for path in sorted(stage.iterdir()) if path.name != "model.json"}
+    return {path.relative_to(stage).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            for path in _files(stage) if path != stage / "model.json"}
 
 
-def _versions() -> dict[str, str]:
+def _files(path: Path) -> list[Path]:
+    """All files of a folder, or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _packages(target: str) -> list[str]:
+    """What writes a mobile target and, where something does, what runs it."""
+    return list(dict.fromkeys([_WRITERS[target], *([PACKAGE_OF[target]] if target in RUNTIMES else [])]))
+
+
+def _versions(mobile: Sequence[str]) -> dict[str, str]:
     import importlib.metadata
 
-    return {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript", *BACKENDS)}
+    names = ["onnx", "onnxscript", *BACKENDS, *(name for target in mobile for name in _packages(target))]
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
@@ -187,17 +241,6 @@ def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
             return np.concatenate([network(torch.from_numpy(w[None])).numpy() for w in windows])
 
     return run
-
-
-def _parity_of(
-    stage: Path, model: LoadedModel, backend: str, threads: int, windows: np.ndarray, golden: Golden,
-    reference: np.ndarray,
-) -> Parity:
-    export = Export(stage, _meta(model, _entries(stage)), model.recipe)
-    predictor = load_exported(export, backend, threads, output="logits").predictor
-    logits, seconds = _timed(predictor.predict, windows)
-    return measure_parity(logits, golden, model.recipe.labels.organs, backend=backend, version=predictor.version,
-                          threads=threads, seconds=seconds, reference=reference, int8=backend == INT8)
 
 
 def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -222,10 +265,17 @@ def missing_packages() -> list[str]:
     return [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
 
 
-def _demand_extra() -> None:
-    if missing := missing_packages():
-        raise MissingExtraError("MISSING_EXTRA", "export", f"expected the packages {', '.join(missing)}, got none",
-                                'pip install "autosam3d[export]"')
+def _demand_extra(targets: Sequence[str]) -> None:
+    import importlib.util
+
+    for where, extra, missing in (
+        ("export", "export", missing_packages()),
+        *((target, "mobile", [name for name in _packages(target) if importlib.util.find_spec(name) is None])
+          for target in targets),
+    ):
+        if missing:
+            raise MissingExtraError("MISSING_EXTRA", where, f"expected the packages {', '.join(missing)}, got none",
+                                    f'pip install "autosam3d[{extra}]"')
 
 
 def demand_replaceable(folder: Path, overwrite: bool) -> None:

@@ -38,6 +38,23 @@ ConvTranspose3d and grouped ones fail), coremltools 9.0 (rank 5 at most; convert
 """
 
 
+MOBILE = {"litert": "model.tflite", "executorch": "model.pte", "coreml": "coreml.mlpackage"}
+"""Target that is written beside ONNX and OpenVINO where it is asked for, to its file or folder."""
+
+
+def demand_mobile(spec: NetworkSpec, targets: Iterable[str]) -> None:
+    """Refuse targets that are none to ask for, or that do not run the network.
+
+    Raises:
+        UsageError: TARGET.
+    """
+    for target in targets:
+        if target not in MOBILE:
+            raise UsageError("TARGET", target, f"expected {', '.join(MOBILE)}",
+                             "name one of these; ONNX and OpenVINO are always written")
+    demand_exportable(spec, targets)
+
+
 def demand_exportable(spec: NetworkSpec, targets: Iterable[str] = ("onnxruntime", "openvino")) -> None:
     """Refuse a network that one of the targets cannot run.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
+from autosam3d.export_targets import MOBILE
 from autosam3d.io.files import open_regular, readable, sha256_of
 from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.onnx_file import MAX_ONNX_BYTES
@@ -20,11 +21,17 @@ ONNX, OPENVINO = ("model.onnx",), ("openvino.xml", "openvino.bin")
 INT8 = "openvino-int8"
 """Another network than the trained one, within the bounds of `parity`: run only where it is named."""
 OPENVINO_INT8 = ("openvino_int8.xml", "openvino_int8.bin")
-FILES_OF = {"onnxruntime": ONNX, "openvino": OPENVINO, INT8: OPENVINO_INT8}
+FILES_OF = {"onnxruntime": ONNX, "openvino": OPENVINO, INT8: OPENVINO_INT8, "litert": (MOBILE["litert"],),
+            "executorch": (MOBILE["executorch"],)}
 """Backend to the files that it reads."""
 BACKENDS = ("onnxruntime", "openvino")
-"""What every export holds, and of which "auto" takes the fastest."""
-PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino", INT8: "openvino"}
+"""What every export holds, and of which "auto" takes the faster."""
+RUNTIMES = tuple(FILES_OF)
+PACKAGE_OF = {"onnxruntime": "onnxruntime", "openvino": "openvino", INT8: "openvino", "litert": "ai_edge_litert",
+              "executorch": "executorch"}
+EXTRA_OF = {name: "mobile" if name in MOBILE else "fast" for name in RUNTIMES}
+NOT_RUN_HERE = "not run on this platform"
+"""What is said of a target that only another system can run."""
 _AGAIN = "export the model again, or copy the whole folder again"
 
 
@@ -63,7 +70,10 @@ class Export:
         if not isinstance(entry, Mapping):
             raise CheckpointError("CORRUPT", self.folder / "model.json", f"expected an entry for {name}, got none",
                                   _AGAIN)
-        if path.is_symlink():
+        inner = Path(name)
+        if inner.is_absolute() or ".." in inner.parts:
+            raise CheckpointError("PATH", path, "expected a file of the folder, got a way out of it", _AGAIN)
+        if any(p.is_symlink() for p in (path, *path.parents[: len(inner.parts) - 1])):
             raise CheckpointError("PATH", path, "expected a file of the folder, got a link", _AGAIN)
         if not path.is_file():
             raise CheckpointError("CORRUPT", path, "the file is missing", _AGAIN)
@@ -125,28 +135,40 @@ def installed_backends(export: Export | None = None, names: Sequence[str] = BACK
             and (export is None or export.has(FILES_OF[name][0]))]
 
 
+def not_run(export: Export) -> dict[str, str]:
+    """The targets that `export` has files for and that no runtime here can judge, each with the reason."""
+    reasons = {name: f"{PACKAGE_OF[name]} is not installed" for name in RUNTIMES
+               if export.has(FILES_OF[name][0]) and importlib.util.find_spec(PACKAGE_OF[name]) is None}
+    if any(name.startswith(f"{MOBILE['coreml']}/") for name in export.meta["files"]):
+        reasons["coreml"] = NOT_RUN_HERE
+    return reasons
+
+
 def load_exported(path: Path | Export, backend: str, threads: int, *, output: str = "probs") -> ExportedModel:
     """An exported network, ready to run.
 
     Args:
         path: the folder.
-        backend: one of `FILES_OF`.
+        backend: one of `RUNTIMES`.
         threads: CPU threads.
         output: what its predictor gives: "probs", or "logits" for comparisons.
 
     Raises:
         CheckpointError: the folder is broken, its network has other classes than its recipe, or KIND.
         MissingExtraError: the runtime is not installed.
-        UsageError: BACKEND, no such one, or INT8 of an export without it.
+        UsageError: BACKEND, no such one, or one that the folder was not exported for.
     """
-    if backend not in FILES_OF:
-        raise UsageError("BACKEND", backend, f"expected {' or '.join(FILES_OF)}", "name one of these")
+    if backend not in RUNTIMES:
+        raise UsageError("BACKEND", backend, f"expected {' or '.join(RUNTIMES)}", "name one of these")
     export = path if isinstance(path, Export) else open_export(path)
     if backend == INT8 and not export.has(OPENVINO_INT8[0]):
         raise no_int8(export.folder)
+    if backend not in BACKENDS and not export.has(FILES_OF[backend][0]):
+        raise UsageError("BACKEND", backend, f"{export.folder} holds no {FILES_OF[backend][0]}",
+                         f"export the model again with --target {backend}")
     if importlib.util.find_spec(PACKAGE_OF[backend]) is None:
         raise MissingExtraError("MISSING_EXTRA", backend, f"expected the package {PACKAGE_OF[backend]}, got none",
-                                'pip install "autosam3d[fast]"')
+                                f'pip install "autosam3d[{EXTRA_OF[backend]}]"')
     files = [export.path(name) for name in FILES_OF[backend]]
     recipe, memory = export.recipe, export.activation_bytes(backend)
     form = (recipe.model.patch_size, ["background", *recipe.labels.organs], threads, memory, output)
@@ -154,6 +176,15 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
         from autosam3d.onnx_runtime import OnnxPredictor
 
         predictor: ExportPredictor = OnnxPredictor(_content(files[0], export.sha256), files[0], *form)
+    elif backend == "litert":
+        from autosam3d.litert_runtime import LitertPredictor
+
+        predictor = LitertPredictor(_content(files[0], export.meta["files"][files[0].name]["sha256"]), files[0], *form)
+    elif backend == "executorch":
+        from autosam3d.executorch_runtime import ExecutorchPredictor
+
+        content = _content(files[0], export.meta["files"][files[0].name]["sha256"])
+        predictor = ExecutorchPredictor(content, files[0], *form)
     else:
         from autosam3d.openvino_runtime import OpenVinoPredictor
 

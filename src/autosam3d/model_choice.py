@@ -12,7 +12,7 @@ from pathlib import Path
 from autosam3d.backend import cache_folder, fastest_backend, wished_backend
 from autosam3d.batch import SourcedModel
 from autosam3d.errors import CheckpointError, ResourceError, UsageError
-from autosam3d.exported import INT8, Export, installed_backends, load_exported, no_int8, open_export
+from autosam3d.exported import BACKENDS, INT8, Export, installed_backends, load_exported, no_int8, open_export
 from autosam3d.memory import demand_model_ram
 from autosam3d.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
 
@@ -64,9 +64,12 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
 
         torch.set_num_threads(wish.threads)
         return load_model(json_path, sam=wish.sam, device=pick_device(wish.device))
-    _demand_cpu(wish)
     if backend == INT8:  # it takes scans to make it
         raise no_int8(json_path)
+    if backend not in BACKENDS:
+        raise UsageError("BACKEND", backend, "expected an export for it, got a checkpoint",
+                         f"autosam3d export {path or json_path.parent} FOLDER --target {backend}, then name FOLDER")
+    _demand_cpu(wish)
     return _run_export(_cached_export(json_path, wish), backend, wish)
 
 
@@ -77,7 +80,7 @@ def _run_export(export: Export, backend: str, wish: ModelWish) -> SourcedModel:
 
 def _demand_cpu(wish: ModelWish) -> None:
     if wish.device not in ("auto", "cpu"):
-        raise UsageError("DEVICE", wish.device, "expected auto or cpu: ONNX Runtime and OpenVINO run on the CPU here",
+        raise UsageError("DEVICE", wish.device, "expected auto or cpu: the runtimes of exports run on the CPU here",
                          "leave the device out, or run a checkpoint with --backend torch")
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from autosam3d.export_targets import MOBILE
 from autosam3d.recipe import Recipe
 
+_MOBILE_USE = {
+    "litert": "one input, one output: logits; weights stored as float16, computed in float32",
+    "executorch": "method forward: ct to logits; method labels: the classes; for the XNNPACK backend; float32",
+    "coreml": "input ct, output logits; float32; written and never run: compare with golden.npz before use",
+}
 
-def describe_use(recipe: Recipe, opset: int, int8: bool = False) -> dict[str, Any]:
+
+def describe_use(recipe: Recipe, opset: int, mobile: Sequence[str] = (), int8: bool = False) -> dict[str, Any]:
     """Everything that comes before and after the network. Axes are [z, y, x] throughout.
 
     Args:
         recipe: of the model.
         opset: of the ONNX file.
+        mobile: targets of `MOBILE` that lie beside it.
         int8: whether an INT8 network lies beside it.
     """
     pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
@@ -40,8 +49,10 @@ def describe_use(recipe: Recipe, opset: int, int8: bool = False) -> dict[str, An
                      "slower on CPUs and less exact"},
         **({"openvino_int8": {"files": ["openvino_int8.xml", "openvino_int8.bin"], "note": "another network within the "
                               "bounds of certificate.md; the same input and outputs"}} if int8 else {}),
+        **{target: {"file": MOBILE[target], "how": _MOBILE_USE[target]} for target in mobile},
         "input": {"name": "ct", "type": "float32", "shape": [1, 1, *size]},
-        "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1"},
+        "outputs": {"logits": [1, labels.num_outputs, *size], "probs": "softmax of logits over axis 1; files for "
+                    "phones give logits alone"},
         "patch": size,
         "spacing_mm": spacing,
         "crop_to_body": pre.crop_to_body,

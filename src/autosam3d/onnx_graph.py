@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autosam3d.errors import MissingExtraError
+from autosam3d.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +19,7 @@ Size = tuple[int, int, int]
 """Voxels (z, y, x)."""
 
 OPSET = 18
-_HALF_FROM = 1024
+HALF_FROM = 1024
 """Tensors of fewer numbers keep float32: biases and norms are a thousandth of the file."""
 _TALKERS = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir",
             "onnx_ir._convenience")
@@ -38,7 +35,7 @@ def with_half_weights(network: nn.Module) -> nn.Module:
     rounded = copy.deepcopy(network).float().eval()
     with torch.no_grad():
         for tensor in (*rounded.parameters(), *rounded.buffers()):
-            if tensor.is_floating_point() and tensor.numel() >= _HALF_FROM:
+            if tensor.is_floating_point() and tensor.numel() >= HALF_FROM:
                 half = tensor.half()
                 if bool(torch.isfinite(half).all()):
                     tensor.copy_(half)
@@ -61,7 +58,7 @@ def onnx_model(network: nn.Module, patch_size: Size) -> onnx.ModelProto:
         raise MissingExtraError("MISSING_EXTRA", "export", "expected the packages onnx and onnxscript, got none",
                                 'pip install "autosam3d[export]"') from None
     ct = torch.zeros(1, 1, *patch_size)
-    with _quiet(), torch.no_grad():
+    with quiet(*_TALKERS), torch.no_grad():
         program = torch.onnx.export(
             _WithProbs(network).eval(), (ct,), dynamo=True, opset_version=OPSET, input_names=["ct"],
             output_names=["logits", "probs"], verbose=False, external_data=False,
@@ -70,22 +67,6 @@ def onnx_model(network: nn.Module, patch_size: Size) -> onnx.ModelProto:
     model = program.model_proto
     _shrink(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells a developer of itself, in log messages and warnings."""
-    loggers = [logging.getLogger(name) for name in _TALKERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _WithProbs(nn.Module):
@@ -116,7 +97,7 @@ def _shrink(model: onnx.ModelProto) -> None:
             same[tensor.name] = first[key]
             continue
         first[key] = tensor.name
-        half = values.astype(np.float16) if values.dtype == np.float32 and values.size >= _HALF_FROM else None
+        half = values.astype(np.float16) if values.dtype == np.float32 and values.size >= HALF_FROM else None
         if half is not None and np.array_equal(half.astype(np.float32), values):
             name = f"{tensor.name}.half"
             kept.append(numpy_helper.from_array(half, name))

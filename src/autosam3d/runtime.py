@@ -1,7 +1,7 @@
 """One interface over the runtimes: patches in, probabilities out.
 
-Here PyTorch; `onnx_runtime` and `openvino_runtime` run exports. Only `TorchPredictor` imports torch, and only when it
-is built, so that the others run where torch is not installed.
+Here PyTorch; `onnx_runtime`, `openvino_runtime`, `litert_runtime` and `executorch_runtime` run exports. Of these only
+`TorchPredictor` and ExecuTorch import torch, and only when they are built, so that the others run where it is not.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ class Predictor(Protocol):
     def activation_bytes(self, batch_size: int) -> int:
         """Host memory that `predict` takes beside its input and output; 0 where it is unknown."""
         ...
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities [B, K, ...] of float32 logits, in their place."""
+    logits -= logits.max(1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(1, keepdims=True)
+    return logits
 
 
 def pick_device(wish: str) -> str:

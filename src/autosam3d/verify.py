@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosam3d.errors import MissingExtraError
-from autosam3d.exported import FILES_OF, INT8, installed_backends, load_exported, open_export
+from autosam3d.exported import INT8, RUNTIMES, installed_backends, load_exported, not_run, open_export
 from autosam3d.golden import load_golden
 from autosam3d.parity import Parity, measure_parity
 
@@ -19,6 +19,8 @@ class Verified:
     files: list[str]
     """Those whose SHA-256 is right; all, else `verify_export` raises."""
     rows: list[Parity]
+    not_run: dict[str, str]
+    """Targets of the folder that were not run here, each with the reason."""
     certified: str
     """Date and machine of the certificate."""
 
@@ -41,7 +43,7 @@ def verify_export(folder: Path, threads: int) -> Verified:
     for name in files:
         export.path(name)
     golden = load_golden(export.path("golden.npz"), export.recipe)
-    backends = installed_backends(export, tuple(FILES_OF))
+    backends = installed_backends(export, RUNTIMES)
     if not backends:
         raise MissingExtraError("MISSING_EXTRA", folder, "expected onnxruntime or openvino, got neither",
                                 'pip install "autosam3d[fast]"')
@@ -55,4 +57,4 @@ def verify_export(folder: Path, threads: int) -> Verified:
             seconds=time.perf_counter() - started, int8=backend == INT8,
         ))
     date, machine = (str(export.meta.get(key, "unknown")) for key in ("date", "machine"))
-    return Verified(files, rows, f"{date}, {machine}")
+    return Verified(files, rows, not_run(export), f"{date}, {machine}")

@@ -73,7 +73,9 @@ class ResUnet(nn.Module):
         """
         if ct.dim() != 5 or ct.shape[1] != 1 or any(n < 32 or n % 32 for n in ct.shape[2:]):
             raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of 32, got {tuple(ct.shape)}")
-        full = self.stem(ct.to(memory_format=torch.channels_last_3d))
+        if not torch.compiler.is_exporting():  # ExecuTorch knows no such layout
+            ct = ct.to(memory_format=torch.channels_last_3d)
+        full = self.stem(ct)
         half = self.block1(self.down1(full))
         quarter = self.block2(self.down2(half))
         eighth = self.block3(self.down3(quarter))

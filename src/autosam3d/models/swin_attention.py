@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         heads, head_dim = self.num_heads, triple_dim // 3 // self.num_heads
         # Tokens last: a product with a long and a thin side is up to five times as fast if the thin one is not last.
         qkv = qkv.view(num_windows, n, 3 * heads, head_dim).permute(2, 0, 3, 1)
-        q, k, v = qkv.contiguous().split(heads)  # heads V c n
+        q, k, v = _split(qkv.contiguous(), heads, 0)  # heads V c n
         q, bias = q * head_dim**-0.5, self.bias(n)
         if q.device.type == "cpu" and not torch.compiler.is_exporting():
             mixed = cast(Tensor, _MixOnCpu.apply(q, k, v, bias, cut))
@@ -68,7 +68,7 @@ class WindowAttention(nn.Module):
             if any(cut.shift):
                 q, k = widen(q, k, cut.seams(num_windows, q))
             step = max(1, self.MAX_MAP // (heads * n * n))
-            parts = zip(q.split(step, 1), k.split(step, 1), v.split(step, 1), strict=True)
+            parts = zip(*(_split(t, step, 1) for t in (q, k, v)), strict=True)
             mixed = torch.cat([mix_windows(qs, ks, vs, bias) for qs, ks, vs in parts], 1)
         return mixed.permute(1, 3, 0, 2).reshape(num_windows, n, heads * head_dim)
 
@@ -200,6 +200,14 @@ def widen(q: Tensor, k: Tensor, seams: Tensor) -> tuple[Tensor, Tensor]:
     """
     sides = seams.to(q.dtype).expand(q.shape[0], *seams.shape)
     return torch.cat([q, 1 - 2 * sides], 2), torch.cat([k, -_SEAM * sides], 2)
+
+
+def _split(x: Tensor, size: int, axis: int) -> Sequence[Tensor]:
+    """``x.split(size, axis)``; in an exported graph as slices, because converters for phones stumble over a split."""
+    if not torch.compiler.is_exporting():
+        return x.split(size, axis)
+    count = x.shape[axis]
+    return [x.narrow(axis, start, min(size, count - start)) for start in range(0, count, size)]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class SwinUnetr(nn.Module):
         """
         if ct.dim() != 5 or ct.shape[1] != 1 or any(n < 32 or n % 32 for n in ct.shape[2:]):
             raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of 32, got {tuple(ct.shape)}")
-        ct = ct.to(memory_format=torch.channels_last_3d)
+        if not torch.compiler.is_exporting():  # ExecuTorch knows no such layout
+            ct = ct.to(memory_format=torch.channels_last_3d)
         half, quarter, eighth, sixteenth, deepest = self.swinViT(ct)
         x = self.decoder5(self.encoder10(deepest), sixteenth)
         x = self.decoder4(x, self.encoder4(eighth))
