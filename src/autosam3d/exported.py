@@ -159,7 +159,7 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
         UsageError: BACKEND, no such one, or one that the folder was not exported for.
     """
     if backend not in RUNTIMES:
-        raise UsageError("BACKEND", backend, f"expected {' or '.join(RUNTIMES)}", "name one of these")
+        raise UsageError("BACKEND", backend, f"expected one of {', '.join(RUNTIMES)}", "name one of these")
     export = path if isinstance(path, Export) else open_export(path)
     if backend == INT8 and not export.has(OPENVINO_INT8[0]):
         raise no_int8(export.folder)
