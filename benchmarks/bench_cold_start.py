@@ -65,8 +65,14 @@ def start(folder: Path, backend: str) -> dict[str, float]:
     }
 
 
-def make_models(folder: Path) -> tuple[Path, Path]:
-    """A run folder and its export, without the certificate."""
+def make_models(folder: Path, recipe: Any = None, prepare: Any = None) -> tuple[Path, Path]:
+    """A run folder with random weights and its export, without the certificate.
+
+    Args:
+        folder: new.
+        recipe: of the model; None is Tiny at 96^3 with the preprocessing of `openkbp`.
+        prepare: called with the network before anything is written.
+    """
     import torch
 
     from autosam3d import export
@@ -75,14 +81,18 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     from autosam3d.onnx_graph import with_half_weights
     from autosam3d.recipe import load_recipe, recipe_from_dict
 
-    tree = load_recipe("openkbp").as_dict()
-    tree["model"] = {"network": "swin_unetr", "feature_size": 12, "patch_size": list(PATCH)}
-    recipe = recipe_from_dict(tree)
+    if recipe is None:
+        tree = load_recipe("openkbp").as_dict()
+        tree["model"] = {"network": "swin_unetr", "feature_size": 12, "patch_size": list(PATCH)}
+        recipe = recipe_from_dict(tree)
     torch.manual_seed(SEED)
     run, exported = folder / "run", folder / "export"
     run.mkdir(parents=True)
     exported.mkdir()
-    save_checkpoint(run / "best.json", build_network(recipe.model).state_dict(), {
+    network = build_network(recipe.model).eval()
+    if prepare is not None:
+        prepare(network)
+    save_checkpoint(run / "best.json", network.state_dict(), {
         "kind": "model", "contains": "all", "recipe": recipe.as_dict(), "sam": None, "epoch": 0, "metrics": {}})
     model = load_model(run)
     export._write_graphs(with_half_weights(model.network), recipe, exported)
