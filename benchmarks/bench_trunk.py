@@ -59,11 +59,11 @@ def make_ct(source: Path, path: Path) -> None:
 def make_model(folder: Path, ct: Path, network: dict[str, Any]) -> None:
     """A run folder and an export."""
     import torch
-    from bench_cold_start import make_models
 
     from autosam3d.io import read_ct
     from autosam3d.preprocess import prepare_ct
     from autosam3d.recipe import load_recipe, recipe_from_dict
+    from bench_cold_start import make_models
 
     tree = load_recipe("btcv").as_dict()
     tree["model"] = network | {"patch_size": list(PATCH)}
@@ -92,7 +92,7 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     from autosam3d.io import read_ct, write_segmentation
     from autosam3d.io.memory import peak_bytes
     from autosam3d.model_choice import ModelWish, open_model
-    from autosam3d.patches import Tiling, grid_starts, pad_to
+    from autosam3d.patches import Tiling, grid_starts
     from autosam3d.preprocess import plan_grid
 
     which, backend, overlap, crop, air = ROWS[name]
@@ -117,7 +117,9 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     volume = read_ct(folder / "ct.nii.gz")
     read = time.perf_counter() - began - loaded
     tiling = Tiling(overlap=overlap)
-    result = inference.segment_with(volume, model, inference.SegmentOptions(tiling=tiling))
+    finish = inference.begin_segment(volume, model, inference.SegmentOptions(tiling=tiling))
+    del volume
+    result = finish(None)
     segmented = time.perf_counter() - began - loaded - read
     write_segmentation(folder / "out.nii.gz", result, model.recipe.labels)
     seconds, cpu, peak = time.perf_counter() - began, time.process_time() - used, peak_bytes() / 2**20
@@ -125,8 +127,9 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     padded = tuple(max(n, p) for n, p in zip(shape, PATCH, strict=True))
     return {
         "seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "load": loaded, "read": read, "segment": segmented,
-        "write": seconds - loaded - read - segmented, "model": inside[0], "windows": len(grid_starts(padded, PATCH, overlap)),
-        "computed": calls[0], "grid_zyx": list(shape), "foreground": float((result.labels > 0).mean()),
+        "write": seconds - loaded - read - segmented, "model": inside[0], "computed": calls[0],
+        "windows": len(grid_starts(padded, PATCH, overlap)), "grid_zyx": list(shape),
+        "foreground": float((result.labels > 0).mean()),
     }
 
 

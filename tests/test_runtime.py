@@ -121,7 +121,7 @@ def test_of_a_loops_equal_steps_one_is_counted(monkeypatch: pytest.MonkeyPatch) 
     network = build_network(SwinUnetrSpec(num_outputs=3, patch_size=size, feature_size=12))
     held = TorchPredictor(network, size, "cpu", "fp32").activation_bytes(1)
     voxels = 4 * 32 * 32 * 64
-    assert 2 * 36 * voxels < held < 2 * 150 * voxels  # at the widest 24 channels in, 12 out at full resolution, and copies
+    assert 2 * 36 * voxels < held < 2 * 150 * voxels  # at the widest 24 channels in, 12 out at full size, copies
     assert len(products) == 16
 
 

@@ -46,17 +46,20 @@ class Meter:
     """Seconds and peak memory per stage; a stage may be entered many times."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    """Of all threads: what other programs on the machine do hardly changes it."""
     peak_mib: dict[str, float] = field(default_factory=dict)
     """Most that the process held inside a stage, all in all; empty where the system does not say (not Linux)."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         watched = _forget_peak()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - used
             if watched:
                 self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), _peak_mib())
 
@@ -124,13 +127,13 @@ def summary(result: dict[str, Any]) -> str:
     """A table: a line a contender, a column a stage, ratios to MONAI's way."""
     rows, lines = result["rows"], []
     slow = [name for name in BASELINES if name in rows]
-    head = ["", *STAGES, "whole", "peak MiB", "windows", "equal labels", *(f"{name} takes" for name in slow)]
+    head = ["", *STAGES, "whole", "CPU", "peak MiB", "windows", "equal labels", *(f"{name} takes" for name in slow)]
     for name, row in rows.items():
         cells = [f"{row['seconds'].get(stage, 0):.2f}" for stage in STAGES]
         peak = max(row["peak_mib"].values(), default=0)
         ratios = [f"{rows[other]['whole_seconds'] / row['whole_seconds']:.1f}x" for other in slow]
-        lines.append([name, *cells, f"{row['whole_seconds']:.2f}", f"{peak:.0f}", str(row["windows"]),
-                      f"{row['labels_equal']:.4%}", *ratios])
+        lines.append([name, *cells, f"{row['whole_seconds']:.2f}", f"{row['cpu_seconds']:.2f}", f"{peak:.0f}",
+                      str(row["windows"]), f"{row['labels_equal']:.4%}", *ratios])
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
     for name, row in rows.items():
@@ -179,12 +182,13 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     held = resident_bytes()
     if predict is not None:
         labels, windows = _monai_way(volume, loaded, predict, tiling, meter, contender == CROPPED)
-        whole = sum(meter.seconds.get(stage, 0.0) for stage in ("read", "resample", "model", "restore"))
+        stages = ("read", "resample", "model", "restore")
+        whole, cpu = (sum(spent.get(s, 0.0) for s in stages) for spent in (meter.seconds, meter.cpu_seconds))
     else:
         labels, windows = _by_stages(volume, loaded, tiling, meter)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         again = segment_with(read_ct(ct), loaded, SegmentOptions(tiling=tiling)).labels
-        whole = time.perf_counter() - started
+        whole, cpu = time.perf_counter() - started, time.process_time() - used
         if not np.array_equal(again, labels):
             raise ValueError("the stages one by one and `segment` gave different labels")
     result = Segmentation(labels, volume.affine, volume.source, dict(loaded.recipe.labels.by_index))
@@ -192,6 +196,7 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
         write_segmentation(folder / f"{contender}.nii.gz", result, loaded.recipe.labels)
     np.save(folder / f"{contender}.npy", labels)
     row = {"seconds": meter.seconds, "peak_mib": meter.peak_mib, "whole_seconds": whole + meter.seconds["write"],
+           "cpu_seconds": cpu + meter.cpu_seconds["write"],
            "windows": windows, "held_before_mib": held / 2**20, "overlap": tiling.overlap,
            "shape_zyx": list(volume.shape), "spacing_mm_zyx": [round(mm, 4) for mm in volume.spacing_mm]}
     return row | _matrix_peak(loaded)
