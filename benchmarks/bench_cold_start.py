@@ -1,9 +1,9 @@
 """From the start of the process to the first window's probabilities, and the memory that it takes: three runtimes.
 
-SwinUNETR Tiny, random weights, 96^3, six outputs. Each runtime starts three times in a fresh process that does what
+SwinUNETR Tiny, random weights, 96^3. Each runtime starts three times in a fresh process that does what
 `autosam3d segment` does before its first window: imports, hashes, loading, one window. Wall time depends on what else
-the machine does; CPU time on one thread hardly does. Memory is the peak above what was resident after the imports.
-Run as ``OMP_NUM_THREADS=1 python benchmarks/bench_cold_start.py [EXPORT RUN]``; both folders are made where not given.
+the machine does; CPU time hardly does. Memory is the peak above what was resident after the imports.
+Run as ``OMP_NUM_THREADS=2 python benchmarks/bench_cold_start.py [EXPORT RUN]``; both folders are made where not given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATCH, SEED, STARTS, THREADS = (96, 96, 96), 0, 3, 1
+PATCH, SEED, STARTS, THREADS = (96, 96, 96), 0, 3, 2
 BACKENDS = ("torch", "onnxruntime", "openvino")
 CHILD = """
 import sys, time
@@ -65,8 +65,14 @@ def start(folder: Path, backend: str) -> dict[str, float]:
     }
 
 
-def make_models(folder: Path) -> tuple[Path, Path]:
-    """A run folder and its export, without the certificate."""
+def make_models(folder: Path, recipe: Any = None, prepare: Any = None) -> tuple[Path, Path]:
+    """A run folder with random weights and its export, without the certificate.
+
+    Args:
+        folder: new.
+        recipe: of the model; None is Tiny at 96^3 with the preprocessing of `openkbp`.
+        prepare: called with the network before anything is written.
+    """
     import torch
 
     from autosam3d import export
@@ -75,14 +81,18 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     from autosam3d.onnx_graph import with_half_weights
     from autosam3d.recipe import load_recipe, recipe_from_dict
 
-    tree = load_recipe("openkbp").as_dict()
-    tree["model"] = {"network": "swin_unetr", "feature_size": 12, "patch_size": list(PATCH)}
-    recipe = recipe_from_dict(tree)
+    if recipe is None:
+        tree = load_recipe("openkbp").as_dict()
+        tree["model"] = {"network": "swin_unetr", "feature_size": 12, "patch_size": list(PATCH)}
+        recipe = recipe_from_dict(tree)
     torch.manual_seed(SEED)
     run, exported = folder / "run", folder / "export"
     run.mkdir(parents=True)
     exported.mkdir()
-    save_checkpoint(run / "best.json", build_network(recipe.model).state_dict(), {
+    network = build_network(recipe.model).eval()
+    if prepare is not None:
+        prepare(network)
+    save_checkpoint(run / "best.json", network.state_dict(), {
         "kind": "model", "contains": "all", "recipe": recipe.as_dict(), "sam": None, "epoch": 0, "metrics": {}})
     model = load_model(run)
     export._write_graphs(with_half_weights(model.network), recipe, exported)
@@ -94,7 +104,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(a) for a in sys.argv[1:3]] or make_models(Path(place))
         exported, run = folders
-        setting = f"SwinUNETR Tiny, 6 outputs, {PATCH[0]}^3, {THREADS} thread"
+        outputs = json.loads((exported / "model.json").read_text("utf-8"))["recipe"]["model"]["num_outputs"]
+        setting = f"SwinUNETR Tiny, {outputs} outputs, {PATCH[0]}^3, {THREADS} threads"
         result: dict[str, Any] = {"setting": setting, "starts": STARTS}
         for backend in BACKENDS:
             rows = [start(run if backend == "torch" else exported, backend) for _ in range(STARTS)]

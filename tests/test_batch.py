@@ -230,11 +230,11 @@ def test_memory_that_runs_out_is_a_failed_case_and_a_bug_is_not(tmp_path, model:
     def run_out(*_: object) -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    monkeypatch.setattr(batch, "segment_with", run_out)
+    monkeypatch.setattr(batch, "begin_segment", run_out)
     result = segment_batch(check_inputs(scans, tmp_path / "out"), model)
     assert {type(f.error) for f in result.failed} == {ResourceError} and len(result.failed) == 2
     assert "9 GiB" in result.failed[0].error.fault
-    monkeypatch.setattr(batch, "segment_with", lambda *_: 1 / 0)
+    monkeypatch.setattr(batch, "begin_segment", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         segment_batch(check_inputs(scans, tmp_path / "out"), model)
 

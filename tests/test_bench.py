@@ -13,6 +13,7 @@ from autosam3d.bench import Meter, contenders, summary
 from autosam3d.inference import SegmentOptions, segment_with
 from autosam3d.io import read_ct, write_ct
 from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.preprocess import plan_grid
 from autosam3d.volume import Volume
 from command_line import mini_model, run
 from mini_run import affine_of, blobs
@@ -37,10 +38,21 @@ def test_monais_way_gives_the_same_labels_where_its_windows_are_ours(tmp_path: P
     pytest.importorskip("monai")
     model, volume = open_model(mini_model(), ModelWish(device="cpu")), read_ct(scan(tmp_path))
     own, _ = bench_module._by_stages(volume, model, model.recipe.inference, Meter())
+    loaded, predict = bench_module._contender(mini_model(), bench_module.CROPPED, 1)
+    assert predict is not None
+    theirs, calls = bench_module._monai_way(volume, loaded, predict, model.recipe.inference, Meter(), crop=True)
+    assert calls == 8 and float(np.mean(own == theirs)) > 0.995  # a random network: near ties
+
+
+def test_monais_users_have_no_crop_to_the_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    volume, seen = read_ct(scan(tmp_path)), []
+    monkeypatch.setattr(bench_module, "plan_grid", lambda v, spec: seen.append(spec.crop_to_body) or plan_grid(v, spec))
     loaded, predict = bench_module._contender(mini_model(), bench_module.BASELINE, 1)
     assert predict is not None
-    theirs, calls = bench_module._monai_way(volume, loaded, predict, model.recipe.inference, Meter())
-    assert calls == 8 and float(np.mean(own == theirs)) > 0.995  # a random network: near ties
+    for crop in (False, True):
+        bench_module._monai_way(volume, loaded, predict, loaded.recipe.inference, Meter(), crop)
+    assert seen == [False, loaded.recipe.preprocess.crop_to_body]
 
 
 def test_a_meter_adds_up_and_keeps_the_largest_peak() -> None:
@@ -62,13 +74,14 @@ def test_the_command_measures_every_contender_and_says_so(tmp_path: Path) -> Non
     if "torch" not in contenders(mini_model()):
         pytest.fail("a checkpoint runs on PyTorch")
     rows = {name: bench_module._measure(mini_model(), path, name, None, 1, tmp_path)
-            for name in ("torch", bench_module.BASELINE)}
+            for name in ("torch", *bench_module.BASELINES)}
     bench_module._share_of_peak(rows)
     for name, row in rows.items():
         row |= {"labels_equal": 1.0}
         assert 0 < row["matrix_peak_share"] < 5 and row["whole_seconds"] > 0, name
     table = summary({"rows": rows})
-    assert len(table.splitlines()) == 5 and "monai" in table and "1.0x" in table
+    assert len(table.splitlines()) == 7 and "monai takes" in table and "monai_cropped takes" in table
+    assert "1.0x" in table
     json.dumps(rows)
 
 

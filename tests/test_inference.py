@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,6 +216,18 @@ def test_a_stopped_run_leaves_no_thread() -> None:
     with pytest.raises(KeyboardInterrupt):
         inference.segment(make_scan(np.zeros((16, 20, 24), np.uint8)), Model(make_recipe(), Oracle()), progress=stop)
     assert not [t for t in threading.enumerate() if t.name.startswith("predict")]
+
+
+def test_a_scan_may_go_before_its_windows_are_predicted() -> None:
+    recipe, oracle, scan = make_recipe((2.0, 1.6, 1.8)), Oracle(), make_scan(make_balls((16, 40, 40), (2.0, 1.0, 1.0)))
+    expected = inference.segment(scan, Model(recipe, oracle))
+    gone = weakref.ref(scan)
+    finish = inference.begin_segment(scan, Model(recipe, oracle), SegmentOptions())
+    del scan
+    assert gone() is None
+    found = finish(None)
+    assert found.labels.any() and np.array_equal(found.labels, expected.labels)
+    assert np.array_equal(found.affine, expected.affine)
 
 
 def test_label_prepared_is_segment_without_resampling() -> None:

@@ -362,7 +362,7 @@ def test_every_student_converts(target: str, tmp_path: Path) -> None:
 
 
 def test_errors_are_of_the_tree() -> None:
-    with pytest.raises(AutoSam3dError, match="expected one of onnxruntime, openvino, openvino-int8, litert, executorch"):
+    with pytest.raises(AutoSam3dError, match="one of onnxruntime, openvino, openvino-int8, litert, executorch"):
         load_exported(mini_export(), "abacus", 1)
 
 

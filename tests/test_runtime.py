@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from autosam3d.errors import ResourceError, UsageError
+from autosam3d.models import swin_attention
 from autosam3d.models.autosam import AutoSam
-from autosam3d.models.spec import AutoSamSpec
+from autosam3d.models.build import build_network
+from autosam3d.models.spec import AutoSamSpec, SwinUnetrSpec
 from autosam3d.runtime import TorchPredictor, bf16_in_hardware, pick_device
 
 SIZE = (6, 8, 10)
@@ -108,6 +110,19 @@ def test_activations_are_counted_in_the_precision_that_is_used() -> None:
     low, high = (TorchPredictor(make_network(), size, "cpu", p, num_outputs=3).activation_bytes(1)
                  for p in ("bf16", "fp32"))
     assert 0.45 * high < low < 0.9 * high
+
+
+def test_of_a_loops_equal_steps_one_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dry run does one step of each loop over maps: two products for each of the eight blocks."""
+    products = []
+    monkeypatch.setattr(swin_attention._MixOnCpu, "MAX_MAP", 1)
+    monkeypatch.setattr(torch, "bmm", lambda a, b, out: products.append(a.shape) or out)
+    size = (32, 32, 64)
+    network = build_network(SwinUnetrSpec(num_outputs=3, patch_size=size, feature_size=12))
+    held = TorchPredictor(network, size, "cpu", "fp32").activation_bytes(1)
+    voxels = 4 * 32 * 32 * 64
+    assert 2 * 36 * voxels < held < 2 * 150 * voxels  # at the widest 24 channels in, 12 out at full size, copies
+    assert len(products) == 16
 
 
 def test_a_network_that_cannot_be_counted_counts_as_nothing() -> None:

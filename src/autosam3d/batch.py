@@ -17,7 +17,7 @@ import numpy as np
 
 import autosam3d
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
-from autosam3d.inference import Model, SegmentOptions, segment_with
+from autosam3d.inference import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct, write_segmentation
 from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.volume import Segmentation, Volume
@@ -214,9 +214,10 @@ class _Run:
     def work(self, job: Job, progress: BatchProgress | None) -> None:
         volume: Volume | None = read_ct(job.source, self.options)
         identity = self._identity(job)
-        segmentation = segment_with(volume, self.model, self.how, progress.on_window if progress else None)
+        finish = begin_segment(volume, self.model, self.how)
         if not self.preview:
-            volume = None  # its place in memory is what the copy for the file takes
+            volume = None  # its place in memory is what the windows take
+        segmentation = finish(progress.on_window if progress else None)
         _make_folder(job.output.parent)
         remove_stale_temporaries(job.output.parent)
         # Named as ours before it exists: who is killed between output and report finds it again.

@@ -2,7 +2,8 @@
 
 Each runtime is measured in a process of its own, so that one's memory cannot hide another's. MONAI's way is its
 `sliding_window_inference` over the network in eager PyTorch (its own SwinUNETR, with the same weights, where the model
-is one), with the same windows' size, overlap, weighting and threads.
+is one), with the same windows' size, overlap, weighting and threads: once over the whole resampled scan, as its users
+run it, and once over our crop to the body, which tells the crop's part from the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from autosam3d.restore import SlabRestorer
 from autosam3d.volume import Segmentation, Volume
 
 STAGES = ("load", "read", "resample", "model", "stitch", "restore", "write")
-BASELINE = "monai"
+BASELINE, CROPPED = "monai", "monai_cropped"
+BASELINES = (BASELINE, CROPPED)
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,17 +46,20 @@ class Meter:
     """Seconds and peak memory per stage; a stage may be entered many times."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    """Of all threads: what other programs on the machine do hardly changes it."""
     peak_mib: dict[str, float] = field(default_factory=dict)
     """Most that the process held inside a stage, all in all; empty where the system does not say (not Linux)."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         watched = _forget_peak()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - used
             if watched:
                 self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), _peak_mib())
 
@@ -85,7 +90,7 @@ def bench(
         raise MissingExtraError("MISSING_EXTRA", "bench", "expected the package monai for the comparison, got none",
                                 "pip install monai einops, or give --no-baseline")
     read_ct(ct)  # a scan that is broken is refused before a model is exported for it
-    names = [*backends, *([BASELINE] if baseline else [])]
+    names = [*backends, *(BASELINES if baseline else ())]
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="autosam3d-bench-") as name:
         for index, contender in enumerate(names):
@@ -122,14 +127,14 @@ def contenders(model: Path) -> list[str]:
 def summary(result: dict[str, Any]) -> str:
     """A table: a line a contender, a column a stage, ratios to MONAI's way."""
     rows, lines = result["rows"], []
-    head = ["", *STAGES, "whole", "peak MiB", "windows", "equal labels", "ratio"]
-    slow = rows.get(BASELINE)
+    slow = [name for name in BASELINES if name in rows]
+    head = ["", *STAGES, "whole", "CPU", "peak MiB", "windows", "equal labels", *(f"{name} takes" for name in slow)]
     for name, row in rows.items():
         cells = [f"{row['seconds'].get(stage, 0):.2f}" for stage in STAGES]
         peak = max(row["peak_mib"].values(), default=0)
-        ratio = f"{slow['whole_seconds'] / row['whole_seconds']:.1f}x" if slow else ""
-        lines.append([name, *cells, f"{row['whole_seconds']:.2f}", f"{peak:.0f}", str(row["windows"]),
-                      f"{row['labels_equal']:.4%}", ratio])
+        ratios = [f"{rows[other]['whole_seconds'] / row['whole_seconds']:.1f}x" for other in slow]
+        lines.append([name, *cells, f"{row['whole_seconds']:.2f}", f"{row['cpu_seconds']:.2f}", f"{peak:.0f}",
+                      str(row["windows"]), f"{row['labels_equal']:.4%}", *ratios])
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
     for name, row in rows.items():
@@ -177,13 +182,14 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     tiling = tiling if overlap is None else Tiling(overlap=overlap, importance=tiling.importance)
     held = resident_bytes()
     if predict is not None:
-        labels, windows = _monai_way(volume, loaded, predict, tiling, meter)
-        whole = sum(meter.seconds.get(stage, 0.0) for stage in ("read", "resample", "model", "restore"))
+        labels, windows = _monai_way(volume, loaded, predict, tiling, meter, contender == CROPPED)
+        stages = ("read", "resample", "model", "restore")
+        whole, cpu = (sum(spent.get(s, 0.0) for s in stages) for spent in (meter.seconds, meter.cpu_seconds))
     else:
         labels, windows = _by_stages(volume, loaded, tiling, meter)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         again = segment_with(read_ct(ct), loaded, SegmentOptions(tiling=tiling)).labels
-        whole = time.perf_counter() - started
+        whole, cpu = time.perf_counter() - started, time.process_time() - used
         if not np.array_equal(again, labels):
             raise ValueError("the stages one by one and `segment` gave different labels")
     result = Segmentation(labels, volume.affine, volume.source, dict(loaded.recipe.labels.by_index))
@@ -191,6 +197,7 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
         write_segmentation(folder / f"{contender}.nii.gz", result, loaded.recipe.labels)
     np.save(folder / f"{contender}.npy", labels)
     row = {"seconds": meter.seconds, "peak_mib": meter.peak_mib, "whole_seconds": whole + meter.seconds["write"],
+           "cpu_seconds": cpu + meter.cpu_seconds["write"],
            "windows": windows, "held_before_mib": held / 2**20, "overlap": tiling.overlap,
            "shape_zyx": list(volume.shape), "spacing_mm_zyx": [round(mm, 4) for mm in volume.spacing_mm]}
     return row | _matrix_peak(loaded)
@@ -198,9 +205,9 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
 
 def _contender(model: Path, name: str, threads: int) -> tuple[Model, Callable[..., Any] | None]:
     """The model on a runtime; for MONAI's way also the function that it calls per window."""
-    wish = ModelWish(backend=name if name != BASELINE else "torch", device="cpu", threads=threads)
+    wish = ModelWish(backend=name if name not in BASELINES else "torch", device="cpu", threads=threads)
     loaded = open_model(model, wish)
-    if name != BASELINE:
+    if name not in BASELINES:
         return loaded, None
     import torch
 
@@ -255,7 +262,7 @@ def _by_stages(volume: Volume, model: Model, tiling: Tiling, meter: Meter) -> tu
     return restorer.finish(), len(starts)
 
 
-def _monai_way(volume: Volume, model: Model, predict: Callable[..., Any], tiling: Tiling, meter: Meter
+def _monai_way(volume: Volume, model: Model, predict: Callable[..., Any], tiling: Tiling, meter: Meter, crop: bool
                ) -> tuple[np.ndarray, int]:
     """The same preparation, then MONAI's windows and sums for all classes at once, then the same way back.
 
@@ -265,9 +272,10 @@ def _monai_way(volume: Volume, model: Model, predict: Callable[..., Any], tiling
     from monai.inferers.utils import sliding_window_inference
 
     recipe = model.recipe
+    spec = recipe.preprocess if crop else replace(recipe.preprocess, crop_to_body=False)
     with meter.stage("resample"):
-        undo = plan_grid(volume, recipe.preprocess)
-        prepared = prepare_ct(volume, recipe.preprocess, undo).voxels
+        undo = plan_grid(volume, spec)
+        prepared = prepare_ct(volume, spec, undo).voxels
     calls = 0
 
     def counted(window: torch.Tensor) -> torch.Tensor:

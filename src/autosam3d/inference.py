@@ -95,16 +95,29 @@ def segment_with(
     volume: Volume, model: Model, options: SegmentOptions, progress: Progress | None = None
 ) -> Segmentation:
     """`segment` with its options as one value."""
+    return begin_segment(volume, model, options)(progress)
+
+
+def begin_segment(volume: Volume, model: Model, options: SegmentOptions) -> Callable[[Progress | None], Segmentation]:
+    """Prepare a scan; the function that is returned does the rest.
+
+    It needs the scan's voxels no more: a caller that lets go of them has their memory back before the windows.
+    """
     recipe, predictor = model.recipe, model.predictor
     if options.tta:
         predictor = MirrorPredictor(predictor, recipe)
     undo = plan_grid(volume, recipe.preprocess)
     memory = plan_memory(undo, predictor, options, volume.name)
-    prepared = prepare_ct(volume, recipe.preprocess, undo)
+    voxels = prepare_ct(volume, recipe.preprocess, undo).voxels
     walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, memory)
-    labels = restore_labels(walk.slabs(prepared.voxels, progress), undo, predictor.num_outputs)
     found = told(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
-    return Segmentation(labels, volume.affine, volume.source, dict(recipe.labels.by_index), (*volume.warnings, *found))
+    affine, source, warnings = volume.affine, volume.source, (*volume.warnings, *found)
+
+    def finish(progress: Progress | None) -> Segmentation:
+        labels = restore_labels(walk.slabs(voxels, progress), undo, predictor.num_outputs)
+        return Segmentation(labels, affine, source, dict(recipe.labels.by_index), warnings)
+
+    return finish
 
 
 def _small_scan(undo: Undo, predictor: Predictor) -> list[str]:

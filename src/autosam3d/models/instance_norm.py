@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autosam3d.models.dry_run import is_dry
+
 
 def norm_leaky(x: Tensor, slope: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Instance norm, then leaky ReLU. Statistics are in float32 or float64 whatever x is.
@@ -138,7 +140,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _split(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _NormLeaky.MAX_ROWS // rows.shape[1]))
+    parts = rows.split(max(1, _NormLeaky.MAX_ROWS // rows.shape[1]))
+    return parts[:1] if is_dry(rows) else parts
 
 
 def _sum_type(x: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autosam3d.models.dry_run import is_dry
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,19 +61,20 @@ class WindowAttention(nn.Module):
         """Attention proper, between the two projections: queries, keys and values (V, n, 3C) to (V, n, C)."""
         num_windows, n, triple_dim = qkv.shape
         heads, head_dim = self.num_heads, triple_dim // 3 // self.num_heads
-        # Tokens last: a product with a long and a thin side is up to five times as fast if the thin one is not last.
-        qkv = qkv.view(num_windows, n, 3 * heads, head_dim).permute(2, 0, 3, 1)
-        q, k, v = _split(qkv.contiguous(), heads, 0)  # heads V c n
-        q, bias = q * head_dim**-0.5, self.bias(n)
-        if q.device.type == "cpu" and not torch.compiler.is_exporting():
-            mixed = cast(Tensor, _MixOnCpu.apply(q, k, v, bias, cut))
+        qkv = qkv.view(num_windows, n, 3 * heads, head_dim)
+        if qkv.device.type == "cpu" and not torch.compiler.is_exporting():
+            # Tokens last: a product with a long and a thin side is up to five times as fast if the thin one is not.
+            q, k, v = qkv.permute(2, 0, 3, 1).contiguous().split(heads)  # heads V c n
+            mixed = cast(Tensor, _MixOnCpu.apply(q * head_dim**-0.5, k, v, self.bias(n), cut)).permute(1, 3, 0, 2)
         else:
+            q, k, v = _split(qkv.permute(0, 2, 1, 3), heads, 1)  # V heads n c
+            q = q * head_dim**-0.5
             if any(cut.shift):
                 q, k = widen(q, k, cut.seams(num_windows, q))
-            step = max(1, self.MAX_MAP // (heads * n * n))
-            parts = zip(*(_split(t, step, 1) for t in (q, k, v)), strict=True)
-            mixed = torch.cat([mix_windows(qs, ks, vs, bias) for qs, ks, vs in parts], 1)
-        return mixed.permute(1, 3, 0, 2).reshape(num_windows, n, heads * head_dim)
+            step, bias = max(1, self.MAX_MAP // (heads * n * n)), self.bias(n)
+            parts = zip(*(_split(t, step, 0) for t in (q, k, v)), strict=True)
+            mixed = torch.cat([mix_windows(qs, ks, vs, bias) for qs, ks, vs in parts]).permute(0, 2, 1, 3)
+        return mixed.reshape(num_windows, n, heads * head_dim)
 
     def bias(self, n: int) -> Tensor:
         """(heads, n, n): the bias of each pair of tokens.
@@ -83,18 +87,17 @@ class WindowAttention(nn.Module):
 
 
 def mix_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k' + bias) v, the definition.
+    """softmax(q k' + bias) v, the definition, in the one form that OpenVINO makes a single kernel of.
 
     Args:
-        q, k: (heads, V, w, n).
-        v: (heads, V, c, n).
+        q, k: (V, heads, n, w).
+        v: (V, heads, n, c).
         bias: (heads, n, n).
 
     Returns:
-        (heads, V, c, n).
+        (V, heads, n, c).
     """
-    probs = torch.softmax(q.transpose(-1, -2) @ k + bias[:, None], -1)
-    return v @ probs.transpose(-1, -2)
+    return torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ v
 
 
 class _MixOnCpu(torch.autograd.Function):
@@ -118,7 +121,7 @@ class _MixOnCpu(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias)
         mixed = torch.zeros_like(v)
         with torch.autocast("cpu", enabled=False):
-            for side in cut.sides():
+            for side in [max(cut.sides(), key=Side.num_pairs)] if is_dry(q) else cut.sides():
                 q_side, k_side, v_side = side.queries(q), side.keys(k), side.keys(v)
                 bias_side, mixed_side = side.pairs(bias), torch.empty_like(q_side)
                 maps = _MixOnCpu._maps(2, bias_side)
@@ -128,6 +131,8 @@ class _MixOnCpu(torch.autograd.Function):
                     logits.unflatten(0, (len(rows), -1)).add_(rows[:, None])
                     torch.softmax(logits, -1, out=probs)
                     torch.bmm(vs, probs.transpose(1, 2), out=out)
+                    if is_dry(q):
+                        break
                 side.put_queries(mixed, mixed_side)
         return mixed.to(ctx.low)
 
@@ -195,11 +200,11 @@ def widen(q: Tensor, k: Tensor, seams: Tensor) -> tuple[Tensor, Tensor]:
     the softmax, so -M s_j (1 - 2 s_i) remains: exactly 0 in every window that no seam cuts.
 
     Args:
-        q, k: (heads, V, c, n), q scaled.
-        seams: (V, 3, n), see `Cut.seams`.
+        q, k: (V, heads, n, c), q scaled.
+        seams: (V, n, 3), see `Cut.seams`.
     """
-    sides = seams.to(q.dtype).expand(q.shape[0], *seams.shape)
-    return torch.cat([q, 1 - 2 * sides], 2), torch.cat([k, -_SEAM * sides], 2)
+    sides = seams.to(q.dtype)[:, None].expand(-1, q.shape[1], -1, -1)
+    return torch.cat([q, 1 - 2 * sides], -1), torch.cat([k, -_SEAM * sides], -1)
 
 
 def _split(x: Tensor, size: int, axis: int) -> Sequence[Tensor]:
@@ -273,7 +278,7 @@ class Cut:
         return tokens[:, : self.grid[0], : self.grid[1], : self.grid[2]]
 
     def seams(self, num_windows: int, like: Tensor) -> Tensor:
-        """On which side of each seam a token lies: (V, 3, n) of 0 and 1, of the dtype and device of `like`.
+        """On which side of each seam a token lies: (V, n, 3) of 0 and 1, of the dtype and device of `like`.
 
         A seam is where the roll brought the two ends of an axis together. Tokens attend to each other only if they
         are on the same side of all three.
@@ -285,7 +290,7 @@ class Cut:
             near[1].view(1, nh, 1).expand(nd, nh, nw),
             near[2].view(1, 1, nw).expand(nd, nh, nw),
         ]
-        seams = self.split(torch.stack(sides, -1).to(like.dtype)[None]).transpose(1, 2)
+        seams = self.split(torch.stack(sides, -1).to(like.dtype)[None])
         return seams.repeat(num_windows // len(seams), 1, 1)
 
     def sides(self) -> list[Side]:
@@ -305,6 +310,10 @@ class Side:
     """Tokens of the window whose queries count: no padding."""
     seen: Slices
     """Tokens of the window that they see, padding included."""
+
+    def num_pairs(self) -> int:
+        """Entries of this part's maps, of one head."""
+        return math.prod(s.stop - s.start for s in (*self.windows, *self.asking, *self.seen))
 
     def queries(self, x: Tensor) -> Tensor:
         """From (heads, V, c, n) of all windows to (heads, V', c, n') of this part."""

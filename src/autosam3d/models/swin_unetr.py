@@ -83,19 +83,36 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, dim: int, checkpointing: bool) -> None:
         super().__init__()
-        self.patch_embed = _named(proj=nn.Conv3d(1, dim, 2, stride=2))
+        self.patch_embed = _named(proj=Tokens(dim))
         self.layers1, self.layers2, self.layers3, self.layers4 = (
             nn.ModuleList([Stage(dim << i, heads, checkpointing)]) for i, heads in enumerate(_HEADS)
         )
 
     def forward(self, ct: Float[Tensor, "B 1 D H W"]) -> list[Tensor]:
         """The five token grids, finest first, each (B, C, d, h, w) and normalised over its channels."""
-        tokens = self.patch_embed(ct).permute(0, 2, 3, 4, 1)
+        tokens = self.patch_embed(ct)
         grids = [tokens]
         for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):
             tokens = stage(tokens)
             grids.append(tokens)
         return [F.layer_norm(t, t.shape[-1:]).permute(0, 4, 1, 2, 3) for t in grids]
+
+
+class Tokens(nn.Conv3d):
+    """2x2x2 voxels to one token: a convolution of stride 2, which no two tokens share a voxel of."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(1, dim, 2, stride=2)
+
+    def forward(self, input: Float[Tensor, "B 1 D H W"]) -> Float[Tensor, "B D/2 H/2 W/2 C"]:
+        if not torch.compiler.is_exporting():
+            return super().forward(input).permute(0, 2, 3, 4, 1)
+        # As the product that it is. OpenVINO would keep a convolution's layout in all token grids after it, and
+        # turn each of them round wherever channels are to lie together.
+        batch, _, d, h, w = input.shape
+        x = input.reshape(batch * d * h // 2, 2, w // 2, 2).transpose(1, 2)  # (B D h) w y x
+        x = x.reshape(batch * d // 2, 2, h * w // 4, 4).transpose(1, 2)  # (B d) (h w) z (y x)
+        return F.linear(x.reshape(batch, d // 2, h // 2, w // 2, 8), self.weight.flatten(1), self.bias)
 
 
 class Stage(nn.Module):
