@@ -189,7 +189,7 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     except OSError as error:
         raise ResourceError("NOT_WRITABLE", destination, f"expected a folder that may be written ({error.strerror})",
                             "name another folder") from None
-    kept = {key: meta[key] for key in ("recipe", "sam", "epoch", "metrics", "torch") if key in meta}
+    kept = {key: meta[key] for key in ("recipe", "sam", "teacher", "epoch", "metrics", "torch") if key in meta}
     state = model.network.state_dict()
     if half:
         state = {name: _halved(tensor) for name, tensor in state.items()}
