@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import autosam3d.bench as bench_module
-from autosam3d.bench import Meter, contenders, summary
+import autosam3d.bench_monai as monai_module
+from autosam3d.bench import contenders, summary
 from autosam3d.inference import SegmentOptions, segment_with
 from autosam3d.io import read_ct, write_ct
+from autosam3d.meter import Meter
 from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.patches import grid_starts
 from autosam3d.preprocess import plan_grid
 from autosam3d.volume import Volume
 from command_line import mini_model, run
@@ -38,20 +41,31 @@ def test_monais_way_gives_the_same_labels_where_its_windows_are_ours(tmp_path: P
     pytest.importorskip("monai")
     model, volume = open_model(mini_model(), ModelWish(device="cpu")), read_ct(scan(tmp_path))
     own, _ = bench_module._by_stages(volume, model, model.recipe.inference, Meter())
-    loaded, predict = bench_module._contender(mini_model(), bench_module.CROPPED, 1)
+    loaded, predict = bench_module._contender(mini_model(), monai_module.CROPPED, 1)
     assert predict is not None
-    theirs, calls = bench_module._monai_way(volume, loaded, predict, model.recipe.inference, Meter(), crop=True)
+    theirs, calls = monai_module.monai_way(volume, loaded, predict, model.recipe.inference, Meter(), crop=True)
     assert calls == 8 and float(np.mean(own == theirs)) > 0.995  # a random network: near ties
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.7, 0.75])
+@pytest.mark.parametrize("shape", [(16, 20, 33), (40, 16, 64), (50, 47, 100)])
+def test_monais_windows_start_where_monai_lays_them(shape: tuple[int, ...], overlap: float) -> None:
+    data = pytest.importorskip("monai.data.utils")
+    patch = (16, 16, 32)
+    step = tuple(max(1, int(p * (1 - overlap))) for p in patch)
+    slices = data.dense_patch_slices(shape, patch, step)
+    assert monai_module.monai_starts(shape, patch, overlap) == [tuple(s.start for s in axes) for axes in slices]
+    assert len(slices) == len(grid_starts(shape, patch, overlap))
 
 
 def test_monais_users_have_no_crop_to_the_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("monai")
     volume, seen = read_ct(scan(tmp_path)), []
-    monkeypatch.setattr(bench_module, "plan_grid", lambda v, spec: seen.append(spec.crop_to_body) or plan_grid(v, spec))
-    loaded, predict = bench_module._contender(mini_model(), bench_module.BASELINE, 1)
+    monkeypatch.setattr(monai_module, "plan_grid", lambda v, spec: seen.append(spec.crop_to_body) or plan_grid(v, spec))
+    loaded, predict = bench_module._contender(mini_model(), monai_module.BASELINE, 1)
     assert predict is not None
     for crop in (False, True):
-        bench_module._monai_way(volume, loaded, predict, loaded.recipe.inference, Meter(), crop)
+        monai_module.monai_way(volume, loaded, predict, loaded.recipe.inference, Meter(), crop)
     assert seen == [False, loaded.recipe.preprocess.crop_to_body]
 
 
@@ -74,7 +88,7 @@ def test_the_command_measures_every_contender_and_says_so(tmp_path: Path) -> Non
     if "torch" not in contenders(mini_model()):
         pytest.fail("a checkpoint runs on PyTorch")
     rows = {name: bench_module._measure(mini_model(), path, name, None, 1, tmp_path)
-            for name in ("torch", *bench_module.BASELINES)}
+            for name in ("torch", *monai_module.BASELINES)}
     bench_module._share_of_peak(rows)
     for name, row in rows.items():
         row |= {"labels_equal": 1.0}

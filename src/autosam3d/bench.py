@@ -16,52 +16,27 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from autosam3d.bench_monai import BASELINES, CROPPED, monai_predict, monai_starts, monai_way
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
 from autosam3d.exported import BACKENDS, PACKAGE_OF, installed_backends, is_export, open_export
 from autosam3d.inference import Model, SegmentOptions, segment_with
 from autosam3d.io import read_ct, write_segmentation
 from autosam3d.io.memory import resident_bytes
+from autosam3d.meter import Meter
 from autosam3d.model_choice import ModelWish, open_model
-from autosam3d.patches import Stitcher, Tiling, grid_starts, pad_to, unpad_slabs
+from autosam3d.patches import Size, Stitcher, Tiling, grid_starts, pad_to, unpad_slabs
 from autosam3d.preprocess import plan_grid, prepare_ct
 from autosam3d.restore import SlabRestorer
 from autosam3d.volume import Segmentation, Volume
 
+_SAME_WINDOWS = "same_windows"
 STAGES = ("load", "read", "resample", "model", "stitch", "restore", "write")
-BASELINE, CROPPED = "monai", "monai_cropped"
-BASELINES = (BASELINE, CROPPED)
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-@dataclass
-class Meter:
-    """Seconds and peak memory per stage; a stage may be entered many times."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
-    """Of all threads: what other programs on the machine do hardly changes it."""
-    peak_mib: dict[str, float] = field(default_factory=dict)
-    """Most that the process held inside a stage, all in all; empty where the system does not say (not Linux)."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        watched = _forget_peak()
-        started, used = time.perf_counter(), time.process_time()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - used
-            if watched:
-                self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), _peak_mib())
 
 
 def bench(
@@ -79,7 +54,9 @@ def bench(
 
     Returns:
         Plain values for JSON: ``rows`` by contender with ``seconds``, ``peak_mib``, ``whole_seconds``, ``windows``,
-        ``labels_equal`` (share of voxels of the first contender's labels), and what belongs to a measurement.
+        ``labels_equal`` (share of voxels of the first contender's labels), and what belongs to a measurement. The row
+        of MONAI's way over our crop also has ``same_windows_labels_equal``: against the first contender with its
+        windows where MONAI lays them. What differs there is the implementation; the rest is where windows lie.
 
     Raises:
         VolumeError: the scan is broken.
@@ -97,13 +74,13 @@ def bench(
             if progress:
                 progress(index, len(names))
             rows[contender] = _in_child(_measure, model, ct, contender, overlap, threads, Path(name))
-        first = np.load(Path(name) / f"{names[0]}.npy", mmap_mode="r")
+        if baseline:
+            _in_child(_label_at_monais_windows, model, ct, names[0], rows[names[0]]["overlap"], threads, Path(name))
+        labels = {path.stem: np.load(path, mmap_mode="r") for path in Path(name).glob("*.npy")}
         for contender in names:
-            labels = np.load(Path(name) / f"{contender}.npy", mmap_mode="r")
-            rows[contender]["labels_equal"] = float(np.mean(labels == first))
-            organs = (labels > 0) | (first > 0)
-            same = float(np.mean(labels[organs] == first[organs])) if organs.any() else 1.0
-            rows[contender]["organ_labels_equal"] = same
+            rows[contender] |= _agreement(labels[contender], labels[names[0]], "labels_equal")
+        if baseline:
+            rows[CROPPED] |= _agreement(labels[CROPPED], labels[_SAME_WINDOWS], "same_windows_labels_equal")
     if progress:
         progress(len(names), len(names))
     scan = {key: rows[names[0]].pop(key) for key in ("shape_zyx", "spacing_mm_zyx")}
@@ -115,6 +92,13 @@ def bench(
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": _machine(threads),
         "scan": scan, "settings": {"overlap": rows[names[0]]["overlap"], "threads": threads}, "rows": rows,
     }
+
+
+def _agreement(labels: np.ndarray, others: np.ndarray, name: str) -> dict[str, float]:
+    """Share of equal labels, of all voxels and of those that are an organ for one of the two."""
+    organs = (labels > 0) | (others > 0)
+    same = labels == others
+    return {name: float(same.mean()), f"organ_{name}": float(same[organs].mean()) if organs.any() else 1.0}
 
 
 def contenders(model: Path) -> list[str]:
@@ -137,6 +121,10 @@ def summary(result: dict[str, Any]) -> str:
                       str(row["windows"]), f"{row['labels_equal']:.4%}", *ratios])
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *lines]]
+    if "same_windows_labels_equal" in rows.get(CROPPED, {}):
+        text.append(f"with its windows where MONAI lays them, {next(iter(rows))} gives the same label to "
+                    f"{rows[CROPPED]['same_windows_labels_equal']:.4%} of the voxels as {CROPPED}, and to "
+                    f"{rows[CROPPED]['organ_same_windows_labels_equal']:.4%} of those of an organ")
     for name, row in rows.items():
         if row.get("matrix_peak_share"):
             text.append(f"{name}: the network ran at {row['matrix_peak_share']:.0%} of this machine's matrix peak "
@@ -182,7 +170,7 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     tiling = tiling if overlap is None else Tiling(overlap=overlap, importance=tiling.importance)
     held = resident_bytes()
     if predict is not None:
-        labels, windows = _monai_way(volume, loaded, predict, tiling, meter, contender == CROPPED)
+        labels, windows = monai_way(volume, loaded, predict, tiling, meter, contender == CROPPED)
         stages = ("read", "resample", "model", "restore")
         whole, cpu = (sum(spent.get(s, 0.0) for s in stages) for spent in (meter.seconds, meter.cpu_seconds))
     else:
@@ -203,36 +191,25 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     return row | _matrix_peak(loaded)
 
 
+def _label_at_monais_windows(model: Path, ct: Path, contender: str, overlap: float, threads: int, folder: Path
+                             ) -> dict[str, Any]:
+    loaded, _ = _contender(model, contender, threads)
+    tiling = Tiling(overlap=overlap, importance=loaded.recipe.inference.importance)
+    np.save(folder / f"{_SAME_WINDOWS}.npy", _by_stages(read_ct(ct), loaded, tiling, Meter(), monai_starts)[0])
+    return {}
+
+
 def _contender(model: Path, name: str, threads: int) -> tuple[Model, Callable[..., Any] | None]:
     """The model on a runtime; for MONAI's way also the function that it calls per window."""
-    wish = ModelWish(backend=name if name not in BASELINES else "torch", device="cpu", threads=threads)
-    loaded = open_model(model, wish)
-    if name not in BASELINES:
-        return loaded, None
-    import torch
-
-    network = _monai_network(loaded)
-
-    def predict(window: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(network(window), dim=1)
-
-    return loaded, predict
+    baseline = name in BASELINES
+    loaded = open_model(model, ModelWish(backend="torch" if baseline else name, device="cpu", threads=threads))
+    return loaded, monai_predict(loaded) if baseline else None
 
 
-def _monai_network(loaded: Any) -> Any:
-    """MONAI's own network with the same weights where it has one, else ours."""
-    spec = loaded.recipe.model
-    if spec.network != "swin_unetr":
-        return loaded.network
-    from monai.networks.nets.swin_unetr import SwinUNETR
-
-    network = SwinUNETR(in_channels=1, out_channels=spec.num_outputs, feature_size=spec.feature_size, use_v2=False)
-    network.load_state_dict(loaded.network.state_dict() | {
-        name: buffer for name, buffer in network.state_dict().items() if name.endswith("relative_position_index")})
-    return network.eval()
-
-
-def _by_stages(volume: Volume, model: Model, tiling: Tiling, meter: Meter) -> tuple[np.ndarray, int]:
+def _by_stages(
+    volume: Volume, model: Model, tiling: Tiling, meter: Meter,
+    place: Callable[[Sequence[int], Sequence[int], float], list[Size]] = grid_starts,
+) -> tuple[np.ndarray, int]:
     """`segment`'s work in its own order, but one thing at a time. Returns labels and the number of windows."""
     recipe, predictor = model.recipe, model.predictor
     size = predictor.patch_size
@@ -240,7 +217,7 @@ def _by_stages(volume: Volume, model: Model, tiling: Tiling, meter: Meter) -> tu
         undo = plan_grid(volume, recipe.preprocess)
         prepared = prepare_ct(volume, recipe.preprocess, undo).voxels
     ct, padding = pad_to(prepared, size, recipe.preprocess.air)
-    starts = grid_starts(ct.shape, size, tiling.overlap)
+    starts = place(ct.shape, size, tiling.overlap)
     stitcher = Stitcher(ct.shape, predictor.num_outputs, size, tiling.weights(size))  # type: ignore[arg-type]
     restorer = SlabRestorer(undo, predictor.num_outputs)
 
@@ -260,39 +237,6 @@ def _by_stages(volume: Volume, model: Model, tiling: Tiling, meter: Meter) -> tu
         with meter.stage("restore"):
             restorer.add(slab)
     return restorer.finish(), len(starts)
-
-
-def _monai_way(volume: Volume, model: Model, predict: Callable[..., Any], tiling: Tiling, meter: Meter, crop: bool
-               ) -> tuple[np.ndarray, int]:
-    """The same preparation, then MONAI's windows and sums for all classes at once, then the same way back.
-
-    Its "model" holds the sums too: MONAI does both in one call.
-    """
-    import torch
-    from monai.inferers.utils import sliding_window_inference
-
-    recipe = model.recipe
-    spec = recipe.preprocess if crop else replace(recipe.preprocess, crop_to_body=False)
-    with meter.stage("resample"):
-        undo = plan_grid(volume, spec)
-        prepared = prepare_ct(volume, spec, undo).voxels
-    calls = 0
-
-    def counted(window: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return predict(window)
-
-    with meter.stage("model"), torch.no_grad():
-        probs = sliding_window_inference(
-            torch.from_numpy(prepared)[None, None], recipe.model.patch_size, 1, counted, overlap=tiling.overlap,
-            mode=tiling.importance, sigma_scale=0.125, padding_mode="constant", cval=recipe.preprocess.air)
-    assert isinstance(probs, torch.Tensor)
-    restorer = SlabRestorer(undo, recipe.model.num_outputs)
-    with meter.stage("restore"):
-        restorer.add(probs[0].numpy())
-        labels = restorer.finish()
-    return labels, calls
 
 
 def _share_of_peak(rows: dict[str, Any]) -> None:
@@ -334,16 +278,3 @@ def _machine(threads: int) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "load_average": load,
             "threads": threads, "system": platform.system(), "python": platform.python_version()}
-
-
-def _forget_peak() -> bool:
-    try:
-        _CLEAR.write_text("5")  # Linux: VmHWM starts again
-    except OSError:
-        return False
-    return True
-
-
-def _peak_mib() -> float:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
