@@ -336,7 +336,8 @@ def test_students_take_everything_but_the_network_from_their_teacher(teacher: Pa
     assert edge.model == ResUnetSpec(num_outputs=3, patch_size=(32, 32, 32))
     for recipe in (tiny, small, edge):
         assert recipe.distill == Distillation()
-        for section in ("labels", "dataset", "preprocess", "sampling", "augment", "optim", "train", "inference"):
+        for section in ("labels", "dataset", "preprocess", "sampling", "augment", "train", "inference"):
             assert getattr(recipe, section) == getattr(TEACHER, section)
+        assert recipe.optim == replace(TEACHER.optim, head_lr=10.0)
     changed = student_recipe(teacher, "tiny", ["distill.lambda=0.2", "train.epochs=7"])
     assert changed.distill == Distillation(label_weight=0.2) and changed.train.epochs == 7

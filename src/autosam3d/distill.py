@@ -21,10 +21,15 @@ STUDENTS: dict[str, dict[str, Any]] = {
 """The paper's two students, SwinUNETR of 4.1 M and 15.7 M parameters, and a residual U-Net for the weakest machines."""
 # Both students halve a crop five times.
 _STEP = 32
+# Their last layer reads normalised channels. Measured with `openkbp_tiny`: with this factor all organs were begun after
+# 245 steps, without it one of five.
+_HEAD_LR = 10.0
 
 
 def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a student: its teacher's data, crops, augmentation and optimiser, and a network of its own.
+
+    Only the last layer's rate is not the teacher's.
 
     Args:
         teacher: a trained model.
@@ -44,6 +49,7 @@ def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] =
     tree["about"] = f"{student} student of {tree['name']}"
     tree["name"] = f"{tree['name'][:50]}_{student}"
     tree["model"] = {**STUDENTS[student], "patch_size": patch_size}
+    tree["optim"]["head_lr"] = _HEAD_LR
     tree["distill"] = {}
     recipe = recipe_from_dict(with_overrides(tree, overrides), f"student {student}")
     demand_exportable(recipe.model)
