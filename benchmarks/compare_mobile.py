@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from autosam3d.checkpoint import load_model
-from autosam3d.exported import FILES_OF, installed_backends, load_exported, open_export
+from autosam3d.exported import FILES_OF, RUNTIMES, installed_backends, load_exported, open_export
 from autosam3d.golden import load_golden
 from autosam3d.onnx_graph import with_half_weights
 from autosam3d.parity import measure_parity
@@ -36,7 +36,7 @@ def main(folder: Path, run: Path, threads: int = 1) -> None:
             return network(torch.from_numpy(windows)).numpy()
 
     runtimes = {"pytorch": eager}
-    for name in installed_backends(export):
+    for name in installed_backends(export, RUNTIMES):
         runtimes[name] = load_exported(export, name, threads, output="logits").predictor.predict
     seconds = dict.fromkeys(runtimes, float("inf"))
     results = {name: predict(golden.ct[:1]) for name, predict in runtimes.items()}  # warm

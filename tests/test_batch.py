@@ -45,6 +45,7 @@ class Oracle:
 class Model:
     recipe: Recipe
     sha256: str = "a" * 64
+    runtime: str = "torch 0"
     asked: int = field(default=0)
 
     @property
@@ -196,6 +197,7 @@ def test_a_batch_reports_and_is_taken_up(tmp_path, model: Model) -> None:
     assert watch.scans == [(0, 3, "a"), (1, 3, "b"), (2, 3, "c"), (3, 3, "")] and watch.windows > 3
     report = json.loads((out / "a.report.json").read_text())
     assert report["status"] == "finished" and report["model_sha256"] == model.sha256
+    assert report["runtime"] == "torch 0"
     assert report["volumes_ml"] == {"right_kidney": 6 * 8 * 8 * 0.125, "left_kidney": 5 * 8 * 6 * 0.125}
     assert report["settings"]["overlap"] == 0.0
     assert str(tmp_path) not in json.dumps(report)

@@ -82,7 +82,7 @@ def test_a_meter_adds_up_and_keeps_the_largest_peak() -> None:
         assert meter.peak_mib["x"] > meter.peak_mib["y"] - 1
 
 
-def test_the_command_measures_every_contender_and_says_so(tmp_path: Path) -> None:
+def test_every_contender_is_measured_and_told(tmp_path: Path) -> None:
     pytest.importorskip("monai")
     path = scan(tmp_path)
     if "torch" not in contenders(mini_model()):
@@ -103,3 +103,21 @@ def test_a_bench_without_a_scan_is_refused(tmp_path: Path) -> None:
     done = run("bench", mini_model(), tmp_path / "none.nii.gz", "--no-baseline")
     assert done.code == 3 and "Traceback" not in done.err
     run("bench", tmp_path / "none", scan(tmp_path)).demand_error("NO_MODEL", 4)
+
+
+@pytest.mark.slow
+def test_a_whole_bench_compares_labels_at_the_same_windows(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    result = bench_module.bench(mini_model(), scan(tmp_path), ["torch"], overlap=0.25, threads=1)
+    rows = result["rows"]
+    assert list(rows) == ["torch", *monai_module.BASELINES] and result["settings"] == {"overlap": 0.25, "threads": 1}
+    assert rows["torch"]["labels_equal"] == rows["torch"]["organ_labels_equal"] == 1
+    assert rows["monai_cropped"]["same_windows_labels_equal"] > 0.995
+    assert 0 < rows["monai_cropped"]["organ_same_windows_labels_equal"] <= 1
+    assert "with its windows where MONAI lays them" in summary(result)
+
+
+def test_agreement_counts_organs_apart() -> None:
+    one, other = np.array([0, 0, 0, 0, 0, 0, 1, 2]), np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    assert bench_module._agreement(one, other, "x") == {"x": 0.75, "organ_x": 1 / 3}
+    assert bench_module._agreement(0 * one, 0 * other, "x") == {"x": 1.0, "organ_x": 1.0}

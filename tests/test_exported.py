@@ -15,10 +15,11 @@ import pytest
 from onnx import TensorProto
 
 import autosam3d.export as export_module
-from autosam3d import model_file
+from autosam3d import model_choice, model_file
 from autosam3d.checkpoint import LoadedModel
 from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError, UsageError
-from autosam3d.exported import ExportedModel, load_exported, open_export
+from autosam3d.export import Exported
+from autosam3d.exported import ExportedModel, load_exported
 from autosam3d.inference import segment
 from autosam3d.io import read_segmentation, write_ct
 from autosam3d.model_choice import ModelWish, open_model
@@ -42,7 +43,7 @@ def test_an_export_gives_the_labels_of_its_network(backend: str) -> None:
     result = segment(volume, model, max_ram_bytes=4 << 30)
     assert len(np.unique(expected.labels)) > 1
     np.testing.assert_array_equal(result.labels, expected.labels)
-    assert model.sha256 == open_export(mini_export()).sha256 and model.backend == backend
+    assert model.sha256 == loaded().sha256 and model.runtime.split()[0] == model.backend == backend
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -168,7 +169,7 @@ def test_without_a_model_the_packages_own_is_taken(
         open_model(None, ModelWish())
     assert caught.value.exit_code == 4
     monkeypatch.setattr(model_file, "PACKAGED", mini_export())
-    assert open_model(None, ModelWish(backend="openvino")).sha256 == open_export(mini_export()).sha256
+    assert open_model(None, ModelWish(backend="openvino")).sha256 == loaded().sha256
     line = run("segment", mini_export(), scan).demand_error("USAGE", 2)
     assert "expected INPUT and OUTPUT after the model" in line
     run("segment", scan).demand_error("USAGE", 2)
@@ -187,19 +188,29 @@ def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
     made: list[Path] = []
     ready = mini_export()
 
-    def export(model: LoadedModel, folder: Path, **options: Any) -> None:
+    def export(model: LoadedModel, folder: Path, **options: Any) -> Exported:
         made.append(folder)
-        shutil.copytree(ready, folder, dirs_exist_ok=True)
+        shutil.copytree(ready, folder)
         edit(folder, lambda meta: meta.update(trained_weights_sha256=model.sha256))
+        return Exported(folder, {}, [], {}, [])
 
     def unlike(*args: Any, **options: Any) -> None:
         raise CheckpointError("PARITY", folder, "the labels differ", "report it")
 
-    monkeypatch.setattr(export_module, "export_model", unlike)
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("the exporter fails\nfor a long reason")
+
+    monkeypatch.setattr(export_module, "export_model", broken)
     assert isinstance(open_model(folder, ModelWish()), LoadedModel)
-    assert "the labels differ; PyTorch runs it" in caplog.text
+    assert "(RuntimeError: the exporter fails); PyTorch runs it" in caplog.text
+    monkeypatch.setattr(export_module, "export_model", unlike)
+    for times in (1, 1):  # a refusal is remembered
+        assert isinstance(open_model(folder, ModelWish()), LoadedModel)
+        assert caplog.text.count("(the labels differ); PyTorch runs it") == times
+    (refused,) = (tmp_path / "cache").rglob("*.refused")
+    refused.unlink()
     monkeypatch.setattr(export_module, "export_model", export)
-    for wish in (ModelWish(backend="torch"), ModelWish(device="cpu", backend="torch")):
+    for wish in (ModelWish(backend="torch"), ModelWish(max_ram_bytes=8 << 30)):
         assert isinstance(open_model(folder, wish), LoadedModel) and not made
     assert isinstance(open_model(teacher, ModelWish()), LoadedModel) and not made
     with monkeypatch.context() as patch:
@@ -207,12 +218,38 @@ def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
         assert isinstance(open_model(folder, ModelWish()), LoadedModel) and not made
     for _ in range(2):
         assert isinstance(open_model(folder, ModelWish(device="cpu")), ExportedModel) and len(made) == 1
-    # What is kept is used without what made it, and made again when it is damaged.
+    # What is kept is used without what made it, but not where a GPU would be taken.
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "missing_packages", lambda: ["onnxscript"])
         assert isinstance(open_model(folder, ModelWish()), ExportedModel)
-    flip(made[0])
-    assert isinstance(open_model(folder, ModelWish()), ExportedModel) and len(made) == 2
+        patch.setattr(model_choice, "_has_gpu", lambda: True)
+        assert isinstance(open_model(folder, ModelWish()), LoadedModel)
+    assert open_model(folder, ModelWish()).sha256 == open_model(folder, ModelWish(backend="torch")).sha256
+
+
+@pytest.mark.parametrize("damage", [
+    flip, cut, lambda place: (place / "model.json").write_text("{broken"),
+    lambda place: (place / "model.json").unlink(), lambda place: (shutil.rmtree(place), place.write_text("a file")),
+    lambda place: (place / "model.json").write_text(""),
+], ids=["flip", "cut", "json", "no json", "file", "empty"])
+def test_a_damaged_cache_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, ready, made = write_model(tmp_path / "student", model=STUDENT), mini_export(), []
+
+    def export(model: LoadedModel, folder: Path, **options: Any) -> Exported:
+        made.append(folder)
+        assert not folder.exists()
+        shutil.copytree(ready, folder)
+        edit(folder, lambda meta: meta.update(trained_weights_sha256=model.sha256))
+        return Exported(folder, {}, [], {}, [])
+
+    monkeypatch.setattr(export_module, "export_model", export)
+    open_model(folder, ModelWish(device="cpu"))
+    damage(made[0])
+    for _ in range(2):
+        assert isinstance(open_model(folder, ModelWish(device="cpu")), ExportedModel) and len(made) == 2
 
 
 @pytest.mark.slow

@@ -83,6 +83,9 @@ class SourcedModel(Model, Protocol):
     @property
     def sha256(self) -> str: ...
 
+    @property
+    def runtime(self) -> str: ...
+
 
 def check_inputs(source: Path, output: Path) -> list[Job]:
     """The scans at `source` and the files that their labels go to; nothing is read or written.
@@ -256,6 +259,7 @@ class _Run:
         return {
             "autosam3d": autosam3d.__version__,
             "recipe": self.model.recipe.name,
+            "runtime": self.model.runtime,
             "shape_zyx": list(segmentation.shape),
             "spacing_mm_zyx": [round(mm, 6) for mm in segmentation.spacing_mm],
             "volumes_ml": {name: round(float(counts[index]) * voxel_ml, 3) for index, name in organs.items()},

@@ -63,6 +63,11 @@ class LoadedModel:
     metrics: Mapping[str, Any]
 
     @property
+    def runtime(self) -> str:
+        """Name and version of what runs it."""
+        return f"torch {torch.__version__}"
+
+    @property
     def predictor(self) -> Predictor:
         """The network as the pipeline runs it; always the same object, which learns what fits into memory."""
         return self._predictor

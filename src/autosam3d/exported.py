@@ -98,11 +98,17 @@ class ExportedModel:
     recipe: Recipe
     predictor: ExportPredictor
     sha256: str
+    """Of the weights that were trained, as of the checkpoint; of an INT8 network its own."""
     metrics: Mapping[str, Any]
 
     @property
     def backend(self) -> str:
         return self.predictor.name
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of what runs it."""
+        return f"{self.predictor.name} {self.predictor.version}"
 
 
 def is_export(path: Path) -> bool:
@@ -189,7 +195,14 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
         from autosam3d.openvino_runtime import OpenVinoPredictor
 
         predictor = OpenVinoPredictor(files[0], *form, name=backend)
-    return ExportedModel(recipe, predictor, export.sha256, export.meta.get("metrics", {}))
+    return ExportedModel(recipe, predictor, _identity(export, backend), export.meta.get("metrics", {}))
+
+
+def _identity(export: Export, backend: str) -> str:
+    """What tells the model from others: its trained weights, whose every float32 form says the same, or INT8's own."""
+    if backend == INT8:
+        return export.meta["files"][OPENVINO_INT8[1]]["sha256"]
+    return str(export.meta.get("trained_weights_sha256") or export.sha256)
 
 
 def no_int8(where: Path) -> UsageError:

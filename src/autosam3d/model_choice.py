@@ -5,14 +5,18 @@ torch is imported only where a checkpoint is to be run or exported.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import autosam3d
 from autosam3d.backend import cache_folder, fastest_backend, wished_backend
 from autosam3d.batch import SourcedModel
-from autosam3d.errors import CheckpointError, ResourceError, UsageError
+from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
 from autosam3d.exported import BACKENDS, INT8, Export, installed_backends, load_exported, no_int8, open_export
+from autosam3d.io.files import write_text_atomic
 from autosam3d.memory import demand_model_ram
 from autosam3d.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
 
@@ -20,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _STUDENTS = ("swin_unetr", "res_unet")
 """Networks that were made to be exported: it takes them half a minute."""
+_GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/kfd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,8 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
             raise UsageError("BACKEND", "torch", "expected a checkpoint for PyTorch, got an export",
                              "name the run folder, or another backend")
         return _run_export(open_export(json_path), backend, wish)
-    if backend == "auto" and (export := _export_of_student(json_path, wish)) is not None:
-        return _run_export(export, "auto", wish)
+    if backend == "auto" and (model := _run_student(json_path, wish)) is not None:
+        return model
     if backend in ("auto", "torch"):
         import torch
 
@@ -84,60 +89,72 @@ def _demand_cpu(wish: ModelWish) -> None:
                          "leave the device out, or run a checkpoint with --backend torch")
 
 
-def _export_of_student(json_path: Path, wish: ModelWish) -> Export | None:
-    """The export of a checkpoint for which the user wished nothing; None where PyTorch is to run it."""
-    if wish.device not in ("auto", "cpu") or not installed_backends():
-        return None
-    if (export := _kept_export(json_path)) is not None:
-        return export
+def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
+    """A student's checkpoint as its export, for a user who wished nothing; None where PyTorch is to run it.
+
+    Whatever goes wrong on this way, PyTorch is there.
+    """
     meta = read_meta(json_path)
     # A teacher would take minutes to export, and is seldom run twice on a CPU.
     if meta.get("kind") != "model" or recipe_of(meta, json_path).model.network not in _STUDENTS:
         return None
-    if wish.max_ram_bytes is not None:  # an export takes memory of its own
+    if not installed_backends() or wish.device not in ("auto", "cpu") or (wish.device == "auto" and _has_gpu()):
         return None
+    refused = _export_folder(json_path).with_suffix(".refused")
+    if _kept_export(json_path) is None and (refused.exists() or not _can_export(wish)):
+        return None
+    try:
+        return _run_export(_cached_export(json_path, wish), "auto", wish)
+    except (AutoSam3dError, RuntimeError, ImportError) as error:
+        fault = error.fault if isinstance(error, AutoSam3dError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        _log.warning("%s: it cannot be run as an export (%s); PyTorch runs it", json_path, fault)
+        if isinstance(error, CheckpointError):
+            with contextlib.suppress(AutoSam3dError, OSError):  # only saves the next run the attempt
+                write_text_atomic(refused, f"{fault}\n")
+        return None
+
+
+def _has_gpu() -> bool:
+    """Whether PyTorch would take one; it is asked only where a driver is there, because the question takes a second."""
+    if not any(Path(driver).exists() for driver in _GPU_DRIVERS) and shutil.which("nvidia-smi") is None:
+        return False
+    from autosam3d.runtime import pick_device
+
+    return pick_device("auto") != "cpu"
+
+
+def _can_export(wish: ModelWish) -> bool:
+    if wish.max_ram_bytes is not None:  # an export takes memory of its own
+        return False
     from autosam3d.export import missing_packages
 
-    if missing_packages():
-        return None
-    if wish.device == "auto":
-        from autosam3d.runtime import pick_device
-
-        if pick_device("auto") != "cpu":
-            return None
-    try:
-        return _cached_export(json_path, wish)
-    except CheckpointError as error:
-        if error.code != "PARITY":
-            raise
-        _log.warning("%s: %s; PyTorch runs it", json_path, error.fault)
-        return None
-    except ResourceError as error:
-        _log.warning("%s: it cannot be exported (%s); PyTorch runs it", json_path, error.fault)
-        return None
+    return not missing_packages()
 
 
 def _kept_export(json_path: Path) -> Export | None:
     """The export of a checkpoint in the user's cache, if it is whole."""
-    weights = str(read_meta(json_path)["weights"].get("sha256"))
     try:
-        export = open_export(_export_folder(weights))
+        export = open_export(_export_folder(json_path))
         for name in export.meta["files"]:
             export.path(name)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return None
-    return export if export.meta.get("trained_weights_sha256") == weights else None
+    return export if export.meta.get("trained_weights_sha256") == _weights_sha256(json_path) else None
 
 
-def _export_folder(weights_sha256: str) -> Path:
-    return cache_folder() / "exports" / weights_sha256[:32]
+def _export_folder(json_path: Path) -> Path:
+    return cache_folder() / "exports" / f"{_weights_sha256(json_path)[:32]}-{autosam3d.__version__}"
+
+
+def _weights_sha256(json_path: Path) -> str:
+    return str(read_meta(json_path)["weights"].get("sha256"))
 
 
 def _cached_export(json_path: Path, wish: ModelWish) -> Export:
     """The export of a checkpoint in the user's cache, made now where there is none that is whole."""
     if (export := _kept_export(json_path)) is not None:
         return export
-    folder = _export_folder(str(read_meta(json_path)["weights"].get("sha256")))
+    folder = _export_folder(json_path)
     _log.warning("%s: exporting it once to %s; the next runs begin at once", json_path, folder)
     import torch
 
@@ -145,5 +162,14 @@ def _cached_export(json_path: Path, wish: ModelWish) -> Export:
     from autosam3d.export import export_model
 
     torch.set_num_threads(wish.threads)
-    export_model(load_model(json_path, sam=wish.sam), folder, threads=wish.threads, overwrite=True)
+    model = load_model(json_path, sam=wish.sam)
+    # The cache is ours: whatever lies there and is not a whole export of this model makes room.
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            folder.unlink()
+    made = export_model(model, folder, threads=wish.threads, overwrite=True)
+    if made.organs_not_shown:
+        _log.info("the parity of that export was shown on a phantom, which has no %s", ", ".join(made.organs_not_shown))
     return open_export(folder)

@@ -1,6 +1,6 @@
 """A trunk CT of 512 x 512 x 300 voxels on two cores: the whole of `segment`, and what each lever gives.
 
-    python benchmarks/bench_trunk.py CT [--keep FOLDER] [--only NAME ...]
+    python benchmarks/trunk.py CT [--keep FOLDER] [--only NAME ...]
 
 CT is a real CT of the trunk. It is resampled to voxels of 1.5 mm, continued in z by its mirror image to 300 slices,
 surrounded by air to 512 x 512, and written to a temporary folder with two models of 14 outputs, windows of 96^3 at
@@ -116,6 +116,7 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     loaded = time.perf_counter() - began
     volume = read_ct(folder / "ct.nii.gz")
     read = time.perf_counter() - began - loaded
+    shape = plan_grid(volume, model.recipe.preprocess).prepared_shape
     tiling = Tiling(overlap=overlap)
     finish = inference.begin_segment(volume, model, inference.SegmentOptions(tiling=tiling))
     del volume
@@ -123,7 +124,6 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     segmented = time.perf_counter() - began - loaded - read
     write_segmentation(folder / "out.nii.gz", result, model.recipe.labels)
     seconds, cpu, peak = time.perf_counter() - began, time.process_time() - used, peak_bytes() / 2**20
-    shape = plan_grid(volume, model.recipe.preprocess).prepared_shape
     padded = tuple(max(n, p) for n, p in zip(shape, PATCH, strict=True))
     return {
         "seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "load": loaded, "read": read, "segment": segmented,
@@ -176,7 +176,7 @@ def _write(rows: dict[str, Any]) -> None:
     cpu = next((line.partition(":")[2].strip() for line in (info.read_text().splitlines() if info.exists() else ())
                 if line.startswith("model name")), "")
     content = {
-        "command": "python benchmarks/bench_trunk.py TotalSegmentatorExamples/example_ct.nii.gz",
+        "command": "python benchmarks/trunk.py TotalSegmentatorExamples/example_ct.nii.gz",
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS}, "rows": old | rows,
     }
     RESULT.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
