@@ -100,7 +100,8 @@ def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
         return None
     if not installed_backends() or wish.device not in ("auto", "cpu") or (wish.device == "auto" and _has_gpu()):
         return None
-    refused = _export_folder(json_path).with_suffix(".refused")
+    folder = _export_folder(json_path)
+    refused = folder.with_name(f"{folder.name}.refused")
     if _kept_export(json_path) is None and (refused.exists() or not _can_export(wish)):
         return None
     try:
@@ -110,6 +111,7 @@ def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
         _log.warning("%s: it cannot be run as an export (%s); PyTorch runs it", json_path, fault)
         if isinstance(error, CheckpointError):
             with contextlib.suppress(AutoSam3dError, OSError):  # only saves the next run the attempt
+                refused.parent.mkdir(parents=True, exist_ok=True)
                 write_text_atomic(refused, f"{fault}\n")
         return None
 
