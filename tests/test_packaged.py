@@ -16,8 +16,8 @@ from autosam3d.dataset import open_dataset
 from autosam3d.metrics import dice_per_label
 from autosam3d.model_file import PACKAGED, packaged_model, read_meta
 from autosam3d.patches import Tiling
-from conftest import REPO
 
+REPO = Path(__file__).resolve().parents[1]
 CARD = REPO / "MODEL_CARD.md"
 
 

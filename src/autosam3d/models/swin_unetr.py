@@ -90,7 +90,7 @@ class SwinEncoder(nn.Module):
 
     def forward(self, ct: Float[Tensor, "B 1 D H W"]) -> list[Tensor]:
         """The five token grids, finest first, each (B, C, d, h, w) and normalised over its channels."""
-        tokens = self.patch_embed(ct)
+        tokens = self.patch_embed(ct).permute(0, 2, 3, 4, 1)
         grids = [tokens]
         for (stage,) in (self.layers1, self.layers2, self.layers3, self.layers4):
             tokens = stage(tokens)
@@ -99,20 +99,21 @@ class SwinEncoder(nn.Module):
 
 
 class Tokens(nn.Conv3d):
-    """2x2x2 voxels to one token: a convolution of stride 2, which no two tokens share a voxel of."""
+    """2x2x2 voxels to one token: a convolution of stride 2, no two tokens of which share a voxel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(1, dim, 2, stride=2)
 
-    def forward(self, input: Float[Tensor, "B 1 D H W"]) -> Float[Tensor, "B D/2 H/2 W/2 C"]:
+    def forward(self, input: Float[Tensor, "B 1 D H W"]) -> Float[Tensor, "B C D/2 H/2 W/2"]:
         if not torch.compiler.is_exporting():
-            return super().forward(input).permute(0, 2, 3, 4, 1)
+            return super().forward(input)
         # As the product that it is. OpenVINO would keep a convolution's layout in all token grids after it, and
         # turn each of them round wherever channels are to lie together.
         batch, _, d, h, w = input.shape
         x = input.reshape(batch * d * h // 2, 2, w // 2, 2).transpose(1, 2)  # (B D h) w y x
         x = x.reshape(batch * d // 2, 2, h * w // 4, 4).transpose(1, 2)  # (B d) (h w) z (y x)
-        return F.linear(x.reshape(batch, d // 2, h // 2, w // 2, 8), self.weight.flatten(1), self.bias)
+        x = F.linear(x.reshape(batch, d // 2, h // 2, w // 2, 8), self.weight.flatten(1), self.bias)
+        return x.permute(0, 4, 1, 2, 3)
 
 
 class Stage(nn.Module):
