@@ -21,6 +21,7 @@ from autosam3d.inference import segment
 from autosam3d.int8 import Scans, demand_int8, read_scans
 from autosam3d.io import DEFAULTS, write_ct
 from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.openvino_runtime import openvino_core
 from autosam3d.parity import OrganDice, compare_labels, int8_faults, judged_int8, mean_int8_dice
 from autosam3d.preprocess import prepare_ct
 from autosam3d.verify import verify_export
@@ -294,9 +295,7 @@ def test_nncf_makes_both_ways_reports_to_nobody_and_prints_nothing(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", code, mini_export(), tmp_path], capture_output=True, text=True,
                           timeout=280, env=environment())
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     kinds = {way: {op.get_element_type().get_type_name() for op in core.read_model(tmp_path / f"{way}.xml").get_ops()
                    if op.get_type_name() == "Constant"} for way in ("weights", "activations")}
     assert "i8" in kinds["weights"] and kinds["activations"] & {"i8", "u8"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from autosam3d.errors import CheckpointError
 from autosam3d.openvino_runtime import OpenVinoPredictor
 from exports import LABELS, SIZE, Convolutions, copied, make_patches, mini_export, torch_logits
+from mini_run import environment
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -44,6 +47,23 @@ def test_memory_is_foreseen_for_the_first_call_and_held_afterwards() -> None:
 
 def test_weights_are_stored_as_float16() -> None:
     assert (mini_export() / "openvino.bin").stat().st_size < 1.2 * (mini_export() / "model.onnx").stat().st_size
+
+
+def test_signals_are_heard_after_another_thread_threw_the_predictor_away() -> None:
+    """In a process of its own, which OpenVINO would leave without a stack for signals."""
+    code = (
+        "import os, pathlib, signal, sys, threading\n"
+        "from autosam3d.openvino_runtime import OpenVinoPredictor\n"
+        "held = [OpenVinoPredictor(pathlib.Path(sys.argv[1]), (16, 16, 16), sys.argv[2:], 1)]\n"
+        "thread = threading.Thread(target=held.clear)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: print('heard'))\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code, mini_export() / "openvino.xml", *LABELS],
+                          capture_output=True, text=True, timeout=120, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "heard\n", "")
 
 
 @pytest.mark.parametrize("name", ["openvino.xml", "openvino.bin"])

@@ -31,6 +31,7 @@ from autosam3d.model_description import describe_use
 from autosam3d.model_file import meta_text, sealed
 from autosam3d.onnx_file import labels_note
 from autosam3d.onnx_graph import OPSET, onnx_model, with_half_weights
+from autosam3d.openvino_runtime import openvino_core
 from autosam3d.parity import Parity, measure_parity
 from autosam3d.probe import measure_cost
 from autosam3d.recipe import Recipe
@@ -160,7 +161,7 @@ def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
     onnx_path = stage / "model.onnx"
     onnx_path.write_bytes(graph.SerializeToString(deterministic=True))
     # Not `convert_model`, which reports its use to a server.
-    ir = openvino.Core().read_model(onnx_path)
+    ir = openvino_core().read_model(onnx_path)
     ir.set_rt_info(labels, ["autosam3d", "labels"])
     # The large weights are float16 already; compressing the rest, biases and norms, costs accuracy and saves nothing.
     openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)

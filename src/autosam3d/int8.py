@@ -12,6 +12,7 @@ so neither is ever trusted. What was measured with this module: benchmarks/resul
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -32,7 +33,7 @@ from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
 from autosam3d.inference import label_prepared
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.onnx_file import labels_note
-from autosam3d.openvino_runtime import OpenVinoPredictor
+from autosam3d.openvino_runtime import OpenVinoPredictor, openvino_core
 from autosam3d.parity import OrganDice, compare_labels, int8_faults, judged_int8, mean_int8_dice
 from autosam3d.patches import Tiling, grid_starts, pad_to
 from autosam3d.preprocess import prepare_ct
@@ -264,7 +265,7 @@ def _quantised(exact: Path, folder: Path, way: str, windows: Sequence[np.ndarray
     import openvino
 
     nncf = _nncf()
-    model = openvino.Core().read_model(exact)
+    model = openvino_core().read_model(exact)
     with _quiet():
         if way == "weights":
             made = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
@@ -273,6 +274,7 @@ def _quantised(exact: Path, folder: Path, way: str, windows: Sequence[np.ndarray
             made = nncf.quantize(model, nncf.Dataset(list(windows), lambda window: {"ct": window[None]}),
                                  subset_size=len(windows), model_type=nncf.ModelType.TRANSFORMER,
                                  ignored_scope=nncf.IgnoredScope(names=_left(model), types=_LEFT, validate=False))
+    gc.collect()  # here, and not in another thread: see openvino_core
     made.set_rt_info(labels_note(["background", *recipe.labels.organs]), ["autosam3d", "labels"])
     openvino.save_model(made, folder / f"{way}.xml", compress_to_fp16=True)
     return folder / f"{way}.xml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,8 @@ class OpenVinoPredictor:
                  activation_bytes: int = 0, output: str = "probs", name: str = "openvino") -> None:
         self.name, self.patch_size, self.num_outputs = name, patch_size, len(labels)
         self._activation_bytes, self._has_run = activation_bytes, False
+        core = openvino_core()
         self._ov = _import()
-        core = self._ov.Core()
         try:
             model = core.read_model(xml_path, xml_path.with_suffix(".bin"))
             path = ["autosam3d", "labels"]
@@ -92,6 +93,20 @@ class OpenVinoPredictor:
             if ports.get(name) != wish:
                 raise CheckpointError("MISMATCH", where, f"expected {name} {wish}, got {ports.get(name)}",
                                       "export the model again")
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    Its CPU plug-in gives the thread that loads it another stack for signals and frees that stack with itself. Where a
+    garbage collector does so in another thread, the first one keeps an address that is gone, and the next signal that
+    Python hears, such as Ctrl-C, ends the process with a segmentation fault (OpenVINO 2026.4.1).
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+    """
+    return _import().Core()
 
 
 def _import() -> Any:

@@ -16,6 +16,7 @@ from autosam3d.models.pointwise import double
 from autosam3d.models.spec import SwinUnetrSpec
 from autosam3d.models.swin_attention import Cut, WindowAttention, mix_windows, widen
 from autosam3d.models.swin_unetr import SwinUnetr
+from autosam3d.openvino_runtime import openvino_core
 
 SwinUNETR = pytest.importorskip("monai.networks.nets.swin_unetr").SwinUNETR
 
@@ -255,18 +256,18 @@ def test_onnx_runtime_says_the_same(exported: tuple[Any, np.ndarray, np.ndarray]
 
 
 def test_openvino_says_the_same(exported: tuple[Any, np.ndarray, np.ndarray]) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     graph, ct, expected = exported
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(graph.SerializeToString()), "CPU", settings)
     np.testing.assert_allclose(compiled(ct)[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def test_openvino_makes_one_kernel_of_a_chunk_of_attention(exported: tuple[Any, np.ndarray, np.ndarray]) -> None:
     """Softmax by itself means maps of tokens x tokens in memory: 1.4 times the seconds at 96^3."""
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
+    pytest.importorskip("openvino")
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(exported[0].SerializeToString()), "CPU", {
         "INFERENCE_PRECISION_HINT": "f32"})
     kinds = [op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ops()]
