@@ -27,7 +27,7 @@ from autosam3d.preprocess import prepare_ct
 from autosam3d.verify import verify_export
 from autosam3d.volume import Volume
 from command_line import contents, run, write_model
-from exports import LABELS, Convolutions, edit, loaded, mini_export
+from exports import LABELS, Convolutions, accept, edit, loaded, mini_export
 from mini_run import affine_of, blobs, environment
 
 GOLDEN = 9
@@ -233,9 +233,36 @@ def test_the_folder_says_what_int8_is_and_auto_never_takes_it(with_int8: Path) -
     assert wished_backend(INT8) == INT8
 
 
-def test_verify_runs_int8_beside_the_others(with_int8: Path) -> None:
+def exchange(source: Path, place: Path) -> None:
+    """Another file in its place: OpenVINO may hold the old one mapped."""
+    shutil.copy(source, place.with_name("new"))
+    place.with_name("new").replace(place)
+
+
+def test_verify_judges_int8_by_its_own_bounds(with_int8: Path, tmp_path: Path) -> None:
     assert [(row.backend, row.int8) for row in verify_export(with_int8, 1).rows] == [
         ("onnxruntime", False), ("openvino", False), (INT8, True)]
+    # Other logits and the same labels: a fault of a float32 runtime, and none of INT8.
+    import openvino
+
+    graph = openvino_core().read_model(with_int8 / "openvino_int8.xml")
+    head = [op for op in graph.get_ordered_ops() if op.get_type_name() == "Convolution"][-1]
+    followers = list(head.output(0).get_target_inputs())
+    scaled = openvino.opset13.multiply(head.output(0), openvino.opset13.constant(np.float32(1.01)))
+    for follower in followers:
+        follower.replace_source_output(scaled.output(0))
+    openvino.save_model(graph, tmp_path / "scaled.xml", compress_to_fp16=False)
+    for suffix in (".xml", ".bin"):
+        exchange(tmp_path / f"scaled{suffix}", with_int8 / f"openvino_int8{suffix}")
+    accept(with_int8, "openvino_int8.xml", "openvino_int8.bin")
+    row = verify_export(with_int8, 1).rows[-1]
+    assert row.logit_share > 1e-3 and not row.faults()
+    # Another network: its organs are named.
+    export_model(loaded(Convolutions(1)), tmp_path / "other")
+    for suffix in (".xml", ".bin"):
+        exchange(tmp_path / "other" / f"openvino{suffix}", with_int8 / f"openvino_int8{suffix}")
+    accept(with_int8, "openvino_int8.xml", "openvino_int8.bin")
+    assert "against float32 is 0." in run("verify", with_int8).demand_error("PARITY", 4)
 
 
 def test_a_part_of_the_int8_files_is_refused(with_int8: Path) -> None:

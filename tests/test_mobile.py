@@ -330,14 +330,18 @@ def test_a_coreml_package_has_the_form_that_is_described() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spec", [
+    ResUnetSpec(num_outputs=3, patch_size=(32, 32, 32), channels=(4, 4, 8, 8, 8)),
+    SwinUnetrSpec(num_outputs=3, patch_size=(32, 64, 32)),
+], ids=["res_unet", "swin_unetr"])
 @pytest.mark.parametrize("target", ALL)
-def test_every_student_converts(target: str, tmp_path: Path) -> None:
-    """A residual U-Net has strides and kernels of its own; what its file says is what it says."""
+def test_every_student_converts(target: str, spec: ResUnetSpec | SwinUnetrSpec, tmp_path: Path) -> None:
+    """A residual U-Net has strides and kernels of its own, a SwinUNETR shifted windows; a file says what they say."""
     from autosam3d.models.build import build_network
 
     torch.manual_seed(0)
-    size = (32, 32, 32)
-    network = with_half_weights(build_network(ResUnetSpec(num_outputs=3, patch_size=size, channels=(4, 4, 8, 8, 8))))
+    size = spec.patch_size
+    network = with_half_weights(build_network(spec))
     patch = np.random.default_rng(0).normal(size=(1, 1, *size)).astype(np.float32)
     expected = torch_logits(network, patch)
     if target == "coreml":
