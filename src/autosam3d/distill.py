@@ -42,7 +42,16 @@ def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] =
     if student not in STUDENTS:
         return load_recipe(student, overrides)
     json_path = find_checkpoint(Path(teacher))
-    tree = recipe_of(read_meta(json_path), json_path).as_dict()
+    return student_of(recipe_of(read_meta(json_path), json_path), student, overrides)
+
+
+def student_of(teacher: Recipe, student: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The same from a teacher's recipe, trained or not.
+
+    Raises:
+        RecipeError: an override is wrong.
+    """
+    tree = teacher.as_dict()
     # At least what the teacher saw around a voxel.
     patch_size = [-(-n // _STEP) * _STEP for n in tree["model"]["patch_size"]]
     tree["about"] = f"{student} student of {tree['name']}"

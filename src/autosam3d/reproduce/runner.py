@@ -1,0 +1,322 @@
+"""Runs of a study brought to their end: trained, segmented, scored; on all devices, and on several machines at once.
+
+Each stage is a command of this package in a process of its own, and each can be stopped and goes on where it was. A run
+is taken by a lock on a file in its folder, which ends with the process, however that ends; so the same command on
+several machines that share the folder divides the runs among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+from autosam3d.certificate import machine
+from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
+from autosam3d.io.files import write_text_atomic
+from autosam3d.model_file import read_meta
+from autosam3d.recipe import dump_recipe, load_recipe
+from autosam3d.reproduce.study import PlannedRun, Study
+
+_POLL_SECONDS = 2.0
+_GRACE_SECONDS = 120.0
+"""For a stage that was asked to stop: a training saves its state first."""
+TOLERANCES_MM = (1.0, 2.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A place where one run at a time can be."""
+
+    device: str
+    """As `--device` has it."""
+    threads: int
+    visible_gpu: str | None = None
+    """CUDA_VISIBLE_DEVICES of its processes."""
+
+
+@dataclass
+class Outcome:
+    """What became of the runs."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Name to the last line of its stage."""
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Tell:
+    """What the command line shows."""
+
+    message: Callable[[str], None] = lambda text: None
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the run has its scores, of the model as it stands."""
+    try:
+        done = json.loads((run.folder / "done.json").read_text("utf-8"))
+        return bool(done["model"] == _model_of(run) and (run.evaluation / "scores.json").is_file())
+    except (OSError, ValueError, KeyError, TypeError, AutoSam3dError):
+        return False
+
+
+def demand_own_runs(study: Study) -> None:
+    """Refuse a folder in which runs of other recipes lie, before any work.
+
+    Raises:
+        UsageError: OTHER_RUN.
+    """
+    for run in study.runs:
+        if run.recipe is None or not run.recipe_file.exists():
+            continue
+        old, new = load_recipe(run.recipe_file).as_dict(), run.recipe.as_dict()
+        if old != new:
+            key, was, wish = next(_differences(old, new))
+            raise UsageError("OTHER_RUN", run.folder, f"it holds a run of another recipe: {key} is {was!r} there, and "
+                             f"{wish!r} is asked for", "name another folder with --out, or give the same options")
+
+
+def run_study(
+    study: Study, workers: Sequence[Worker], data: Path, *, sam: str | None = None, only: Sequence[str] | None = None,
+    tell: Tell | None = None,
+) -> Outcome:
+    """Bring all runs of `study` to their end; those that are there already are taken, one that fails stops no other.
+
+    SIGINT and SIGTERM stop the stages at work, which save, and return.
+
+    Args:
+        workers: that share the work.
+        data: the dataset's folder.
+        sam: SAM weights for the AutoSAM runs.
+        only: names of runs; default all.
+
+    Raises:
+        UsageError: OTHER_RUN.
+    """
+    demand_own_runs(study)
+    work = _Work(study, data, sam, tell or Tell(), [r for r in study.runs if only is None or r.spec.name in only])
+    threads = [threading.Thread(target=work.do, args=(worker,), daemon=True) for worker in workers]
+    with work.listening():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    return work.outcome
+
+
+def stages(run: PlannedRun, study: Study, data: Path, worker: Worker, sam: str | None) -> list[tuple[str, list[str]]]:
+    """Name and command line, behind ``autosam3d``, of what is left to do for a run of our trainer."""
+    assert run.recipe is not None
+    of = {planned.spec.name: planned for planned in study.runs}
+    model = of[run.spec.predicts_as] if run.spec.predicts_as else run
+    todo: list[tuple[str, list[str]]] = []
+    how = ["--device", worker.device, "--threads", str(worker.threads)]
+    if run.spec.predicts_as is None and not _is_trained(run):
+        train = ["--data", str(data), "--out", str(run.run), "--cache", str(study.cache), *how]
+        if run.spec.kind == "distill":
+            teacher = of[run.spec.teacher or ""].run
+            todo.append(("training", ["distill", str(teacher), "--student", str(run.recipe_file), *train]))
+        else:
+            own = ["--sam", sam] if sam and run.recipe.model.network == "autosam" else []
+            todo.append(("training", ["train", str(run.recipe_file), *train, *own]))
+    overlap = run.recipe.inference.overlap if run.spec.overlap is None else run.spec.overlap
+    todo.append(("segmenting", ["segment", str(model.run), str(data / "imagesTs"), str(run.prediction),
+                                "--overlap", str(min(overlap, 0.9)), *how]))
+    scores = [word for mm in TOLERANCES_MM for word in ("--tolerance", f"{mm:g}")]
+    todo.append(("scoring", ["evaluate", str(run.prediction), str(data / "labelsTs"), "--out", str(run.evaluation),
+                             "--recipe", str(run.recipe_file), *scores]))
+    return todo
+
+
+class _Work:
+    """The runs and who is at which; shared by the threads of the workers."""
+
+    def __init__(self, study: Study, data: Path, sam: str | None, tell: Tell, runs: Sequence[PlannedRun]) -> None:
+        self.study, self.data, self.sam, self.tell = study, data, sam, tell
+        self.outcome = Outcome()
+        self._open = {run.spec.name: run for run in runs}
+        self._lock, self._processes = threading.Lock(), set[subprocess.Popen]()
+        self._stop = threading.Event()
+
+    def do(self, worker: Worker) -> None:
+        """Take run after run until none is left that can be begun."""
+        while not self._stop.is_set():
+            with self._lock:
+                if not self._open:
+                    return
+                run = next(filter(self._can_begin, self._open.values()), None)
+                if run is not None:
+                    del self._open[run.spec.name]
+            if run is None:  # its teacher is at work, here or elsewhere
+                self._stop.wait(_POLL_SECONDS)
+                continue
+            with _claimed(run.folder) as mine:
+                if mine:
+                    self._bring_to_end(run, worker)
+                    continue
+            self._stop.wait(_POLL_SECONDS)
+            with self._lock:  # another machine has it: look again later
+                self._open[run.spec.name] = run
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, a signal stops the stages."""
+
+        def on_signal(number: int, frame: object) -> None:
+            self.outcome.stopped = True
+            self._stop.set()
+            for process in list(self._processes):
+                process.send_signal(signal.SIGTERM)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _can_begin(self, run: PlannedRun) -> bool:
+        for name in (run.spec.teacher, run.spec.predicts_as):
+            if name is None:
+                continue
+            if name in self.outcome.failed:
+                return True  # and fails at once, with the reason
+            teacher = next(r for r in self.study.runs if r.spec.name == name)
+            if not _is_trained(teacher):
+                return False
+        return True
+
+    def _bring_to_end(self, run: PlannedRun, worker: Worker) -> None:
+        name = run.spec.name
+        if is_finished(run):
+            self.tell.message(f"{name}: there already")
+            self.outcome.finished.append(name)
+            return
+        for needed in (run.spec.teacher, run.spec.predicts_as):
+            if needed in self.outcome.failed:
+                self.outcome.failed[name] = f"{needed} failed"
+                return
+        assert run.recipe is not None
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(run.recipe_file, dump_recipe(run.recipe))
+        began = time.monotonic()
+        for stage, command in stages(run, self.study, self.data, worker, self.sam):
+            self.tell.message(f"{name}: {stage}")
+            fault = self._call(run, command, worker)
+            if self._stop.is_set():
+                return
+            if fault is not None:
+                self.outcome.failed[name] = fault
+                self.tell.message(f"{name}: {stage} failed: {fault}")
+                return
+        _write_done(run, self.study)
+        self.outcome.finished.append(name)
+        self.tell.message(f"{name}: finished in {(time.monotonic() - began) / 60:.1f} min")
+
+    def _call(self, run: PlannedRun, command: Sequence[str], worker: Worker) -> str | None:
+        """Run a stage; None, or the last line that it said where it failed."""
+        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(worker.threads)}
+        if worker.visible_gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = worker.visible_gpu
+        with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"$ autosam3d {' '.join(command)}\n")
+            log.flush()
+            start = log.tell()
+            # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+            process = subprocess.Popen([sys.executable, "-m", "autosam3d", *command], stdout=log, stderr=log,
+                                       stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+            self._processes.add(process)
+            try:
+                if self._stop.is_set():  # the signal came between
+                    process.send_signal(signal.SIGTERM)
+                code = self._wait(process)
+            finally:
+                self._processes.discard(process)
+        if code == 0:
+            return None
+        said = (run.folder / "log.txt").read_text("utf-8", errors="replace")[start:].strip().splitlines()
+        return next((line for line in reversed(said) if line.startswith("error[")), said[-1] if said else f"exit {code}")
+
+    def _wait(self, process: subprocess.Popen) -> int:
+        asked = None
+        while True:
+            try:
+                return process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                asked = asked or (time.monotonic() if self._stop.is_set() else None)
+                if asked and time.monotonic() - asked > _GRACE_SECONDS:
+                    process.kill()
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether the run in `folder` is ours alone, inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "claim.lock").open("a", encoding="utf-8") as file:
+        if fcntl is None:
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError:  # some network file systems have no locks
+            yield True
+            return
+        yield True
+
+
+def _is_trained(run: PlannedRun) -> bool:
+    """Whether the training reached its last epoch."""
+    if run.recipe is None:
+        return (run.folder / "done.json").is_file()
+    try:
+        meta = read_meta(run.run / "last.json")
+        return (run.run / "best.json").is_file() and meta["progress"]["epoch"] >= run.recipe.train.epochs
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _model_of(run: PlannedRun) -> str:
+    folder = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
+    return str(read_meta(folder / "run" / "best.json")["weights"]["sha256"])
+
+
+def _write_done(run: PlannedRun, study: Study) -> None:
+    folder = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
+    seconds = read_meta(folder / "run" / "last.json")["progress"]["seconds"]
+    done: dict[str, Any] = {
+        "model": _model_of(run), "minutes": seconds / 60, "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(), "budget_minutes": study.budget_minutes, "seed": run.spec.seed,
+    }
+    write_text_atomic(run.folder / "done.json", json.dumps(done, indent=1, sort_keys=True) + "\n")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*old, *new}):
+        was, wish = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(wish, dict):
+            yield from _differences(was, wish, f"{path}{key}.")
+        elif was != wish:
+            yield f"{path}{key}", was, wish

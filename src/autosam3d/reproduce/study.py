@@ -1,0 +1,235 @@
+"""A plan on a dataset: every run with its whole recipe, its folder, and what it will cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import yaml
+
+from autosam3d.dataset import CaseSet, open_dataset
+from autosam3d.distill import student_of
+from autosam3d.errors import ResourceError, UsageError, VolumeError
+from autosam3d.io.files import write_text_atomic
+from autosam3d.patches import grid_starts
+from autosam3d.recipe import Recipe, load_recipe, recipe_from_dict
+from autosam3d.reproduce.cost import TrainingCost, measure_training
+from autosam3d.reproduce.plan import RunSpec
+
+_VALIDATIONS = 3
+"""Of a run with a budget."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that can be started."""
+
+    spec: RunSpec
+    recipe: Recipe | None
+    """None where another program has the recipe (slice by slice, nnU-Net v2)."""
+    folder: Path
+    cost: TrainingCost | None
+    train_seconds: float | None
+    """Estimate, without validations."""
+    segment_seconds: float | None
+    """Estimate for all test cases."""
+
+    @property
+    def run(self) -> Path:
+        """Where it is trained."""
+        return self.folder / "run"
+
+    @property
+    def prediction(self) -> Path:
+        return self.folder / "prediction"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs on one dataset."""
+
+    dataset: str
+    """The recipe's name."""
+    cases: CaseSet
+    folder: Path
+    budget_minutes: float | None
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def cache(self) -> Path:
+        """Preprocessed cases and teachers' answers, shared by all runs."""
+        return self.folder / "cache"
+
+
+def plan_study(
+    dataset: str, data: Path, out: Path, specs: Sequence[RunSpec], *, budget_minutes: float | None, device: str,
+    threads: int, overrides: Sequence[str] = (), measured: Callable[[str], None] = lambda name: None,
+    estimate: bool = True,
+) -> Study:
+    """Recipes, folders and costs of `specs`; what was measured before on this machine is not measured again.
+
+    Args:
+        dataset: a recipe by name or file.
+        data: its folder.
+        out: of the whole reproduction.
+        budget_minutes: of training, the same for every run: the epochs follow from the measured cost of a step. None
+            trains as long as each recipe says.
+        overrides: for all recipes, before those of a run.
+        measured: called with the name of each run whose cost is about to be measured.
+        estimate: False measures only where a budget needs it.
+
+    Raises:
+        RecipeError: a recipe or an override is wrong.
+        VolumeError: the dataset is, or it has no test cases with truth.
+        UsageError: BUDGET.
+        ResourceError: a model does not fit this machine, where its epochs follow from the budget.
+    """
+    if budget_minutes is not None and not 0 < budget_minutes <= 10**6:
+        raise UsageError("BUDGET", f"--budget {budget_minutes}", "expected minutes above 0", "try 10")
+    base = load_recipe(dataset, overrides)
+    cases = open_dataset(data, base)
+    _demand_test_cases(cases)
+    folder = out / base.name
+    recipes = {spec.name: _recipe_of(spec, dataset, overrides) for spec in specs}
+    costs = _Costs(folder / "costs.json", device, threads)
+    shapes = [_prepared_shape(case.image_path, base) for case in cases.test]
+    runs = []
+    for spec in specs:
+        recipe = recipes[spec.name]
+        cost = None
+        if recipe is not None and spec.predicts_as is None and (estimate or budget_minutes is not None):
+            cost = costs.of(recipe, lambda spec=spec: measured(spec.name))
+            if budget_minutes is not None:
+                if cost is None:
+                    raise ResourceError("MEMORY", spec.name, "expected a training step that this machine can do in "
+                                        "minutes, and none was done", "use --size 2core, or a larger machine")
+                recipe = _within(recipe, budget_minutes, cost, len(cases.train))
+        runs.append(PlannedRun(spec, recipe, folder / spec.name, cost, _train_seconds(recipe, cost, len(cases.train)),
+                               _segment_seconds(recipe, spec, cost, shapes)))
+    return Study(base.name, cases, folder, budget_minutes, tuple(runs))
+
+
+def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of a run, as it would be trained without a budget."""
+    if spec.kind in ("slicewise", "nnunet_v2"):
+        return None
+    own = dict(spec.overrides)
+    if spec.kind == "distill":
+        teacher = load_recipe(dataset, overrides, model=f"autosam{'_2core' if '_2core' in (spec.teacher or '') else ''}")
+        recipe = student_of(teacher, spec.model, _as_sets(own))
+    else:
+        recipe = load_recipe(dataset, overrides, model=spec.model)
+        if "model.fuse_stride" in own:
+            own["model.fuse_stride"] = 3 - recipe.model.fuse_stride  # type: ignore[union-attr]
+        recipe = load_recipe(dataset, [*overrides, *_as_sets(own)], model=spec.model)
+    return replace(recipe, train=replace(recipe.train, seed=spec.seed))
+
+
+def _as_sets(overrides: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in
+            overrides.items()]
+
+
+def _within(recipe: Recipe, minutes: float, cost: TrainingCost, num_train: int) -> Recipe:
+    """`recipe` with the epochs that `minutes` hold; its warm-up keeps its share of them."""
+    epochs = cost.epochs_in(minutes, _steps(recipe, num_train))
+    share = recipe.optim.warmup_epochs / recipe.train.epochs
+    warmup = min(math.floor(share * epochs), max(epochs - 1, 0))
+    tree = recipe.as_dict()
+    tree["train"] |= {"epochs": epochs, "validate_every": max(1, -(-epochs // _VALIDATIONS))}
+    tree["optim"]["warmup_epochs"] = warmup
+    return recipe_from_dict(tree, recipe.name)
+
+
+def _steps(recipe: Recipe, num_train: int) -> int:
+    return -(-num_train * recipe.sampling.patches_per_volume // recipe.train.batch_size)
+
+
+def _train_seconds(recipe: Recipe | None, cost: TrainingCost | None, num_train: int) -> float | None:
+    if recipe is None or cost is None:
+        return None
+    return cost.step_seconds * _steps(recipe, num_train) * recipe.train.epochs
+
+
+def _segment_seconds(
+    recipe: Recipe | None, spec: RunSpec, cost: TrainingCost | None, shapes: Sequence[tuple[int, int, int]]
+) -> float | None:
+    if recipe is None or cost is None:
+        return None
+    overlap = recipe.inference.overlap if spec.overlap is None else spec.overlap
+    size = recipe.model.patch_size
+    windows = sum(sum(1 for _ in grid_starts(_grown(shape, size), size, overlap)) for shape in shapes)
+    return cost.window_seconds * windows
+
+
+def _grown(shape: tuple[int, int, int], size: tuple[int, int, int]) -> tuple[int, int, int]:
+    return tuple(max(n, least) for n, least in zip(shape, size, strict=True))  # type: ignore[return-value]
+
+
+def _prepared_shape(path: Path, recipe: Recipe) -> tuple[int, int, int]:
+    """About the grid that the scan will have, from its header alone: air around the body is not known yet."""
+    try:
+        image = nib.as_closest_canonical(nib.load(path))  # type: ignore[arg-type]
+        spacing = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(0))[::-1]
+        shape = np.asarray(image.shape[:3])[::-1]
+    except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise VolumeError("UNREADABLE", path, f"expected a NIfTI file ({type(error).__name__})",
+                          "copy the scan again") from None
+    wish = np.asarray(recipe.preprocess.spacing_mm)
+    return tuple(int(n) for n in np.maximum(np.rint(shape * spacing / wish), 1))  # type: ignore[return-value]
+
+
+def _demand_test_cases(cases: CaseSet) -> None:
+    if not cases.test:
+        raise VolumeError("NO_TEST", cases.folder / "imagesTs", "expected test cases, got none",
+                          "run autosam3d prepare with a recipe that names test cases")
+    bare = [case.name for case in cases.test if case.label_path is None]
+    if bare:
+        raise VolumeError("NO_TRUTH", cases.folder / "labelsTs", f"expected the truth of all {len(cases.test)} test "
+                          f"cases, {len(bare)} lack it ({', '.join(bare[:3])})", "add it, or take the scans out")
+
+
+class _Costs:
+    """What was measured, kept in a file: by everything that costs depend on."""
+
+    def __init__(self, path: Path, device: str, threads: int) -> None:
+        self._path, self._device, self._threads = path, device, threads
+        self._known: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                self._known = json.loads(path.read_text("utf-8"))
+            except ValueError:
+                self._known = {}
+
+    def of(self, recipe: Recipe, before: Callable[[], None]) -> TrainingCost | None:
+        key = self._key(recipe)
+        if key not in self._known:
+            before()
+            cost = measure_training(recipe, self._device, self._threads)
+            if cost is None:
+                return None
+            self._known[key] = asdict(cost)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
+        return TrainingCost(**self._known[key])
+
+    def _key(self, recipe: Recipe) -> str:
+        # Seeds, epochs and the weights of the loss cost nothing.
+        parts = [recipe.as_dict()["model"], recipe.train.batch_size, recipe.train.precision, recipe.optim.ema > 0,
+                 recipe.as_dict()["optim"].get("optimizer"), self._device, self._threads]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
