@@ -74,8 +74,8 @@ class NnFormer(nn.Module):
         logits = self.out(tokens)
         if not self.training or not self.side_outputs:
             return logits
-        coarser = reversed(levels[:-1])
-        return [logits, *(head(level) for head, level in zip(self.side_outputs, coarser, strict=False))]
+        coarser = zip(self.side_outputs, reversed(levels[:-1]), strict=False)
+        return [logits, *(_crop(head(level), ct, 1 << i) for i, (head, level) in enumerate(coarser, 1))]
 
 
 class Stem(nn.Module):
@@ -256,6 +256,12 @@ class Expanding(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B K D H W"]:
         return self.up(tokens.permute(0, 4, 1, 2, 3))
+
+
+def _crop(logits: Tensor, ct: Tensor, step: int) -> Tensor:
+    """Without what lies beyond the CT, where grids were rounded up; `step` voxels of the CT are one of `logits`."""
+    d, h, w = (-(-n // step) for n in ct.shape[2:])
+    return logits[:, :, :d, :h, :w]
 
 
 def _windows_of(grid: Triple, window: Triple) -> int:
