@@ -26,6 +26,7 @@ from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, writ
 from autosam3d.model_file import find_checkpoint, meta_text, packaged_model, read_meta, recipe_of, sealed
 from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import freeze_sam, frozen_names, load_sam
+from autosam3d.models.side_outputs import without_side_outputs
 from autosam3d.recipe import Recipe
 from autosam3d.sam_files import read_sam_state
 
@@ -161,7 +162,8 @@ def load_model(
     tensors = checkpoint.tensors
     if checkpoint.meta.get("kind") == "training":
         section = "average." if any(n.startswith("average.") for n in tensors) else "model."
-        tensors = {n.removeprefix(section): t for n, t in tensors.items() if n.startswith(section)}
+        tensors = without_side_outputs(
+            {n.removeprefix(section): t for n, t in tensors.items() if n.startswith(section)})
     sam_entry = checkpoint.meta.get("sam") if checkpoint.meta.get("contains") != "all" else None
     with torch.device("meta"):
         # Without memory, so that a recipe of absurd sizes is refused before anything is allocated for it.

@@ -30,6 +30,8 @@ app = typer.Typer(
 _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Another network and its optimiser on the "
+                                           "recipe's data: a preset of the package (autosam3d recipes), or a YAML file.")]
 Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
                                                        "Hugging Face id such as facebook/sam-vit-base.")]
 # What the operating system says of a path that cannot be, and what libraries say when memory has run out.
@@ -87,6 +89,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of the package, or a YAML file.")],
     data: Annotated[Path, typer.Option(help="Dataset folder in the nnU-Net v2 layout.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE.")] = None,
+    model: Model = None,
     sam: Sam = None,
     overrides: Set = None,
     device: Device = "auto",
@@ -97,7 +100,7 @@ def train(
     from autosam3d.dataset import open_dataset
     from autosam3d.recipe import load_recipe
 
-    plan = load_recipe(recipe, overrides or ())
+    plan = load_recipe(recipe, overrides or (), model)
     folder = _run_folder(out or Path("runs") / plan.name, data)
     cases = open_dataset(data, plan)
     _set_threads(threads)
@@ -282,6 +285,7 @@ def prepare(
 def info(
     what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="Recipe name, YAML file, or model folder.")],
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the whole recipe.")] = False,
+    model: Model = None,
     overrides: Set = None,
 ) -> None:
     """Describe a recipe or a trained model: organs, preprocessing, parameters."""
@@ -292,13 +296,14 @@ def info(
         from autosam3d.checkpoint import read_meta, recipe_of
         from autosam3d.describe import describe_model
 
-        if overrides:
-            raise UsageError("USAGE", "--set", "a trained model keeps its recipe", "name a recipe, or leave it out")
+        if overrides or model:
+            raise UsageError("USAGE", "--set" if overrides else "--model", "a trained model keeps its recipe",
+                             "name a recipe, or leave it out")
         typer.echo(dump_recipe(recipe_of(read_meta(json_path), json_path)) if as_yaml else describe_model(json_path))
         return
     from autosam3d.describe import describe_recipe
 
-    plan = load_recipe(what, overrides or ())
+    plan = load_recipe(what, overrides or (), model)
     typer.echo(dump_recipe(plan) if as_yaml else describe_recipe(plan))
 
 
@@ -332,11 +337,15 @@ def bench(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes of the package."""
+    """List the recipes of the package, and the presets for --model."""
     from autosam3d.recipe import load_recipe, recipe_names
+    from autosam3d.recipe_sources import preset_about, preset_names
 
     for name in recipe_names():
-        typer.echo(f"{name:16} {load_recipe(name).about}")
+        typer.echo(f"{name:24} {load_recipe(name).about}")
+    typer.echo("")
+    for name in preset_names():
+        typer.echo(f"--model {name:16} {preset_about(name)}")
 
 
 @app.command()

@@ -7,8 +7,10 @@ from typing import Any
 
 from autosam3d.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.models.parameters import count_parameters
-from autosam3d.models.spec import VITS, AutoSamSpec, SwinUnetrSpec
+from autosam3d.models.spec import VITS, AutoSamSpec, NnFormerSpec, NnUnetSpec, SwinUnetrSpec, UnetrSpec
 from autosam3d.recipe import Recipe
+
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def describe_recipe(recipe: Recipe) -> str:
@@ -26,8 +28,8 @@ def describe_recipe(recipe: Recipe) -> str:
         f"over {pre.divide_hu:g}",
         f"crops        {_by(model.patch_size)} voxels, {recipe.sampling.patches_per_volume} per case and epoch, "
         f"{recipe.sampling.foreground_share:.0%} on an organ",
-        f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, AdamW {recipe.optim.lr:g}, "
-        f"{recipe.optim.schedule}",
+        f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, {_OPTIMIZERS[recipe.optim.optimizer]} {recipe.optim.lr:g}, "
+        f"{recipe.optim.schedule}{', deep supervision' if recipe.train.deep_supervision else ''}",
         f"windows      overlap {recipe.inference.overlap:g}, {recipe.inference.importance}",
         "",
         f"model        {describe_network(recipe)}",
@@ -47,6 +49,13 @@ def describe_network(recipe: Recipe) -> str:
     if isinstance(model, SwinUnetrSpec):
         size = {12: " (Tiny)", 24: " (Small)"}.get(model.feature_size, "")
         return f"SwinUNETR, feature size {model.feature_size}{size}"
+    if isinstance(model, NnUnetSpec):
+        return f"nnU-Net's network, {len(model.channels)} stages of {', '.join(map(str, model.channels))} channels"
+    if isinstance(model, UnetrSpec):
+        return f"UNETR, tokens of {model.token_size} voxels, width {model.hidden_dim}, feature size {model.feature_size}"
+    if isinstance(model, NnFormerSpec):
+        return (f"nnFormer, tokens of {_by(model.token_size)} voxels, {len(model.num_heads)} stages from width "
+                f"{model.embed_dim}, windows {', '.join(map(str, model.attn_windows))}")
     return f"residual U-Net, channels {', '.join(map(str, model.channels))}"
 
 
@@ -55,7 +64,11 @@ def describe_parameters(recipe: Recipe) -> str:
     SAM's, and as stored."""
     report = count_parameters(recipe.model)
     if not isinstance(recipe.model, AutoSamSpec):
-        return f"parameters                  {report.total:,}"
+        lines = [f"parameters                  {report.total:,}"]
+        if recipe.train.deep_supervision:
+            lines.append(f"in training                 {count_parameters(recipe.model, True).total:,}  with the outputs "
+                         "of deep supervision")
+        return "\n".join(lines)
     vit = VITS[recipe.model.vit]
     edges = {vit.pretrain_grid if index in vit.taps else vit.pretrain_window for index in range(vit.num_blocks)}
     rows = "/".join(str(2 * edge - 1) for edge in sorted(edges))

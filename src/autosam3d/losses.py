@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,3 +61,33 @@ def dice_ce_loss(
     total = probs.sum(axes) + truth.sum(axes)
     dice = 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean()
     return SegmentationLoss(dice_weight * dice + ce_weight * cross_entropy, dice.detach(), cross_entropy.detach())
+
+
+def deep_dice_ce_loss(
+    outputs: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    dice_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    batch_dice: bool = False,
+) -> SegmentationLoss:
+    """`dice_ce_loss` of outputs at several resolutions, each against the labels at its own; of the finest its parts.
+
+    Args:
+        outputs: logits B K d h w, finest first, the first at the labels' resolution.
+        labels: B D H W. Those of a coarser output are the nearest voxels.
+
+    *Source*: nnU-Net: weights 1, 1/2, 1/4, ..., divided by their sum.
+    """
+    weights = [0.5**level for level in range(len(outputs))]
+    total, finest = None, None
+    for weight, logits in zip(weights, outputs, strict=True):
+        reduced = labels
+        if logits.shape[2:] != labels.shape[1:]:
+            reduced = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
+        loss = dice_ce_loss(logits, reduced, dice_weight=dice_weight, ce_weight=ce_weight, batch_dice=batch_dice)
+        finest = finest or loss
+        part = loss.total * (weight / sum(weights))
+        total = part if total is None else total + part
+    assert total is not None and finest is not None
+    return finest._replace(total=total)

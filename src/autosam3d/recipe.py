@@ -10,12 +10,9 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,12 +20,21 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 
 from autosam3d.errors import RecipeError
 from autosam3d.labels import LabelMap
-from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
+from autosam3d.models.spec import (
+    DEEPLY_SUPERVISED,
+    AutoSamSpec,
+    NnFormerSpec,
+    NnUnetSpec,
+    ResUnetSpec,
+    SwinUnetrSpec,
+    UnetrSpec,
+)
 from autosam3d.patches import Tiling
 from autosam3d.preprocess import Preprocess
+from autosam3d.recipe_sources import read_recipe_text, recipe_names, with_model
 from autosam3d.recipe_yaml import dump_yaml, parse_yaml
 
-MAX_RECIPE_BYTES = 1 << 20
+__all__ = ["Recipe", "dump_recipe", "load_recipe", "recipe_from_dict", "recipe_names", "with_overrides"]
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -159,21 +165,27 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW and its schedule (paper 4.1)."""
+    """The optimiser and its schedule; AdamW as in the paper, 4.1, unless a recipe says otherwise."""
 
     __pydantic_config__ = _STRICT
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 5e-4
     """Learning rate at the end of the warm-up."""
     head_lr: float = 1.0
     """Times `lr`, for the last layer alone. Its inputs are normalised, so its weights must grow to some units before a
     voxel is sure, while convolutions before a norm only turn."""
     momentum: float = 0.9
-    """beta1 of AdamW, the paper's "momentum"."""
+    """beta1 of AdamW, the paper's "momentum"; of SGD its momentum."""
     beta2: float = 0.999
+    """Of AdamW; SGD has none."""
+    nesterov: bool = False
+    """Of SGD."""
     weight_decay: float = 1e-5
-    """Not on norms, biases and position tables."""
-    schedule: Literal["exp_warmup_poly", "exponential", "constant"] = "exp_warmup_poly"
+    decay_all: bool = False
+    """Weight decay on norms, biases and position tables, too, as the baselines publish it."""
+    schedule: Literal["exp_warmup_poly", "exponential", "constant", "poly", "warmup_cosine"] = "exp_warmup_poly"
     warmup_epochs: int = 5
+    """0 for "poly"."""
     per_step: bool = False
     """Follow the schedule within an epoch too; False holds the rate for a whole epoch (the public code)."""
     clip_norm: float = 1.0
@@ -187,6 +199,10 @@ class Optim:
         for name in ("momentum", "beta2", "ema"):
             _demand(0 <= getattr(self, name) < 1, name, "0 up to less than 1", getattr(self, name))
         _demand(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        fits = not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0)
+        _demand(fits, "nesterov", "false where there is no SGD with momentum", self.nesterov)
+        fits = self.schedule != "poly" or self.warmup_epochs == 0
+        _demand(fits, "warmup_epochs", "0 with the schedule poly", self.warmup_epochs)
         _demand(self.warmup_epochs >= 0, "warmup_epochs", "0 or more", self.warmup_epochs)
         _demand(self.clip_norm >= 0, "clip_norm", "0 or more", self.clip_norm)
 
@@ -214,6 +230,9 @@ class Training:
     ce_weight: float = 1.0
     batch_dice: bool = False
     """Pool voxels over the batch before the Dice ratio; False takes it per crop (MONAI's way)."""
+    deep_supervision: bool = False
+    """Train coarser levels of the decoder as well, on reduced labels; of the networks nnunet and nnformer. What is
+    made for it is in no finished model."""
     freeze_sam: bool = True
     """Keep SAM's weights frozen when they are given; without SAM weights everything is trained."""
     max_nan_steps: int = 5
@@ -259,10 +278,11 @@ def _network_of(model: Any) -> str:
     return network if isinstance(network, str) else repr(network)
 
 
-_NETWORKS = ("autosam", "swin_unetr", "res_unet")
+_NETWORKS = ("autosam", "swin_unetr", "res_unet", "nnunet", "unetr", "nnformer")
 _Model = Annotated[
     Annotated[AutoSamSpec, Tag("autosam")] | Annotated[SwinUnetrSpec, Tag("swin_unetr")]
-    | Annotated[ResUnetSpec, Tag("res_unet")],
+    | Annotated[ResUnetSpec, Tag("res_unet")] | Annotated[NnUnetSpec, Tag("nnunet")]
+    | Annotated[UnetrSpec, Tag("unetr")] | Annotated[NnFormerSpec, Tag("nnformer")],
     Discriminator(_network_of),
 ]
 
@@ -296,6 +316,9 @@ class Recipe:
             self.model.num_outputs == self.labels.num_outputs, "model.num_outputs",
             f"{self.labels.num_outputs} (organs and background)", self.model.num_outputs,
         )
+        fits = not self.train.deep_supervision or self.model.network in DEEPLY_SUPERVISED
+        _demand(fits, "train.deep_supervision", f"false, since {self.model.network} has no coarser outputs",
+                self.train.deep_supervision)
         values = (self.dataset.download and self.dataset.download.label_values) or {}
         strangers = sorted(set(values.values()) - {*self.labels.organs, "background"})
         _demand(not strangers, "dataset.download.label_values", "names of organs or background", strangers)
@@ -317,19 +340,20 @@ class Recipe:
 _ADAPTER = TypeAdapter(Recipe)
 
 
-def recipe_names() -> list[str]:
-    """The recipes that the package carries."""
-    return sorted(p.name[:-5] for p in resources.files("autosam3d.recipes").iterdir() if p.name.endswith(".yaml"))
-
-
-def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Iterable[str] = (), model: str | Path | None = None) -> Recipe:
     """A recipe by name or from a YAML file, with ``key.path=value`` overrides.
+
+    Args:
+        model: train another network on the same data: a preset by name or from a YAML file, see `recipe_sources`.
 
     Raises:
         RecipeError: unknown name or key (with the nearest known one), wrong type or value, unsafe YAML.
     """
-    text, where = _read_text(source)
+    text, where = read_recipe_text(source)
     tree = parse_yaml(text, where)
+    if model is not None:
+        tree = with_model(tree, model)
+        where = f"{where} --model {model}"
     return recipe_from_dict(with_overrides(tree, overrides), where)
 
 
@@ -373,31 +397,6 @@ def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     return dump_yaml(recipe.as_dict())
-
-
-def _read_text(source: str | Path) -> tuple[str, str]:
-    path = Path(source)
-    if isinstance(source, str) and path.suffix not in (".yaml", ".yml"):
-        # Before any file: a folder that happens to have the name of a recipe, such as its dataset's, is not meant.
-        if source in recipe_names():
-            return resources.files("autosam3d.recipes").joinpath(f"{source}.yaml").read_text("utf-8"), source
-        # os.path.exists, unlike Path.exists, also says no to a name that no file system could hold.
-        if not os.path.exists(path):  # noqa: PTH110
-            near = difflib.get_close_matches(source, recipe_names(), 1)
-            hint = f"did you mean {near[0]}?" if near else f"the package has {', '.join(recipe_names())}"
-            raise RecipeError("NO_RECIPE", source, "no recipe of this name and no such file", hint)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecipeError("UNREADABLE", path, "expected a file, got something else", "name a recipe file")
-        if status.st_size > MAX_RECIPE_BYTES:
-            raise RecipeError("TOO_LARGE", path, f"expected at most 1 MiB of YAML, got {status.st_size} bytes",
-                              "name a recipe file")
-        return path.read_bytes().decode("utf-8"), str(path)
-    except OSError as error:
-        raise RecipeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
-    except UnicodeDecodeError:
-        raise RecipeError("ENCODING", path, "expected UTF-8 text", "save the file as UTF-8") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

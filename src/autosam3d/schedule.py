@@ -19,8 +19,15 @@ def learning_rate(epoch: float, epochs: int, optim: Optim) -> float:
 
     *Source*: paper 4.1, "warm-up exponential decay", as the public code has it: exponential warm-up, then
     polynomial decay over the whole run, so the rate is full at epoch `warmup_epochs` and falls from the next on.
-    The option "exponential" decays as the words say.
+    The option "exponential" decays as the words say. "poly" is nnU-Net's, without warm-up. "warmup_cosine" is UNETR's
+    and SwinUNETR's: linear warm-up, then half a cosine down to 0; it begins at 1 / (warmup_epochs + 1) of the rate
+    instead of 0, so that a first epoch of one rate is not lost.
     """
+    if optim.schedule == "warmup_cosine":
+        if epoch < optim.warmup_epochs:
+            return optim.lr * (epoch + 1) / (optim.warmup_epochs + 1)
+        done = (epoch - optim.warmup_epochs) / max(epochs - optim.warmup_epochs, 1)
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     if 0 < optim.warmup_epochs >= epoch:
         return optim.lr * math.exp(_WARMUP_STEEPNESS * (epoch / optim.warmup_epochs - 1))
     if optim.schedule == "constant":

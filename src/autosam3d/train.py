@@ -34,7 +34,7 @@ from autosam3d.data import (
 from autosam3d.dataset import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference import label_prepared
-from autosam3d.losses import dice_ce_loss, teacher_mse
+from autosam3d.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
 from autosam3d.metrics import dice_per_label
 from autosam3d.patches import Tiling
 from autosam3d.recipe import Recipe
@@ -242,9 +242,11 @@ def train_step(
 
 
 def _loss(
-    run: Run, logits: Tensor, voxels: Tensor, labels: Tensor, probs: Tensor | None
+    run: Run, outputs: Tensor | list[Tensor], voxels: Tensor, labels: Tensor, probs: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What is minimised, and its parts. A part that weighs nothing is not computed.
+
+    Of several `outputs`, those of deep supervision, each learns from the labels, and the finest from the teacher.
 
     *Source*: paper, section 3.5, ``lambda * (Dice + CE) + (1 - lambda) * MSE``.
     """
@@ -253,8 +255,9 @@ def _loss(
     values: dict[str, Tensor] = {}
     total = None
     if weight > 0:
-        own = dice_ce_loss(logits, labels, dice_weight=settings.dice_weight, ce_weight=settings.ce_weight,
-                           batch_dice=settings.batch_dice)
+        how = {"dice_weight": settings.dice_weight, "ce_weight": settings.ce_weight, "batch_dice": settings.batch_dice}
+        deep = isinstance(outputs, list)
+        own = deep_dice_ce_loss(outputs, labels, **how) if deep else dice_ce_loss(outputs, labels, **how)
         values |= {"dice_loss": own.dice, "ce_loss": own.cross_entropy}
         total = own.total if weight == 1 else weight * own.total
     if distill and weight < 1:
@@ -262,7 +265,7 @@ def _loss(
         if probs is None:
             with run.fabric.autocast():
                 probs = run.teacher.probabilities(voxels)
-        mse = teacher_mse(logits, probs, distill.mse_reduction)
+        mse = teacher_mse(outputs[0] if isinstance(outputs, list) else outputs, probs, distill.mse_reduction)
         values["teacher_mse"] = mse
         total = (1 - weight) * mse if total is None else total + (1 - weight) * mse
     assert total is not None

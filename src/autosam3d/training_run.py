@@ -34,22 +34,21 @@ from autosam3d.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from autosam3d.errors import CheckpointError, ResourceError, UsageError, VolumeError
+from autosam3d.errors import CheckpointError, RecipeError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.io.memory import size_text
 from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import frozen_names
+from autosam3d.models.side_outputs import without_side_outputs
 from autosam3d.models.spec import AutoSamSpec
-from autosam3d.recipe import Recipe, dump_recipe
+from autosam3d.optimizer import build_optimizer, state_bytes
+from autosam3d.recipe import Recipe, dump_recipe, recipe_from_dict
+from autosam3d.recipe_yaml import parse_yaml
 from autosam3d.runtime import bf16_in_hardware, pick_device
 from autosam3d.stopping import Interrupted, StopRequest, stop_inside
 from autosam3d.teacher import Teacher
 
 log = logging.getLogger(__name__)
-
-_HEADS = ("out.", "decoder.out.")
-"""Names of the last layer, the one that makes logits, of each network."""
-
 
 @dataclass
 class Progress:
@@ -236,12 +235,20 @@ def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
                 write_text_atomic(path, text)
     fabric.barrier()
     there = path.read_bytes().decode("utf-8", errors="replace")
-    if there != text:
+    if there != text and not _means(there, recipe, path):
         pairs = zip_longest(there.splitlines(), text.splitlines(), fillvalue="nothing")
         old, new = next((a.strip(), b.strip()) for a, b in pairs if a != b)
         raise UsageError("OTHER_RUN", folder, f"it holds a run of another recipe or other settings: expected {old!r} "
                          f"as in its recipe.yaml, got {new!r}",
                          "name a new folder with --out, or give the same settings")
+
+
+def _means(text: str, recipe: Recipe, path: Path) -> bool:
+    """Whether a resolved recipe is this one: a key that an older version did not know has its default."""
+    try:
+        return recipe_from_dict(parse_yaml(text, str(path)), path) == recipe
+    except RecipeError:
+        return False
 
 
 def start_run(
@@ -254,7 +261,7 @@ def start_run(
         UsageError: SAM weights for a network that has no place for them.
     """
     torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model)
+    network = build_network(recipe.model, side_outputs=recipe.train.deep_supervision)
     is_autosam = isinstance(recipe.model, AutoSamSpec)
     if sam is not None and not is_autosam:
         raise UsageError("NO_PLACE_FOR_SAM", "--sam", f"expected a recipe with model.network autosam, got "
@@ -262,8 +269,7 @@ def start_run(
     source = attach_sam(network, None, sam, freeze=recipe.train.freeze_sam) if sam is not None else None
     if source is None and is_autosam:
         log.warning("no SAM weights: every weight is trained from scratch, which is not the paper's method")
-    optimizer = torch.optim.AdamW(parameter_groups(network, recipe), lr=recipe.optim.lr,
-                                  betas=(recipe.optim.momentum, recipe.optim.beta2), fused=True)
+    optimizer = build_optimizer(network, recipe)
     if fabric.world_size == 1:  # several processes stop together, between two steps
         stop_inside(network, stop)
     wrapped, optimizer = fabric.setup(network, optimizer)
@@ -271,23 +277,6 @@ def start_run(
     if recipe.optim.ema > 0:
         run.average = {name: tensor.detach().clone() for name, tensor in run.tuned.items()}
     return run
-
-
-def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only, not on norms, biases and position tables; the last layer by itself.
-
-    Each group's ``scale`` times the schedule's rate is its rate.
-    """
-    optim = recipe.optim
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        table = name.endswith(("pos_embed", "depth_embed", "rel_pos_d", "rel_pos_h", "rel_pos_w"))
-        decay = 0.0 if parameter.ndim <= 1 or table else optim.weight_decay
-        scale = optim.head_lr if name.startswith(_HEADS) else 1.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    return [{"params": group, "weight_decay": decay, "scale": scale} for (scale, decay), group in groups.items()]
 
 
 def demand_space(run: Run) -> None:
@@ -300,7 +289,7 @@ def demand_space(run: Run) -> None:
         return
     weights = sum(t.nbytes for t in run.tuned.values())
     state = weights + sum(t.nbytes for t in run.average.values())
-    state += 2 * sum(p.nbytes for p in run.network.parameters() if p.requires_grad)  # AdamW's two moments
+    state += state_bytes(run.network, run.recipe)
     # last, previous and the next one being written; best and the next one.
     needed = 3 * state + 2 * weights - sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
     free = shutil.disk_usage(run.folder).free
@@ -329,7 +318,7 @@ def save_state(run: Run) -> None:
 def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
     """The weights as they are to ``best.json``."""
     if run.fabric.is_global_zero:
-        save_checkpoint(run.folder / "best.json", run.tuned, _meta(run, "model") | {"metrics": dict(metrics)})
+        save_checkpoint(run.folder / "best.json", without_side_outputs(run.tuned), _meta(run, "model") | {"metrics": dict(metrics)})
 
 
 def _meta(run: Run, kind: str) -> dict[str, Any]:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
-from autosam3d.models.spec import AutoSamSpec, NetworkSpec, SwinUnetrSpec
+from autosam3d.errors import MissingExtraError
+from autosam3d.models.side_outputs import DeeplySupervised
+from autosam3d.models.spec import DEEPLY_SUPERVISED, AutoSamSpec, NetworkSpec, NnFormerSpec, ResUnetSpec, SwinUnetrSpec
 
 
-def build_network(spec: NetworkSpec) -> nn.Module:
+def build_network(spec: NetworkSpec, side_outputs: bool = False) -> nn.Module:
     """The network of `spec`, with random weights: [B, 1, D, H, W] to logits [B, K, D, H, W].
 
     It keeps the spec as its attribute `spec`. On the meta device nothing is allocated.
+
+    Args:
+        side_outputs: with the outputs of deep supervision, for training; of `spec.DEEPLY_SUPERVISED` only.
+
+    Raises:
+        MissingExtraError: the network is MONAI's, which is not installed.
     """
+    network = _build(spec)
+    if side_outputs:
+        if spec.network not in DEEPLY_SUPERVISED:
+            raise ValueError(f"side_outputs: expected one of {DEEPLY_SUPERVISED}, got {spec.network}")
+        cast(DeeplySupervised, network).add_side_outputs()
+    return network
+
+
+def _build(spec: NetworkSpec) -> nn.Module:
     if isinstance(spec, AutoSamSpec):
         from autosam3d.models.autosam import AutoSam
 
@@ -20,6 +39,19 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         from autosam3d.models.swin_unetr import SwinUnetr
 
         return SwinUnetr(spec)
-    from autosam3d.models.res_unet import ResUnet
+    if isinstance(spec, ResUnetSpec):
+        from autosam3d.models.res_unet import ResUnet
 
-    return ResUnet(spec)
+        return ResUnet(spec)
+    if isinstance(spec, NnFormerSpec):
+        from autosam3d.models.nnformer import NnFormer
+
+        return NnFormer(spec)
+    try:
+        from autosam3d.models.baselines import build_baseline
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("monai", "einops"):
+            raise
+        raise MissingExtraError("MISSING_EXTRA", spec.network, f"expected the package {error.name}, got none",
+                                'pip install "autosam3d[baselines]"') from None
+    return build_baseline(spec)

@@ -32,10 +32,13 @@ class ParameterReport:
     """`frozen` with SAM's own tables of 27 or 127 rows."""
 
 
-def count_parameters(spec: NetworkSpec) -> ParameterReport:
-    """Count on the meta device: no memory, no time, any size of SAM."""
+def count_parameters(spec: NetworkSpec, side_outputs: bool = False) -> ParameterReport:
+    """Count on the meta device: no memory, no time, any size of SAM.
+
+    With `side_outputs` those of deep supervision count, too, which exist in training only.
+    """
     with torch.device("meta"):
-        model = build_network(spec)
+        model = build_network(spec, side_outputs)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     frozen = set(frozen_names(model))
     parts: dict[str, int] = {}

@@ -6,6 +6,7 @@ and decoder 128 (paper Table 1, SAM ViT-B, 16 outputs).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,8 +159,102 @@ class ResUnetSpec:
         _demand(self, all(1 <= c <= 4096 for c in self.channels), "channels", "five widths from 1 to 4096")
 
 
-NetworkSpec = AutoSamSpec | SwinUnetrSpec | ResUnetSpec
+@dataclass(frozen=True, kw_only=True)
+class NnUnetSpec:
+    """nnU-Net's network, MONAI's ``DynUNet``; the defaults have 31.19 M parameters (paper Table 1: 31.18)."""
+
+    num_outputs: int
+    """K: organs and background."""
+    network: Literal["nnunet"] = "nnunet"
+    patch_size: Size = (128, 128, 128)
+    """The crop that the model is trained for; multiples of what the strides multiply to."""
+    channels: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
+    """Of each stage, finest first: 3 to 8 stages."""
+    strides: tuple[Size, ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+    """Of each stage's first convolution, 1 or 2 per axis; the first stage keeps the CT's resolution."""
+
+    def __post_init__(self) -> None:
+        _demand_common(self)
+        fits = 3 <= len(self.channels) <= 8 and all(1 <= c <= 4096 for c in self.channels)
+        _demand(self, fits, "channels", "3 to 8 widths from 1 to 4096")
+        fits = len(self.strides) == len(self.channels) and all(s in (1, 2) for triple in self.strides for s in triple)
+        fits = fits and self.strides[0] == (1, 1, 1)
+        _demand(self, fits, "strides", "a (z, y, x) of 1 or 2 for each of the channels, [1, 1, 1] first")
+        # The deepest map is normalised over its voxels, so there must be two at least.
+        fits = all(n % m == 0 for n, m in zip(self.patch_size, self.multiple, strict=True))
+        fits = fits and self.patch_size != self.multiple and min(self.patch_size) > 0
+        _demand(self, fits, "patch_size", f"positive multiples of {self.multiple} (the strides multiplied), and more")
+
+    @property
+    def multiple(self) -> Size:
+        """What a crop's size must be a multiple of (z, y, x)."""
+        return tuple(math.prod(axis) for axis in zip(*self.strides, strict=True))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetrSpec:
+    """UNETR, MONAI's: a plain ViT whose tokens a convolutional decoder reads; 93.03 M parameters at 128^3."""
+
+    num_outputs: int
+    """K: organs and background."""
+    network: Literal["unetr"] = "unetr"
+    patch_size: Size = (128, 128, 128)
+    """The only crop that the model takes, for its positions are learned; multiples of `token_size`."""
+    token_size: int = 16
+    """Edge of a token in voxels: 16 as published, or 8, which leaves out the deepest doubling."""
+    feature_size: int = 16
+    """Channels at full resolution."""
+    hidden_dim: int = 768
+    mlp_dim: int = 3072
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        _demand_common(self)
+        _demand(self, self.token_size in (8, 16), "token_size", "8 or 16")
+        _demand(self, _multiples(self.patch_size, self.token_size), "patch_size",
+                f"positive multiples of {self.token_size} (token_size)")
+        for field in ("feature_size", "hidden_dim", "mlp_dim"):
+            _demand(self, 1 <= getattr(self, field) <= 8192, field, "a width from 1 to 8192")
+        fits = 1 <= self.num_heads <= 256 and self.hidden_dim % self.num_heads == 0
+        _demand(self, fits, "num_heads", f"a divisor of hidden_dim, {self.hidden_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NnFormerSpec:
+    """nnFormer, written here; the defaults have 150,140,232 parameters at 16 outputs (paper Table 1: 150.14 M)."""
+
+    num_outputs: int
+    """K: organs and background."""
+    network: Literal["nnformer"] = "nnformer"
+    patch_size: Size = (128, 128, 128)
+    """The crop that the model is trained for; multiples of `token_size`. Grids are padded where windows do not fit."""
+    token_size: Size = (2, 4, 4)
+    """Voxels per token, 1, 2 or 4 per axis."""
+    embed_dim: int = 192
+    """Channels of the first stage, doubled in each that follows."""
+    num_heads: tuple[int, ...] = (6, 12, 24, 48)
+    """Of each stage, finest first: 2 to 5 stages."""
+    attn_windows: tuple[int, ...] = (4, 4, 8, 4)
+    """Edge in tokens of each stage's attention windows; a grid smaller than its window is one window."""
+
+    def __post_init__(self) -> None:
+        _demand_common(self)
+        _demand(self, all(t in (1, 2, 4) for t in self.token_size), "token_size", "1, 2 or 4 per axis")
+        fits = all(n >= t and n % t == 0 for n, t in zip(self.patch_size, self.token_size, strict=True))
+        _demand(self, fits, "patch_size", f"positive multiples of {self.token_size} (token_size)")
+        _demand(self, 2 <= self.embed_dim <= 4096 and self.embed_dim % 2 == 0, "embed_dim", "an even width up to 4096")
+        dims = [self.embed_dim << stage for stage in range(len(self.num_heads))]
+        fits = 2 <= len(dims) <= 5 and all(h >= 1 and d % h == 0 for d, h in zip(dims, self.num_heads, strict=True))
+        _demand(self, fits, "num_heads", f"2 to 5 divisors of the stages' widths, {self.embed_dim} and its doubles")
+        fits = len(self.attn_windows) == len(self.num_heads) and all(1 <= w <= 64 for w in self.attn_windows)
+        _demand(self, fits, "attn_windows", "a size from 1 to 64 for each of num_heads")
+
+
+NetworkSpec = AutoSamSpec | SwinUnetrSpec | ResUnetSpec | NnUnetSpec | UnetrSpec | NnFormerSpec
 """What a recipe's `model` section may be; the key `network` tells which."""
+
+DEEPLY_SUPERVISED = ("nnunet", "nnformer")
+"""Networks with outputs at coarser levels, for training with deep supervision."""
 
 
 def _demand(spec: object, ok: bool, field: str, wish: str) -> None:
