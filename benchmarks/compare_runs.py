@@ -62,8 +62,8 @@ def _differences(scores: dict[str, dict[Key, float]]) -> list[str]:
         d = c.difference
         lines.append(f"| {c.first} minus {c.second} | {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}) | "
                      f"{p_text(c.test.p)} | {p_text(c.p)} | {c.test.effect:+.2f} |")
-    return [*lines, "", f"Exact two-sided signed-rank test; smallest p possible {p_text(family[0].test.smallest_p)}, after "
-            f"Holm {p_text(family[0].smallest_p)}. Effect: matched-pairs rank-biserial correlation."]
+    return [*lines, "", f"Exact two-sided signed-rank test; smallest p possible {p_text(family[0].test.smallest_p)}, "
+            f"after Holm {p_text(family[0].smallest_p)}. Effect: matched-pairs rank-biserial correlation."]
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def organ_scores(evaluation: Evaluation, measure: Literal["dice", "nsd"], tolera
         return {key: s.dice for key, s in there.items() if s.dice is not None}
     if tolerance_mm not in evaluation.tolerances_mm:
         known = ", ".join(f"{t:g}" for t in evaluation.tolerances_mm) or "none"
-        raise UsageError("TOLERANCE", evaluation.predictions, f"expected an evaluation with NSD at {tolerance_mm:g} mm, "
-                         f"got one at {known}", f"evaluate again with --tolerance {tolerance_mm:g}")
+        raise UsageError("TOLERANCE", evaluation.predictions, f"expected an evaluation with NSD at {tolerance_mm:g} "
+                         f"mm, got one at {known}", f"evaluate again with --tolerance {tolerance_mm:g}")
     at = evaluation.tolerances_mm.index(tolerance_mm)
     return {key: s.nsd[at] for key, s in there.items()}
 

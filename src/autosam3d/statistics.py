@@ -119,6 +119,10 @@ class Comparison:
         """`first` is above `second`, in the mean and in the ranks, and p is below `alpha`."""
         return self.p < alpha and self.difference.mean > 0 and self.test.effect > 0
 
+    def worse(self, alpha: float = 0.01) -> bool:
+        """The same of `second` above `first`."""
+        return self.p < alpha and self.difference.mean < 0 and self.test.effect < 0
+
     def sentence(self, digits: int = 4) -> str:
         """Everything in words, for notes and logs."""
         said = (f"{self.first} minus {self.second}, {self.measure}: {_signed(self.difference, digits)}, "
