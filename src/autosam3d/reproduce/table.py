@@ -118,11 +118,11 @@ class Table:
 
 def markdown(table: Table) -> str:
     """A pipe table with its title above and its notes below."""
-    lines = [f"**{_md(table.title)}**", "", "| " + " | ".join(_md(c.heading) for c in table.columns) + " |",
+    lines = [f"**{plain_markdown(table.title)}**", "", "| " + " | ".join(plain_markdown(c.heading) for c in table.columns) + " |",
              "|" + "|".join("--:" if c.right else ":--" for c in table.columns) + "|"]
     lines += ["| " + " | ".join(_md_cell(cell) for cell in row) + " |" for row in table.rows]
     if table.notes:
-        lines += ["", *(f"- {_md(note)}" for note in table.notes)]
+        lines += ["", *(f"- {plain_markdown(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -196,9 +196,9 @@ def write_tables(folder: str | Path, name: str, tables: Sequence[Table]) -> list
 
 
 def _md_cell(cell: Cell) -> str:
-    shown = _md(cell.shown)
+    shown = plain_markdown(cell.shown)
     shown = f"**{shown}**" if cell.best else shown
-    shown += _md(cell.mark) + (f" ± {cell.shown_sd}" if cell.shown_sd else "")
+    shown += plain_markdown(cell.mark) + (f" ± {cell.shown_sd}" if cell.shown_sd else "")
     return shown + (" ({} to {})".format(*cell.interval) if cell.interval else "")
 
 
@@ -220,7 +220,8 @@ def _one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _md(text: str) -> str:
+def plain_markdown(text: str) -> str:
+    """`text` as one line of Markdown in which nothing is markup."""
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", _one_line(text).replace("&", "&amp;"))
 
 
