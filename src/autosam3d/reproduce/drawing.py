@@ -80,4 +80,5 @@ def save_figure(drawn: Drawn, folder: str | Path, name: str) -> list[Path]:
 def _with_words(svg: str, alt: str) -> str:
     """The alt text as the picture's own title, which browsers and screen readers read out."""
     words = f'\n <title id="alt">{escape(alt)}</title>'
-    return re.sub(r"<svg ([^>]*)>", lambda found: f'<svg role="img" aria-labelledby="alt" {found[1]}>{words}', svg, count=1)
+    opened = '<svg role="img" aria-labelledby="alt" '
+    return re.sub(r"<svg ([^>]*)>", lambda found: f"{opened}{found[1]}>{words}", svg, count=1)

@@ -37,7 +37,7 @@ def ct_slices(volume: Volume, hu_window: HuWindow, num: int) -> list[np.ndarray]
     Returns:
         uint8 [H, W, 3] each, grey; fewer than `num` where the body has fewer slices.
     """
-    body = find_body(volume).slices[0]
+    body = find_body(volume.voxels_hu, volume.spacing_mm).slices[0]
     places = np.linspace(body.start, body.stop - 1, min(num, body.stop - body.start) + 2)[1:-1]
     pictures = []
     for z in dict.fromkeys(round(place) for place in places.tolist()):
@@ -133,7 +133,8 @@ def load_encoder(source: str | Path) -> SamVisionModel:
     except ImportError:
         raise MissingExtraError("MISSING_EXTRA", "fig1", "expected the package transformers, got none",
                                 "pip install 'autosam3d[figures]'") from None
-    state = {name: tensor for name, tensor in map(_renamed, *zip(*read_sam_state(source)[0].items(), strict=True)) if name}
+    original = read_sam_state(source)[0]
+    state = {_renamed(name): tensor for name, tensor in original.items() if _renamed(name)}
     try:
         model = SamVisionModel(SamVisionConfig(**_config_of(state)))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
@@ -149,17 +150,17 @@ def load_encoder(source: str | Path) -> SamVisionModel:
     return model.eval()
 
 
-def _renamed(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+def _renamed(name: str) -> str:
     """Under transformers' name; an empty one for what is not the image encoder's. Whole path parts are replaced."""
     name = name.removeprefix("module.")
     if name.startswith("vision_encoder."):
-        return name, tensor
+        return name
     if not name.startswith("image_encoder."):
-        return "", tensor
+        return ""
     path = f".{name.removeprefix('image_encoder.')}."
     for original, theirs in _FROM_ORIGINAL.items():
         path = path.replace(f".{original}.", f".{theirs}.")
-    return f"vision_encoder.{path.strip('.')}", tensor
+    return f"vision_encoder.{path.strip('.')}"
 
 
 def _config_of(state: Mapping[str, Tensor]) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from autosam3d.errors import MissingExtraError, UsageError
 from autosam3d.evaluate import read_pair
@@ -57,15 +58,17 @@ def tsne(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
     if embeddings.ndim != 2 or len(embeddings) < 4 or not np.isfinite(embeddings).all():
         raise ValueError(f"embeddings: expected at least 4 rows of finite numbers, got shape {embeddings.shape}")
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
-    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(
-        embeddings.astype(np.float64))
+    centred = embeddings.astype(np.float64) - embeddings.mean(axis=0, dtype=np.float64)
+    # t-SNE does not know scales, but its search for bandwidths begins at 1 and never gets to very small ones.
+    centred /= np.linalg.norm(centred, axis=1).mean() or 1.0
+    found = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(centred)
     return np.asarray(found, np.float64)
 
 
 def same_group_share(embeddings: np.ndarray, groups: Sequence[str]) -> float:
     """How often one of the nearest neighbours of a point is of its own group, in the embeddings' own dimensions."""
     names = np.asarray(groups)
-    apart = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
+    apart = cdist(embeddings, embeddings)
     np.fill_diagonal(apart, math.inf)
     nearest = np.argsort(apart, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(names) - 1)]
     return float(np.mean(names[nearest] == names[:, None]))
@@ -198,13 +201,15 @@ def overlay_figure(
             axes.set_title(name, fontsize=9)
         patches = [Patch(color=[c / 255 for c in organ_color(k, name)], label=name.replace("_", " "))
                    for k, name in organs.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(7, len(patches)), frameon=False, fontsize=8)
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(7, len(patches)), frameon=False,
+                      fontsize=8)
     shown = ", ".join(indexes)
     return Drawn(
         figure, alt=f"CT slices with coloured organs: {counted(len(subjects), 'case')} in rows, truth and "
         f"{', '.join(models)} in columns.",
-        caption=f"Axial slices where the true organs show largest ({shown}); the patient's right is on the left. Window "
-        f"{hu_window.low_hu:g} to {hu_window.high_hu:g} HU. Dice: mean over the organs of the case. {about.note()}",
+        caption=f"Axial slices where the true organs show largest ({shown}); the patient's right is on the left. "
+        f"Window {hu_window.low_hu:g} to {hu_window.high_hu:g} HU. Dice: mean over the organs of the case. "
+        f"{about.note()}",
     )
 
 
@@ -263,8 +268,8 @@ def distillation_figure(students: Sequence[Distilled], dataset: str, about: Prov
     return Drawn(
         figure, alt=f"Bars of mean Dice on {DATASETS.get(dataset, dataset)}: {'; '.join(said)}.",
         caption="Students trained on labels alone and with the teacher's probabilities. Whiskers: 95 % bootstrap "
-        f"interval over cases; dots: seeds; the axis begins at {begin} %. Under the bars: difference in points, p after "
-        f"Holm, cases. {compared + ' ' if compared else ''}{FIGURE4_PAPER} {about.note()}",
+        f"interval over cases; dots: seeds; the axis begins at {begin} %. Under the bars: difference in points, p "
+        f"after Holm, cases. {compared + ' ' if compared else ''}{FIGURE4_PAPER} {about.note()}",
     )
 
 

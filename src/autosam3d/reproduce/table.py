@@ -118,7 +118,8 @@ class Table:
 
 def markdown(table: Table) -> str:
     """A pipe table with its title above and its notes below."""
-    lines = [f"**{plain_markdown(table.title)}**", "", "| " + " | ".join(plain_markdown(c.heading) for c in table.columns) + " |",
+    heads = " | ".join(plain_markdown(c.heading) for c in table.columns)
+    lines = [f"**{plain_markdown(table.title)}**", "", f"| {heads} |",
              "|" + "|".join("--:" if c.right else ":--" for c in table.columns) + "|"]
     lines += ["| " + " | ".join(_md_cell(cell) for cell in row) + " |" for row in table.rows]
     if table.notes:

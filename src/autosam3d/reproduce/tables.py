@@ -166,8 +166,8 @@ def _demand_alike(found: Sequence[tuple[RunScores, Evaluation]]) -> None:
         first_run, first = found[0]
         ours, theirs = set(evaluation.organs.values()), set(first.organs.values())
         if ours != theirs:
-            raise UsageError("OTHER_ORGANS", run.evaluation, f"expected the organs of {first_run.evaluation}, got others "
-                             f"({_few(ours ^ theirs)})", "evaluate both with the same labels")
+            raise UsageError("OTHER_ORGANS", run.evaluation, f"expected the organs of {first_run.evaluation}, got "
+                             f"others ({_few(ours ^ theirs)})", "evaluate both with the same labels")
         ours, theirs = ({case.name for case in e.cases} | set(e.missing) for e in (evaluation, first))
         if ours != theirs:
             raise UsageError("OTHER_CASES", run.evaluation, f"expected the cases of {first_run.evaluation}, got others "
@@ -271,14 +271,16 @@ def _test_notes(
         return ["No test: it needs runs of the row that is compared and of another."]
     name = next(row.name for row in spec.rows if row.key == spec.reference)
     below = f"p < {ALPHA:g} after Holm over the rows of a column"
-    notes = [f"*: better than every other row, {below}; given only where every row is run. †: better than {name}, {below}."
-             if spec.question == "reference" else f"*: better than {name}, †: worse than {name}; {below}."]
+    notes = [f"*: better than {name}, †: worse than {name}; {below}."]
+    if spec.question == "reference":
+        notes = [f"*: better than every other row, given only where every row is run; †: better than {name}; {below}."]
     for (dataset, measure), family in tested.items():
         least = max(c.smallest_p for c in family)
-        pairs = sorted({c.test.num_pairs for c in family})
-        note = (f"{DATASETS.get(dataset, dataset)} {_NAMES[measure]}: {' to '.join(map(str, pairs[:1] + pairs[1:][-1:]))} "
-                f"pairs ({unit}) of {counted(max(c.difference.num_cases for c in family), 'case')}, smallest p possible "
-                f"after Holm {p_text(least)}")
+        pairs = [c.test.num_pairs for c in family]
+        ends = " to ".join(map(str, sorted({min(pairs), max(pairs)})))
+        cases = counted(max(c.difference.num_cases for c in family), "case")
+        note = (f"{DATASETS.get(dataset, dataset)} {_NAMES[measure]}: {ends} pairs ({unit}) of {cases}, smallest p "
+                f"possible after Holm {p_text(least)}")
         notes.append(f"{note}{'' if least < ALPHA else ': no mark can be reached'}.")
     return [*notes, *([ORGAN_RULE] if unit == "case x organ" else [])]
 
