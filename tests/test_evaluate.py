@@ -17,7 +17,8 @@ from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluate import _values, case_name, evaluate_folder, read_pair, write_csv, write_json
 from autosam3d.labels import LabelMap
 from autosam3d.metrics import ABSENT_RULE, OrganScore
-from autosam3d.scores import CaseResult, Evaluation, estimate, read_json
+from autosam3d.scores import CaseResult, Evaluation, organ_scores, read_json
+from autosam3d.statistics import estimate
 from command_line import run
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -349,3 +350,23 @@ def test_real_truth_against_itself_is_perfect(real_data, tmp_path):
     assert list(result.organs.values()) == ["brainstem", "spinal_cord", "parotid_right", "parotid_left", "mandible"]
     assert result.summary().dice.mean == 1
     assert all(score.truth_ml > 1 for score in result.cases[0].scores)
+
+
+def test_scores_by_case_and_organ_are_what_the_files_say(folders, tmp_path):
+    """For paired tests: organs of the truth with a missed one as 0, no false positive, from the JSON as from memory."""
+    predictions, truth = folders
+    missed, false = label_map(), label_map()
+    missed[missed == 2] = 0
+    save(predictions / "case_1.nii.gz", missed)
+    false[false == 1] = 0
+    save(truth / "case_2.nii.gz", false)
+    result = evaluate_folder(predictions, truth, labels=ORGANS, tolerances_mm=(1, 2))
+    write_json(result, tmp_path / "scores.json")
+    dice = organ_scores(result, "dice")
+    assert dice == {("case_0", "liver"): 1, ("case_0", "spleen"): 1, ("case_1", "liver"): 1, ("case_1", "spleen"): 0,
+                    ("case_2", "spleen"): 1}
+    assert organ_scores(read_json(tmp_path / "scores.json"), "dice") == dice
+    nsd = organ_scores(result, "nsd", 2)
+    assert nsd[("case_1", "spleen")] == 0 and set(nsd) == set(dice)
+    with pytest.raises(UsageError, match="expected an evaluation with NSD at 5 mm, got one at 1, 2"):
+        organ_scores(result, "nsd", 5)

@@ -112,6 +112,46 @@ def draw_planes(
     return planes
 
 
+def widest_section(segmentation: Segmentation) -> tuple[tuple[slice, slice, slice], int]:
+    """The box [z, y, x] of all organs with `MARGIN_MM` around it, and the axial slice where they show largest."""
+    box = _region([segmentation.labels], segmentation.spacing_mm)
+    return box, _slices_to_show([segmentation.labels[box]], False)[0] + box[0].start
+
+
+def draw_axial(
+    volume: Volume | None,
+    segmentation: Segmentation,
+    *,
+    index: int,
+    box: tuple[slice, slice, slice],
+    organs: Mapping[int, str] | None = None,
+    hu_window: HuWindow = SOFT_TISSUE,
+    longest_px: int = 400,
+    letters: bool = False,
+) -> Image.Image:
+    """One axial slice, organs filled and outlined, for pictures that stand side by side.
+
+    Args:
+        index: of the slice in the whole array.
+        box: what is shown, as `widest_section` has it; its z is not used.
+        organs: for the colours; default the names that `segmentation` carries.
+        letters: write right, left, front, back and a scale bar on it.
+    """
+    if volume is not None and volume.shape != segmentation.shape:
+        raise ValueError(f"expected arrays of one shape {segmentation.shape}, got {volume.shape}")
+    part = (slice(index, index + 1), box[1], box[2])
+    labels = _on_screen(segmentation.labels[part], 0, 0)
+    sides_mm = segmentation.spacing_mm[1:]
+    px_per_mm = longest_px / max(n * mm for n, mm in zip(labels.shape, sides_mm, strict=True))
+    px = (px_per_mm * sides_mm[0], px_per_mm * sides_mm[1])
+    grey = None if volume is None else _on_screen(volume.voxels_hu[part], 0, 0)
+    colors = {k: organ_color(k, name) for k, name in (organs or segmentation.organs).items()}
+    image = _draw(_backdrop(grey, labels.shape, px, hu_window), [labels], px, colors)
+    if letters:
+        _write_on(image, "RLAP", "", 20, px_per_mm)
+    return image
+
+
 def organ_color(label: int, organ: str) -> Rgb:
     """The colour of `LabelMap` for an organ of this name and number, for label maps with gaps too."""
     place = (label - 1) % 255 + 1

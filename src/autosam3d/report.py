@@ -22,7 +22,8 @@ from autosam3d.io.options import DEFAULTS
 from autosam3d.metrics import ABSENT_RULE, HD95_RULE
 from autosam3d.overlay import SOFT_TISSUE, draw_planes, encode, organ_color, overlay_png
 from autosam3d.preprocess import HuWindow
-from autosam3d.scores import MEAN_RULE, CaseResult, Estimate, Evaluation
+from autosam3d.scores import MEAN_RULE, CaseResult, Evaluation
+from autosam3d.statistics import Estimate
 from autosam3d.volume import Volume, same_grid
 
 __all__ = ["overlay_png", "write_report"]

@@ -12,22 +12,22 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy
 
 from autosam3d import __version__
-from autosam3d.errors import VolumeError
+from autosam3d.errors import UsageError, VolumeError
 from autosam3d.io.files import write_text_atomic
 from autosam3d.metrics import ABSENT_RULE, HD95_RULE, OrganScore
+from autosam3d.statistics import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, Estimate, estimate
 
 MEAN_RULE = (
     "A headline mean is taken over the organs of each case first and over the cases then, as in the paper; an organ's "
     "mean is taken over the cases that have it. Intervals are 95 % percentile bootstrap intervals of the mean over "
     "cases. Cases without a prediction are in no mean; they are counted and listed."
 )
-BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED = 10_000, 0
 FORMAT, FORMAT_VERSION = "autosam3d-evaluation", 1
 _MAX_JSON_BYTES = 256 << 20
 
@@ -65,21 +65,6 @@ class CaseResult:
 
     def with_status(self, status: str) -> list[OrganScore]:
         return [s for s in self.scores if s.status == status]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `num_cases` cases with its 95 % bootstrap interval; the interval is None below two cases."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    num_cases: int
-
-    def __format__(self, spec: str) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:{spec}}"
-        return f"{self.mean:{spec}} (95 % CI {self.low:{spec}} to {self.high:{spec}})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +176,22 @@ class Evaluation:
         )
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95 % percentile bootstrap interval of the finite ones of `values`; None if there is none.
+def organ_scores(evaluation: Evaluation, measure: Literal["dice", "nsd"], tolerance_mm: float = 1.0
+                 ) -> dict[tuple[str, str], float]:
+    """One measure by (case, organ), for the paired tests of `statistics`: the organs of the truth, missed ones with 0.
 
-    *Source*: Efron 1979, percentile interval; `BOOTSTRAP_RESAMPLES` resamples from the fixed `BOOTSTRAP_SEED`.
+    Raises:
+        UsageError: TOLERANCE, where the evaluation has no NSD at `tolerance_mm`.
     """
-    finite = np.array([v for v in values if math.isfinite(v)], np.float64)
-    if not len(finite):
-        return None
-    if len(finite) < 2:
-        return Estimate(float(finite[0]), None, None, 1)
-    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(finite), (BOOTSTRAP_RESAMPLES, len(finite)))
-    low, high = np.percentile(finite[draws].mean(axis=1), (2.5, 97.5))
-    return Estimate(float(finite.mean()), float(low), float(high), len(finite))
+    there = {(case.name, s.organ): s for case in evaluation.cases for s in case.scores if s.dice is not None}
+    if measure == "dice":
+        return {key: s.dice for key, s in there.items() if s.dice is not None}
+    if tolerance_mm not in evaluation.tolerances_mm:
+        known = ", ".join(f"{t:g}" for t in evaluation.tolerances_mm) or "none"
+        raise UsageError("TOLERANCE", evaluation.predictions, f"expected an evaluation with NSD at {tolerance_mm:g} "
+                         f"mm, got one at {known}", f"evaluate again with --tolerance {tolerance_mm:g}")
+    at = evaluation.tolerances_mm.index(tolerance_mm)
+    return {key: s.nsd[at] for key, s in there.items()}
 
 
 def counted(number: int, noun: str) -> str:
