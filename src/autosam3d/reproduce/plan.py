@@ -10,19 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from autosam3d.errors import UsageError
+from autosam3d.reproduce.paper import LAMBDAS, lambda_key
 
 Target = Literal["table1", "table2", "table3", "table4", "fig1", "fig3", "fig4"]
 Size = Literal["paper", "2core"]
 
 TARGETS: tuple[Target, ...] = ("table1", "table2", "table3", "table4", "fig1", "fig3", "fig4")
-BASELINES = ("nnunet", "nnformer", "unetr", "swinunetr")
-"""The paper's four, in its order."""
+BASELINES: Mapping[str, str] = {
+    "nnunet": "nnunet", "nnformer": "nnformer", "unetr": "unetr", "swin_unetr": "swinunetr",
+}
+"""The paper's four, in its order: row of the table to preset."""
 OURS = "autosam"
-LAMBDAS = (0.0, 0.2, 0.5, 0.8, 1.0)
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "without APG": {"model.prompt_generator": False},
-    "without MLAM": {"model.aggregation": False},
-    "without APG and MLAM": {"model.prompt_generator": False, "model.aggregation": False},
+    "no_apg": {"model.prompt_generator": False},
+    "no_mlam": {"model.aggregation": False},
+    "no_apg_no_mlam": {"model.prompt_generator": False, "model.aggregation": False},
 }
 """Table 3, beside the whole model."""
 MORE_ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -90,16 +92,16 @@ def _of_seed(
 ) -> list[RunSpec]:
     ours = _own(suffix, seed)
     if target == "table1" or target == "fig3":
-        rows = [RunSpec(name=_named(f"{name}{suffix}", seed), row=name, model=f"{name}{suffix}", seed=seed)
-                for name in BASELINES]
+        rows = [RunSpec(name=_named(f"{preset}{suffix}", seed), row=row, model=f"{preset}{suffix}", seed=seed)
+                for row, preset in BASELINES.items()]
         if nnunet_v2 and target == "table1":
             rows.insert(1, RunSpec(name=_named(f"nnunet_v2{suffix}", seed), row="nnunet_v2", kind="nnunet_v2",
                                    model="default", seed=seed))
         return [*rows, ours]
     if target == "table2":
-        rows = [RunSpec(name=_named(f"{tuning}_{prompt}", seed), row=f"{tuning}, {prompt}", kind="slicewise",
-                        model=f"{tuning}:{prompt}", seed=seed)
-                for tuning in ("sam", "medsam_pm", "medsam_full") for prompt in ("point", "box")]
+        rows = [RunSpec(name=_named(f"{tuning}_{prompt}", seed), row=tuning if prompt == "point" else f"{tuning}, box",
+                        kind="slicewise", model=f"{tuning}:{prompt}", seed=seed)
+                for prompt in ("point", "box") for tuning in ("sam", "medsam_pm", "medsam_full")]
         return [*rows, ours]
     if target == "table3":
         return [ours, *_ablations(suffix, seed, more)]
@@ -130,7 +132,7 @@ def _ablations(suffix: str, seed: int, more: bool) -> list[RunSpec]:
 
 def _student(kind: str, suffix: str, seed: int, weight: float) -> RunSpec:
     name = _named(f"student_{kind}{suffix}_lambda{weight:g}", seed)
-    return RunSpec(name=name, row=f"{kind}, lambda {weight:g}", kind="distill", model=kind, seed=seed,
+    return RunSpec(name=name, row=lambda_key(weight), kind="distill", model=kind, seed=seed,
                    overrides={"distill.lambda": weight}, teacher=_own(suffix, seed).name)
 
 

@@ -28,7 +28,7 @@ except ImportError:  # Windows has no such locks
 
 from autosam3d.certificate import machine
 from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
-from autosam3d.io.files import write_text_atomic
+from autosam3d.io.files import sha256_of, write_text_atomic
 from autosam3d.model_file import read_meta
 from autosam3d.recipe import dump_recipe, load_recipe
 from autosam3d.reproduce.study import PlannedRun, Study
@@ -37,6 +37,8 @@ _POLL_SECONDS = 2.0
 _GRACE_SECONDS = 120.0
 """For a stage that was asked to stop: a training saves its state first."""
 TOLERANCES_MM = (1.0, 2.0, 5.0)
+SMALL_PATCH = (32, 64, 64)
+"""Of the 2core presets (z, y, x)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class Worker:
     """CUDA_VISIBLE_DEVICES of its processes."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the user named for some of the runs."""
+
+    sam: str | None = None
+    """SAM weights."""
+    medsam: str | None = None
+    """MedSAM weights; None takes those of `sam`."""
+    nnunet_python: Path | None = None
+    """Of the environment that nnU-Net v2 is installed in."""
+
+
 @dataclass
 class Outcome:
     """What became of the runs."""
@@ -57,14 +71,8 @@ class Outcome:
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Name to the last line of its stage."""
-    stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Tell:
-    """What the command line shows."""
-
-    message: Callable[[str], None] = lambda text: None
+    stopped_by: int | None = None
+    """The signal."""
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -83,7 +91,7 @@ def demand_own_runs(study: Study) -> None:
         UsageError: OTHER_RUN.
     """
     for run in study.runs:
-        if run.recipe is None or not run.recipe_file.exists():
+        if not run.recipe_file.exists():
             continue
         old, new = load_recipe(run.recipe_file).as_dict(), run.recipe.as_dict()
         if old != new:
@@ -93,8 +101,7 @@ def demand_own_runs(study: Study) -> None:
 
 
 def run_study(
-    study: Study, workers: Sequence[Worker], data: Path, *, sam: str | None = None, only: Sequence[str] | None = None,
-    tell: Tell | None = None,
+    study: Study, workers: Sequence[Worker], given: Given | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> Outcome:
     """Bring all runs of `study` to their end; those that are there already are taken, one that fails stops no other.
 
@@ -102,15 +109,14 @@ def run_study(
 
     Args:
         workers: that share the work.
-        data: the dataset's folder.
-        sam: SAM weights for the AutoSAM runs.
-        only: names of runs; default all.
+        given: by the user.
+        tell: called with a line for each thing that begins or ends.
 
     Raises:
         UsageError: OTHER_RUN.
     """
     demand_own_runs(study)
-    work = _Work(study, data, sam, tell or Tell(), [r for r in study.runs if only is None or r.spec.name in only])
+    work = _Work(study, given or Given(), tell)
     threads = [threading.Thread(target=work.do, args=(worker,), daemon=True) for worker in workers]
     with work.listening():
         for thread in threads:
@@ -121,37 +127,68 @@ def run_study(
     return work.outcome
 
 
-def stages(run: PlannedRun, study: Study, data: Path, worker: Worker, sam: str | None) -> list[tuple[str, list[str]]]:
-    """Name and command line, behind ``autosam3d``, of what is left to do for a run of our trainer."""
-    assert run.recipe is not None
+def stages(run: PlannedRun, study: Study, worker: Worker, given: Given) -> list[tuple[str, list[str]]]:
+    """Name and command line, behind ``autosam3d``, of what is left to do for a run."""
+    how = ["--device", worker.device, "--threads", str(worker.threads)]
+    todo: list[tuple[str, list[str]]] = []
+    if run.spec.kind == "nnunet_v2":
+        return [("nnU-Net v2", [*_nnunet(run, study, given), *how])]
+    if run.spec.kind == "slicewise":
+        todo += [(name, [*command, "--cache", str(study.folder / "embeddings"), *how])
+                 for name, command in _slicewise(run, study, given)]
+    else:
+        todo += [(name, [*command, *how]) for name, command in _ours(run, study, given)]
+    scores = [word for mm in TOLERANCES_MM for word in ("--tolerance", f"{mm:g}")]
+    todo.append(("scoring", ["evaluate", str(run.prediction), str(study.data / "labelsTs"), "--out",
+                             str(run.evaluation), "--recipe", str(run.recipe_file), *scores]))
+    return todo
+
+
+def _ours(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[str, list[str]]]:
     of = {planned.spec.name: planned for planned in study.runs}
     model = of[run.spec.predicts_as] if run.spec.predicts_as else run
-    todo: list[tuple[str, list[str]]] = []
-    how = ["--device", worker.device, "--threads", str(worker.threads)]
-    if run.spec.predicts_as is None and not _is_trained(run):
-        train = ["--data", str(data), "--out", str(run.run), "--cache", str(study.cache), *how]
+    if run.is_ours and not _is_trained(run):
+        where = ["--data", str(study.data), "--out", str(run.run), "--cache", str(study.cache)]
         if run.spec.kind == "distill":
             teacher = of[run.spec.teacher or ""].run
-            todo.append(("training", ["distill", str(teacher), "--student", str(run.recipe_file), *train]))
+            yield "training", ["distill", str(teacher), "--student", str(run.recipe_file), *where]
         else:
-            own = ["--sam", sam] if sam and run.recipe.model.network == "autosam" else []
-            todo.append(("training", ["train", str(run.recipe_file), *train, *own]))
+            sam = ["--sam", given.sam] if given.sam and run.recipe.model.network == "autosam" else []
+            yield "training", ["train", str(run.recipe_file), *where, *sam]
     overlap = run.recipe.inference.overlap if run.spec.overlap is None else run.spec.overlap
-    todo.append(("segmenting", ["segment", str(model.run), str(data / "imagesTs"), str(run.prediction),
-                                "--overlap", str(min(overlap, 0.9)), *how]))
+    yield "segmenting", ["segment", str(model.run), str(study.data / "imagesTs"), str(run.prediction),
+                         "--overlap", str(min(overlap, 0.9))]
+
+
+def _slicewise(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[str, list[str]]]:
+    tuning, _, prompt = run.spec.model.partition(":")
+    where = [str(run.recipe_file), "--data", str(study.data)]
+    model = ["--sam", str(given.sam)]
+    if tuning != "sam":
+        length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
+        yield "tuning", ["slicewise", "tune", *where, "--sam", str(given.medsam or given.sam), "--out", str(run.run),
+                         "--scope", "full" if tuning == "medsam_full" else "decoder", "--prompt", prompt,
+                         "--seed", str(run.spec.seed), *length]
+        model = ["--tuned", str(run.run)]
+    yield "segmenting", ["slicewise", "segment", *where, "--out", str(run.prediction), "--prompt", prompt, *model]
+
+
+def _nnunet(run: PlannedRun, study: Study, given: Given) -> list[str]:
+    length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
+    small = run.spec.name.startswith("nnunet_v2_2core")
+    size = ["--patch", ",".join(map(str, SMALL_PATCH)), "--batch", "2", "--iterations", "50"] if small else []
     scores = [word for mm in TOLERANCES_MM for word in ("--tolerance", f"{mm:g}")]
-    todo.append(("scoring", ["evaluate", str(run.prediction), str(data / "labelsTs"), "--out", str(run.evaluation),
-                             "--recipe", str(run.recipe_file), *scores]))
-    return todo
+    return ["nnunet", str(study.data), str(run.run), "--preset", run.spec.model, "--python",
+            str(given.nnunet_python or sys.executable), *length, *size, *scores]
 
 
 class _Work:
     """The runs and who is at which; shared by the threads of the workers."""
 
-    def __init__(self, study: Study, data: Path, sam: str | None, tell: Tell, runs: Sequence[PlannedRun]) -> None:
-        self.study, self.data, self.sam, self.tell = study, data, sam, tell
+    def __init__(self, study: Study, given: Given, tell: Callable[[str], None]) -> None:
+        self.study, self.given, self.tell = study, given, tell
         self.outcome = Outcome()
-        self._open = {run.spec.name: run for run in runs}
+        self._open = {run.spec.name: run for run in study.runs}
         self._lock, self._processes = threading.Lock(), set[subprocess.Popen]()
         self._stop = threading.Event()
 
@@ -180,7 +217,7 @@ class _Work:
         """Inside, a signal stops the stages."""
 
         def on_signal(number: int, frame: object) -> None:
-            self.outcome.stopped = True
+            self.outcome.stopped_by = number
             self._stop.set()
             for process in list(self._processes):
                 process.send_signal(signal.SIGTERM)
@@ -209,29 +246,28 @@ class _Work:
     def _bring_to_end(self, run: PlannedRun, worker: Worker) -> None:
         name = run.spec.name
         if is_finished(run):
-            self.tell.message(f"{name}: there already")
+            self.tell(f"{name}: there already")
             self.outcome.finished.append(name)
             return
         for needed in (run.spec.teacher, run.spec.predicts_as):
             if needed in self.outcome.failed:
                 self.outcome.failed[name] = f"{needed} failed"
                 return
-        assert run.recipe is not None
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run.recipe_file, dump_recipe(run.recipe))
         began = time.monotonic()
-        for stage, command in stages(run, self.study, self.data, worker, self.sam):
-            self.tell.message(f"{name}: {stage}")
+        for stage, command in stages(run, self.study, worker, self.given):
+            self.tell(f"{name}: {stage}")
             fault = self._call(run, command, worker)
             if self._stop.is_set():
                 return
             if fault is not None:
                 self.outcome.failed[name] = fault
-                self.tell.message(f"{name}: {stage} failed: {fault}")
+                self.tell(f"{name}: {stage} failed: {fault}")
                 return
         _write_done(run, self.study)
         self.outcome.finished.append(name)
-        self.tell.message(f"{name}: finished in {(time.monotonic() - began) / 60:.1f} min")
+        self.tell(f"{name}: finished in {(time.monotonic() - began) / 60:.1f} min")
 
     def _call(self, run: PlannedRun, command: Sequence[str], worker: Worker) -> str | None:
         """Run a stage; None, or the last line that it said where it failed."""
@@ -289,8 +325,6 @@ def _claimed(folder: Path) -> Iterator[bool]:
 
 def _is_trained(run: PlannedRun) -> bool:
     """Whether the training reached its last epoch."""
-    if run.recipe is None:
-        return (run.folder / "done.json").is_file()
     try:
         meta = read_meta(run.run / "last.json")
         return (run.run / "best.json").is_file() and meta["progress"]["epoch"] >= run.recipe.train.epochs
@@ -298,19 +332,35 @@ def _is_trained(run: PlannedRun) -> bool:
         return False
 
 
+def _trained_folder(run: PlannedRun) -> Path:
+    return run.folder.parent / run.spec.predicts_as / "run" if run.spec.predicts_as else run.run
+
+
 def _model_of(run: PlannedRun) -> str:
-    folder = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
-    return str(read_meta(folder / "run" / "best.json")["weights"]["sha256"])
+    """What tells the model of the scores from another one."""
+    if run.spec.kind in ("train", "distill"):
+        return str(read_meta(_trained_folder(run) / "best.json")["weights"]["sha256"])
+    return sha256_of(run.evaluation / "scores.json")
 
 
 def _write_done(run: PlannedRun, study: Study) -> None:
-    folder = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
-    seconds = read_meta(folder / "run" / "last.json")["progress"]["seconds"]
     done: dict[str, Any] = {
-        "model": _model_of(run), "minutes": seconds / 60, "machine": machine(),
-        "date": datetime.now(UTC).date().isoformat(), "budget_minutes": study.budget_minutes, "seed": run.spec.seed,
+        "model": _model_of(run), "machine": machine(), "date": datetime.now(UTC).date().isoformat(),
+        "budget_minutes": study.budget_minutes, "seed": run.spec.seed, **_training_of(run),
     }
     write_text_atomic(run.folder / "done.json", json.dumps(done, indent=1, sort_keys=True) + "\n")
+
+
+def _training_of(run: PlannedRun) -> dict[str, Any]:
+    """Minutes of training and, where another program counts them, parameters."""
+    if run.spec.kind == "nnunet_v2":
+        result = json.loads((run.run / "result.json").read_text("utf-8"))
+        return {"minutes": result["minutes"], "parameters": result["parameters"]}
+    if run.spec.kind == "slicewise":
+        path = run.run / "best.json"
+        meta = read_meta(path) if path.is_file() else {}
+        return {"minutes": meta.get("seconds", 0.0) / 60, "parameters": meta.get("tuned_parameters")}
+    return {"minutes": read_meta(_trained_folder(run) / "last.json")["progress"]["seconds"] / 60}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:

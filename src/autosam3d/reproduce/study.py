@@ -32,8 +32,8 @@ class PlannedRun:
     """A run that can be started."""
 
     spec: RunSpec
-    recipe: Recipe | None
-    """None where another program has the recipe (slice by slice, nnU-Net v2)."""
+    recipe: Recipe
+    """What is trained; slice by slice, organs and window alone; for nnU-Net v2, organs alone."""
     folder: Path
     cost: TrainingCost | None
     train_seconds: float | None
@@ -47,12 +47,17 @@ class PlannedRun:
         return self.folder / "run"
 
     @property
+    def is_ours(self) -> bool:
+        """Whether our trainer trains it."""
+        return self.spec.kind in ("train", "distill") and self.spec.predicts_as is None
+
+    @property
     def prediction(self) -> Path:
         return self.folder / "prediction"
 
     @property
     def evaluation(self) -> Path:
-        return self.folder / "evaluation"
+        return self.run / "evaluation" / "test" if self.spec.kind == "nnunet_v2" else self.folder / "evaluation"
 
     @property
     def recipe_file(self) -> Path:
@@ -65,8 +70,11 @@ class Study:
 
     dataset: str
     """The recipe's name."""
+    data: Path
+    """The dataset's folder."""
     cases: CaseSet
     folder: Path
+    """Of its runs."""
     budget_minutes: float | None
     runs: tuple[PlannedRun, ...]
 
@@ -112,22 +120,27 @@ def plan_study(
     for spec in specs:
         recipe = recipes[spec.name]
         cost = None
-        if recipe is not None and spec.predicts_as is None and (estimate or budget_minutes is not None):
+        ours = spec.kind in ("train", "distill")
+        if ours and (estimate or budget_minutes is not None):
             cost = costs.of(recipe, lambda spec=spec: measured(spec.name))
             if budget_minutes is not None:
                 if cost is None:
                     raise ResourceError("MEMORY", spec.name, "expected a training step that this machine can do in "
                                         "minutes, and none was done", "use --size 2core, or a larger machine")
                 recipe = _within(recipe, budget_minutes, cost, len(cases.train))
-        runs.append(PlannedRun(spec, recipe, folder / spec.name, cost, _train_seconds(recipe, cost, len(cases.train)),
+        seconds = 60 * budget_minutes if budget_minutes and not ours and spec.model.partition(":")[0] != "sam" else None
+        if cost is not None:
+            seconds = 0.0 if spec.predicts_as else cost.step_seconds * _steps(recipe, len(cases.train)) * (
+                recipe.train.epochs)
+        runs.append(PlannedRun(spec, recipe, folder / spec.name, cost, seconds,
                                _segment_seconds(recipe, spec, cost, shapes)))
-    return Study(base.name, cases, folder, budget_minutes, tuple(runs))
+    return Study(base.name, data, cases, folder, budget_minutes, tuple(runs))
 
 
-def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe | None:
+def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe:
     """The recipe of a run, as it would be trained without a budget."""
     if spec.kind in ("slicewise", "nnunet_v2"):
-        return None
+        return load_recipe(dataset, overrides)
     own = dict(spec.overrides)
     if spec.kind == "distill":
         teacher = load_recipe(dataset, overrides, model=f"autosam{'_2core' if '_2core' in (spec.teacher or '') else ''}")
@@ -160,16 +173,10 @@ def _steps(recipe: Recipe, num_train: int) -> int:
     return -(-num_train * recipe.sampling.patches_per_volume // recipe.train.batch_size)
 
 
-def _train_seconds(recipe: Recipe | None, cost: TrainingCost | None, num_train: int) -> float | None:
-    if recipe is None or cost is None:
-        return None
-    return cost.step_seconds * _steps(recipe, num_train) * recipe.train.epochs
-
-
 def _segment_seconds(
-    recipe: Recipe | None, spec: RunSpec, cost: TrainingCost | None, shapes: Sequence[tuple[int, int, int]]
+    recipe: Recipe, spec: RunSpec, cost: TrainingCost | None, shapes: Sequence[tuple[int, int, int]]
 ) -> float | None:
-    if recipe is None or cost is None:
+    if cost is None:
         return None
     overlap = recipe.inference.overlap if spec.overlap is None else spec.overlap
     size = recipe.model.patch_size
