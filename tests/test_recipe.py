@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from autosam3d.errors import RecipeError
-from autosam3d.recipe import MAX_RECIPE_BYTES, Recipe, dump_recipe, load_recipe, recipe_from_dict, recipe_names
+from autosam3d.recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict, recipe_names
+from autosam3d.recipe_sources import MAX_RECIPE_BYTES
 
 ALL = ["amos_ct", "btcv", "ct_org", "openkbp", "openkbp_tiny", "openkbp_vit_b", "pelvic", "phantom"]
 PAPER = ["amos_ct", "btcv", "ct_org", "pelvic"]

@@ -41,12 +41,13 @@ from autosam3d.models.autosam import AutoSam
 from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import convert_sam_state, frozen_names
 from autosam3d.models.spec import NetworkSpec, ResUnetSpec, SwinUnetrSpec
+from autosam3d.optimizer import parameter_groups
 from autosam3d.preprocess import prepare_ct
 from autosam3d.recipe import Recipe, dump_recipe
 from autosam3d.schedule import learning_rate
 from autosam3d.stopping import Interrupted, StopRequest
 from autosam3d.train import TrainResult, train
-from autosam3d.training_run import Observer, Run, build_fabric, parameter_groups
+from autosam3d.training_run import Observer, Run, build_fabric
 from autosam3d.volume import Volume
 from mini_run import VAL, log_rows, mini_recipe, weights_of, write_mini_dataset, write_sam
 

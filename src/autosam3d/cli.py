@@ -30,8 +30,8 @@ app = typer.Typer(
 _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
-Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Another network and its optimiser on the "
-                                           "recipe's data: a preset of the package (autosam3d recipes), or a YAML file.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Train another network its own way on "
+                                           "the recipe's data: a preset (see autosam3d recipes), or a YAML file.")]
 Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
                                                        "Hugging Face id such as facebook/sam-vit-base.")]
 # What the operating system says of a path that cannot be, and what libraries say when memory has run out.
@@ -496,6 +496,9 @@ def demo(
         typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)
     typer.echo(result.summary)
+
+
+app.command()(reproduce)
 
 
 def main() -> None:

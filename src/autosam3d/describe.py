@@ -15,7 +15,7 @@ _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 def describe_recipe(recipe: Recipe) -> str:
     """Organs, preprocessing, sampling and both parameter sums of a recipe, as text."""
-    spec, pre, model = recipe.dataset, recipe.preprocess, recipe.model
+    spec, pre, model, optim = recipe.dataset, recipe.preprocess, recipe.model, recipe.optim
     spacing = "the scan's own" if pre.spacing_mm is None else " x ".join(f"{s:g}" for s in pre.spacing_mm) + " mm"
     window = pre.hu_window
     lines = [
@@ -28,8 +28,8 @@ def describe_recipe(recipe: Recipe) -> str:
         f"over {pre.divide_hu:g}",
         f"crops        {_by(model.patch_size)} voxels, {recipe.sampling.patches_per_volume} per case and epoch, "
         f"{recipe.sampling.foreground_share:.0%} on an organ",
-        f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, {_OPTIMIZERS[recipe.optim.optimizer]} {recipe.optim.lr:g}, "
-        f"{recipe.optim.schedule}{', deep supervision' if recipe.train.deep_supervision else ''}",
+        f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, "
+        f"{_OPTIMIZERS[optim.optimizer]} {optim.lr:g}, {optim.schedule}{', deep supervision' if recipe.train.deep_supervision else ''}",
         f"windows      overlap {recipe.inference.overlap:g}, {recipe.inference.importance}",
         "",
         f"model        {describe_network(recipe)}",
@@ -52,7 +52,7 @@ def describe_network(recipe: Recipe) -> str:
     if isinstance(model, NnUnetSpec):
         return f"nnU-Net's network, {len(model.channels)} stages of {', '.join(map(str, model.channels))} channels"
     if isinstance(model, UnetrSpec):
-        return f"UNETR, tokens of {model.token_size} voxels, width {model.hidden_dim}, feature size {model.feature_size}"
+        return f"UNETR, tokens of {model.token_size} voxels, width {model.hidden_dim}, features {model.feature_size}"
     if isinstance(model, NnFormerSpec):
         return (f"nnFormer, tokens of {_by(model.token_size)} voxels, {len(model.num_heads)} stages from width "
                 f"{model.embed_dim}, windows {', '.join(map(str, model.attn_windows))}")
@@ -66,8 +66,8 @@ def describe_parameters(recipe: Recipe) -> str:
     if not isinstance(recipe.model, AutoSamSpec):
         lines = [f"parameters                  {report.total:,}"]
         if recipe.train.deep_supervision:
-            lines.append(f"in training                 {count_parameters(recipe.model, True).total:,}  with the outputs "
-                         "of deep supervision")
+            trained = count_parameters(recipe.model, side_outputs=True).total
+            lines.append(f"in training                 {trained:,}  with the outputs of deep supervision")
         return "\n".join(lines)
     vit = VITS[recipe.model.vit]
     edges = {vit.pretrain_grid if index in vit.taps else vit.pretrain_window for index in range(vit.num_blocks)}

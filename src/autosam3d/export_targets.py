@@ -18,6 +18,9 @@ _NEEDS: dict[str, frozenset[str]] = {
     # grouped.
     "autosam": frozenset({"conv3d", "transpose5", "strided_slice", "einsum", "resize3d", "avg_pool3d",
                           "grouped_conv3d", "rank8"}),
+    "nnunet": frozenset({"conv3d", "conv_transpose3d"}),
+    "unetr": frozenset({"conv3d", "conv_transpose3d", "transpose5", "rank8"}),
+    "nnformer": frozenset({"conv3d", "conv_transpose3d", "transpose5", "strided_slice", "rank8"}),
 }
 _ALL = frozenset({"conv3d", "transpose5", "strided_slice", "einsum", "resize3d", "avg_pool3d", "grouped_conv3d",
                   "conv_transpose3d", "rank8"})

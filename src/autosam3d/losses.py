@@ -84,7 +84,7 @@ def deep_dice_ce_loss(
     for weight, logits in zip(weights, outputs, strict=True):
         reduced = labels
         if logits.shape[2:] != labels.shape[1:]:
-            reduced = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0].to(labels.dtype)
+            reduced = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0]
         loss = dice_ce_loss(logits, reduced, dice_weight=dice_weight, ce_weight=ce_weight, batch_dice=batch_dice)
         finest = finest or loss
         part = loss.total * (weight / sum(weights))

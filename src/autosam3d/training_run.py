@@ -318,7 +318,8 @@ def save_state(run: Run) -> None:
 def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
     """The weights as they are to ``best.json``."""
     if run.fabric.is_global_zero:
-        save_checkpoint(run.folder / "best.json", without_side_outputs(run.tuned), _meta(run, "model") | {"metrics": dict(metrics)})
+        kept = without_side_outputs(run.tuned)
+        save_checkpoint(run.folder / "best.json", kept, _meta(run, "model") | {"metrics": dict(metrics)})
 
 
 def _meta(run: Run, kind: str) -> dict[str, Any]:

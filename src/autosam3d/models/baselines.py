@@ -60,9 +60,9 @@ class NnUnet(nn.Module):
         Raises:
             ValueError: the shape is not (B, 1, D, H, W) with multiples of `spec.multiple`.
         """
-        multiple = self.spec.multiple
-        if ct.dim() != 5 or ct.shape[1] != 1 or any(n < m or n % m for n, m in zip(ct.shape[2:], multiple, strict=True)):
-            raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of {multiple}, got {tuple(ct.shape)}")
+        of = self.spec.multiple
+        if ct.dim() != 5 or ct.shape[1] != 1 or any(n < m or n % m for n, m in zip(ct.shape[2:], of, strict=True)):
+            raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of {of}, got {tuple(ct.shape)}")
         skips = [self.input_block(ct)]
         for down in self.downsamples:
             skips.append(down(skips[-1]))
