@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from autosam3d import __version__
+from autosam3d.cli_reproduce import reproduce
 from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
 from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, RecipeError, ResourceError, UsageError
 

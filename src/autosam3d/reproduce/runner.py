@@ -291,7 +291,8 @@ class _Work:
         if code == 0:
             return None
         said = (run.folder / "log.txt").read_text("utf-8", errors="replace")[start:].strip().splitlines()
-        return next((line for line in reversed(said) if line.startswith("error[")), said[-1] if said else f"exit {code}")
+        faults = [line for line in said if line.startswith("error[")]
+        return (faults or said or [f"exit {code}"])[-1]
 
     def _wait(self, process: subprocess.Popen) -> int:
         asked = None

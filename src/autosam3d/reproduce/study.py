@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import yaml
 
 from autosam3d.dataset import CaseSet, open_dataset
 from autosam3d.distill import student_of
 from autosam3d.errors import ResourceError, UsageError, VolumeError
+from autosam3d.io import read_ct
 from autosam3d.io.files import write_text_atomic
 from autosam3d.patches import grid_starts
+from autosam3d.preprocess import prepare_ct
 from autosam3d.recipe import Recipe, load_recipe, recipe_from_dict
 from autosam3d.reproduce.cost import TrainingCost, measure_training
 from autosam3d.reproduce.plan import RunSpec
@@ -115,7 +115,7 @@ def plan_study(
     folder = out / base.name
     recipes = {spec.name: _recipe_of(spec, dataset, overrides) for spec in specs}
     costs = _Costs(folder / "costs.json", device, threads)
-    shapes = [_prepared_shape(case.image_path, base) for case in cases.test]
+    shape = _prepared_shape(cases.test[0].image_path, base)  # the others will be much the same
     runs = []
     for spec in specs:
         recipe = recipes[spec.name]
@@ -133,7 +133,7 @@ def plan_study(
             seconds = 0.0 if spec.predicts_as else cost.step_seconds * _steps(recipe, len(cases.train)) * (
                 recipe.train.epochs)
         runs.append(PlannedRun(spec, recipe, folder / spec.name, cost, seconds,
-                               _segment_seconds(recipe, spec, cost, shapes)))
+                               _segment_seconds(recipe, spec, cost, shape, len(cases.test))))
     return Study(base.name, data, cases, folder, budget_minutes, tuple(runs))
 
 
@@ -143,7 +143,8 @@ def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe:
         return load_recipe(dataset, overrides)
     own = dict(spec.overrides)
     if spec.kind == "distill":
-        teacher = load_recipe(dataset, overrides, model=f"autosam{'_2core' if '_2core' in (spec.teacher or '') else ''}")
+        preset = "autosam_2core" if "_2core" in (spec.teacher or "") else "autosam"
+        teacher = load_recipe(dataset, overrides, model=preset)
         recipe = student_of(teacher, spec.model, _as_sets(own))
     else:
         recipe = load_recipe(dataset, overrides, model=spec.model)
@@ -174,14 +175,14 @@ def _steps(recipe: Recipe, num_train: int) -> int:
 
 
 def _segment_seconds(
-    recipe: Recipe, spec: RunSpec, cost: TrainingCost | None, shapes: Sequence[tuple[int, int, int]]
+    recipe: Recipe, spec: RunSpec, cost: TrainingCost | None, shape: tuple[int, int, int], num_cases: int
 ) -> float | None:
     if cost is None:
         return None
     overlap = recipe.inference.overlap if spec.overlap is None else spec.overlap
     size = recipe.model.patch_size
-    windows = sum(sum(1 for _ in grid_starts(_grown(shape, size), size, overlap)) for shape in shapes)
-    return cost.window_seconds * windows
+    windows = sum(1 for _ in grid_starts(_grown(shape, size), size, overlap))
+    return cost.window_seconds * windows * num_cases
 
 
 def _grown(shape: tuple[int, int, int], size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -189,16 +190,8 @@ def _grown(shape: tuple[int, int, int], size: tuple[int, int, int]) -> tuple[int
 
 
 def _prepared_shape(path: Path, recipe: Recipe) -> tuple[int, int, int]:
-    """About the grid that the scan will have, from its header alone: air around the body is not known yet."""
-    try:
-        image = nib.as_closest_canonical(nib.load(path))  # type: ignore[arg-type]
-        spacing = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(0))[::-1]
-        shape = np.asarray(image.shape[:3])[::-1]
-    except (OSError, ValueError, nib.filebasedimages.ImageFileError) as error:
-        raise VolumeError("UNREADABLE", path, f"expected a NIfTI file ({type(error).__name__})",
-                          "copy the scan again") from None
-    wish = np.asarray(recipe.preprocess.spacing_mm)
-    return tuple(int(n) for n in np.maximum(np.rint(shape * spacing / wish), 1))  # type: ignore[return-value]
+    """The grid that a scan has when it is prepared."""
+    return prepare_ct(read_ct(path), recipe.preprocess).voxels.shape  # type: ignore[return-value]
 
 
 def _demand_test_cases(cases: CaseSet) -> None:
