@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from made import ABOUT, run_scores
 from PIL import Image
 
 from autosam3d.errors import CheckpointError, UsageError
@@ -17,13 +18,12 @@ from autosam3d.labels import LabelMap
 from autosam3d.overlay import draw_axial, organ_color, widest_section
 from autosam3d.preprocess import HuWindow
 from autosam3d.volume import Segmentation, Volume
-from made import ABOUT, run_scores
 
 pytest.importorskip("matplotlib", reason="the extra figures is not installed")
 pytest.importorskip("sklearn", reason="the extra figures is not installed")
 
-from autosam3d.reproduce.drawing import save_figure  # noqa: E402
-from autosam3d.reproduce.figures import (  # noqa: E402
+from autosam3d.reproduce.drawing import save_figure
+from autosam3d.reproduce.figures import (
     Distilled,
     Subject,
     choose_cases,
@@ -34,7 +34,7 @@ from autosam3d.reproduce.figures import (  # noqa: E402
     same_group_share,
     tsne,
 )
-from autosam3d.scores import read_json  # noqa: E402
+from autosam3d.scores import read_json
 
 AFFINE = np.diag([2.0, 2.0, 4.0, 1.0])
 ORGANS = LabelMap(organs=("liver", "spleen"))
@@ -153,7 +153,7 @@ def test_axial_slices_are_cut_where_organs_are_largest_and_seen_from_the_feet():
     liver, spleen = (np.abs(image - np.array(organ_color(k, name)) * 0.42).sum(2) < 12 for k, name in ((1, "liver"),
                                                                                                     (2, "spleen")))
     assert liver.any() and spleen.any()
-    assert np.argwhere(liver)[:, 1].mean() < 120 < np.argwhere(spleen)[:, 1].mean(), "the patient's right is on the left"
+    assert np.argwhere(liver)[:, 1].mean() < 120 < np.argwhere(spleen)[:, 1].mean(), "right is on the left"
 
 
 def test_figure_4_draws_what_the_evaluations_say(tmp_path):
@@ -247,13 +247,13 @@ def test_ct_slices_and_photographs_are_told_apart_end_to_end(tmp_path):
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     (tmp_path / "notes.txt").write_text("not a picture")
     seen = photographs(tmp_path)
-    assert [p.shape for p in seen] == [pictures[n].shape[:2] + (3,) for n in sorted(pictures)], "grey becomes RGB"
+    assert [p.shape for p in seen] == [(*pictures[n].shape[:2], 3) for n in sorted(pictures)], "grey becomes RGB"
     assert len(photographs(tmp_path, 2)) == 2
     hu = np.full((12, 60, 60), -1000, np.float32)
     hu[2:10, 10:50, 10:50] = np.random.default_rng(0).normal(40, 30, (8, 40, 40))
     slices = ct_slices(Volume(hu, np.diag([5.0, 5.0, 5.0, 1.0])), HuWindow(low_hu=-160, high_hu=240), 4)
     assert len(slices) == 4 and slices[0].dtype == np.uint8 and slices[0].shape == (60, 60, 3)
-    assert slices[0].min() == 0 and 100 < slices[0][30, 30, 0] < 160
+    assert slices[0].min() == 0 and slices[0][20:40, 20:40].mean() == pytest.approx(127.5, abs=3)
     points = embed(tiny_encoder(), [*slices, *seen])
     drawn = embedding_figure(points, ["CT"] * 4 + ["photographs"] * 4, ABOUT)
     save_figure(drawn, tmp_path, "fig1")
@@ -268,5 +268,5 @@ def test_bad_folders_of_photographs_are_refused(tmp_path):
     with pytest.raises(UsageError, match="got none in it"):
         photographs(tmp_path)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
-    with pytest.raises(UsageError, match="BAD_PHOTOGRAPH|cannot be read as one"):
+    with pytest.raises(UsageError, match="cannot be read as one"):
         photographs(tmp_path)
