@@ -107,9 +107,11 @@ def embed(
         progress: called with the number of pictures done.
     """
     found = []
-    device = next(encoder.parameters()).device
+    device, size = next(encoder.parameters()).device, encoder.config.image_size
+    if not isinstance(size, int):
+        raise ValueError(f"encoder: expected one size of its square pictures, got {size}")
     for picture in pictures:
-        values, (rows, columns) = sam_input(picture, encoder.config.image_size)
+        values, (rows, columns) = sam_input(picture, size)
         with torch.inference_mode():
             features = encoder(values[None].to(device)).last_hidden_state  # 1 256 h w
         found.append(features[0, :, :rows, :columns].mean((1, 2)).float().cpu().numpy())

@@ -94,8 +94,8 @@ def embedding_figure(embeddings: np.ndarray, groups: Sequence[str], about: Prove
         axes = figure.subplots()
         for i, name in enumerate(names):
             own = places[np.asarray(groups) == name]
-            axes.scatter(own[:, 0], own[:, 1], 26, COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)], label=name,
-                         alpha=0.8, edgecolors="white", linewidths=0.5)
+            axes.scatter(own[:, 0], own[:, 1], s=26, c=COLORS[i % len(COLORS)], marker=_MARKERS[i % len(_MARKERS)],
+                         label=name, alpha=0.8, edgecolors="white", linewidths=0.5)
         axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=min(4, len(names)))
     return Drawn(
@@ -199,7 +199,7 @@ def overlay_figure(
             row[0].set_ylabel(subject.name, fontsize=8)
         for axes, name in zip(grid[0], ["truth", *models], strict=True):
             axes.set_title(name, fontsize=9)
-        patches = [Patch(color=[c / 255 for c in organ_color(k, name)], label=name.replace("_", " "))
+        patches = [Patch(color="#" + "".join(f"{c:02x}" for c in organ_color(k, name)), label=name.replace("_", " "))
                    for k, name in organs.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(7, len(patches)), frameon=False,
                       fontsize=8)

@@ -120,7 +120,9 @@ def build_table(
         for measure in spec.measures:
             place = scores.setdefault((run.model, run.dataset, measure), [])
             place.append(organ_scores(evaluation, measure, tolerance_mm))
-    families = {(d, m): _family(spec, scores, d, m, unit) for d in shown for m in spec.measures}
+    families: dict[tuple[str, Measure], tuple[Comparison, ...]] = {
+        (d, m): _family(spec, scores, d, m, unit) for d in shown for m in spec.measures
+    }
     columns, cells = _fact_columns(spec, runs)
     for dataset in shown:
         for add in (_run_columns, _paper_columns):
