@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from torch import Tensor
 
-from autosam3d.losses import dice_ce_loss
+from autosam3d.losses import deep_dice_ce_loss, dice_ce_loss
 
 
 def random_case(outputs: int = 4, batch: int = 3) -> tuple[Tensor, Tensor]:
@@ -99,3 +99,33 @@ def test_huge_logits_stay_finite() -> None:
     loss = dice_ce_loss(wild, labels).total
     loss.backward()
     assert wild.grad is not None and bool(torch.isfinite(loss)) and bool(torch.isfinite(wild.grad).all())
+
+
+# ---- deep supervision ----
+
+
+def test_one_output_is_the_plain_loss() -> None:
+    logits, labels = random_case()
+    deep, plain = deep_dice_ce_loss([logits], labels, batch_dice=True), dice_ce_loss(logits, labels, batch_dice=True)
+    assert deep == plain
+
+
+def test_outputs_weigh_1_a_half_and_a_quarter_of_their_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(8, 12, 4), (4, 6, 4), (2, 3, 2)]
+    outputs = [torch.randn(2, 3, *size, generator=generator) for size in sizes]
+    blocks = torch.randint(0, 3, (2, 2, 3, 2), generator=generator)
+    reduced = [blocks.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(2, 3),
+               blocks.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3), blocks]
+    apart = [dice_ce_loss(o, y, ce_weight=2.0) for o, y in zip(outputs, reduced, strict=True)]
+    whole = deep_dice_ce_loss(outputs, reduced[0].to(torch.uint8), ce_weight=2.0)
+    expected = (4 * apart[0].total + 2 * apart[1].total + apart[2].total) / 7
+    torch.testing.assert_close(whole.total, expected)
+    assert (whole.dice, whole.cross_entropy) == (apart[0].dice, apart[0].cross_entropy)
+
+
+def test_every_output_learns() -> None:
+    outputs = [torch.zeros(1, 3, n, n, n, requires_grad=True) for n in (8, 4)]
+    deep_dice_ce_loss(outputs, torch.randint(0, 3, (1, 8, 8, 8))).total.backward()
+    assert all(bool(o.grad.abs().min() > 0) for o in outputs if o.grad is not None)
+    assert all(o.grad is not None for o in outputs)

@@ -41,13 +41,30 @@ def test_constant_after_the_warm_up() -> None:
     assert {learning_rate(epoch, 10, optim) for epoch in (2, 3, 9, 10)} == {1e-3}
 
 
-@pytest.mark.parametrize("schedule", ["exp_warmup_poly", "exponential", "constant"])
+def test_poly_is_nnu_nets() -> None:
+    optim = Optim(lr=1e-2, warmup_epochs=0, schedule="poly")
+    assert learning_rate(0, 1000, optim) == 1e-2
+    for epoch in (1, 500, 999):
+        assert learning_rate(epoch, 1000, optim) == pytest.approx(1e-2 * (1 - epoch / 1000) ** 0.9, rel=1e-12)
+
+
+def test_cosine_rises_in_a_line_and_falls_to_nothing() -> None:
+    optim = Optim(lr=1e-4, warmup_epochs=4, schedule="warmup_cosine")
+    assert [learning_rate(e, 20, optim) for e in range(5)] == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
+    assert learning_rate(12, 20, optim) == pytest.approx(5e-5)  # half-way down
+    assert learning_rate(8, 20, optim) == pytest.approx(1e-4 * (1 + math.sqrt(0.5)) / 2)
+    assert learning_rate(20, 20, optim) == pytest.approx(0, abs=1e-20)
+    falling = [learning_rate(e, 20, optim) for e in range(4, 21)]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["exp_warmup_poly", "exponential", "constant", "poly", "warmup_cosine"])
 def test_without_warm_up_it_starts_at_the_full_rate(schedule: str) -> None:
     optim = Optim(lr=1e-3, warmup_epochs=0, schedule=schedule)  # type: ignore[arg-type]
     assert learning_rate(0, 10, optim) == 1e-3
 
 
-@pytest.mark.parametrize("schedule", ["exp_warmup_poly", "exponential", "constant"])
+@pytest.mark.parametrize("schedule", ["exp_warmup_poly", "exponential", "constant", "warmup_cosine"])
 @pytest.mark.parametrize("epochs", [1, 3, 5])
 def test_a_run_shorter_than_its_warm_up_has_finite_rates(schedule: str, epochs: int) -> None:
     optim = Optim(lr=1e-3, warmup_epochs=5, schedule=schedule)  # type: ignore[arg-type]

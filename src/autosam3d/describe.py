@@ -29,7 +29,8 @@ def describe_recipe(recipe: Recipe) -> str:
         f"crops        {_by(model.patch_size)} voxels, {recipe.sampling.patches_per_volume} per case and epoch, "
         f"{recipe.sampling.foreground_share:.0%} on an organ",
         f"training     {recipe.train.epochs} epochs, batch {recipe.train.batch_size}, "
-        f"{_OPTIMIZERS[optim.optimizer]} {optim.lr:g}, {optim.schedule}{', deep supervision' if recipe.train.deep_supervision else ''}",
+        f"{_OPTIMIZERS[optim.optimizer]} {optim.lr:g}, {optim.schedule}"
+        f"{', deep supervision' if recipe.train.deep_supervision else ''}",
         f"windows      overlap {recipe.inference.overlap:g}, {recipe.inference.importance}",
         "",
         f"model        {describe_network(recipe)}",

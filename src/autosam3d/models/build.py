@@ -50,8 +50,9 @@ def _build(spec: NetworkSpec) -> nn.Module:
     try:
         from autosam3d.models.baselines import build_baseline
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("monai", "einops"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("monai", "einops"):
             raise
-        raise MissingExtraError("MISSING_EXTRA", spec.network, f"expected the package {error.name}, got none",
+        raise MissingExtraError("MISSING_EXTRA", spec.network, f"expected the package {package}, got none",
                                 'pip install "autosam3d[baselines]"') from None
     return build_baseline(spec)
