@@ -1,4 +1,4 @@
-"""The command line: the only module that prints or exits. Heavy imports wait inside the commands."""
+"""The command line: with its groups `cli_*.py` all that prints, and alone in exiting. Heavy imports wait inside."""
 
 from __future__ import annotations
 

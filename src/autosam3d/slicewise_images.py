@@ -45,7 +45,7 @@ class Framing:
     def image(self, slice_hu: np.ndarray) -> np.ndarray:
         """uint8 [row, column] of HU."""
         low, high = self.hu_window.low_hu, self.hu_window.high_hu
-        return ((np.clip(slice_hu, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+        return ((np.clip(slice_hu, low, high) - low) / (high - low) * 255).astype(np.uint8)
 
     def pixels(self, image: np.ndarray, image_size: int) -> Tensor:
         """float32 [3, S, S] of a uint8 slice."""
@@ -89,4 +89,5 @@ def _spline_resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     source = ndimage.gaussian_filter(image.astype(np.float32), blur, mode="mirror") if any(blur) else image
     # The splines are found in float64 and the values taken on the new grid: half-pixel aligned.
     resized = ndimage.zoom(source.astype(np.float64), zoom, order=3, mode="mirror", grid_mode=True)
-    return np.clip(resized, image.min(), image.max()).astype(np.uint8).astype(np.float32)
+    # Flat parts come out a rounding below their number, which whole numbers must not make a step of.
+    return np.floor(np.clip(resized + 1e-6, image.min(), image.max())).astype(np.float32)
