@@ -1,4 +1,4 @@
-"""The command line: the only module that prints or exits. Heavy imports wait inside the commands."""
+"""The command line: with its groups `cli_*.py` all that prints, and alone in exiting. Heavy imports wait inside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from autosam3d import __version__
+from autosam3d import __version__, cli_slicewise
+from autosam3d.cli_options import (
+    AssumeRas,
+    Device,
+    Force,
+    Prefer,
+    Sam,
+    Set,
+    Threads,
+    cores,
+    run_folder_outside,
+    set_threads,
+)
 from autosam3d.cli_reproduce import reproduce
 from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
 from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, RecipeError, ResourceError, UsageError
@@ -27,44 +39,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(cli_slicewise.app)
+
 # Typer's own name for it differs between versions: click's class, or one of a copy inside Typer.
 _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
 Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Train another network its own way on "
                                            "the recipe's data: a preset (see autosam3d recipes), or a YAML file.")]
-Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
-                                                       "Hugging Face id such as facebook/sam-vit-base.")]
 # What the operating system says of a path that cannot be, and what libraries say when memory has run out.
 _NO_SUCH_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment")
-
-
-def _known_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device.lower()):
-        raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, cuda or cuda:N", "name one of these")
-    return device.lower()
-
-
-def _known_threads(threads: int) -> int:
-    if not 0 <= threads <= 1024:
-        raise UsageError("USAGE", f"--threads {threads}", "expected 0 to 1024", "0 takes the cores of this process")
-    return threads
-
-
-def _known_transform(name: str | None) -> str | None:
-    if name not in (None, "sform", "qform"):
-        raise UsageError("USAGE", f"--prefer {name}", "expected sform or qform", "name one of these")
-    return name
-
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=_known_device)]
-Threads = Annotated[int, typer.Option(help="CPU threads up to 1024; 0 takes the cores this process may use.",
-                                      callback=_known_threads)]
-
-Prefer = Annotated[str | None, typer.Option(help="sform or qform, where the two disagree.", callback=_known_transform)]
-AssumeRas = Annotated[bool, typer.Option("--assume-ras", help="Take axes as RAS where the file does not say.")]
-Force = Annotated[bool, typer.Option("--force", help="Read files with implausible geometry or values.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -102,9 +86,9 @@ def train(
     from autosam3d.recipe import load_recipe
 
     plan = load_recipe(recipe, overrides or (), model)
-    folder = _run_folder(out or Path("runs") / plan.name, data)
+    folder = run_folder_outside(out or Path("runs") / plan.name, data)
     cases = open_dataset(data, plan)
-    _set_threads(threads)
+    set_threads(threads)
     from autosam3d.train import train as run_training
 
     with TrainingView() as view:
@@ -134,9 +118,9 @@ def distill(
     if plan.distill is None:
         raise RecipeError("NO_DISTILL", student, "expected a recipe with a distill section, got one without",
                           "add `distill: {lambda: 0.5}`, or use `autosam3d train`")
-    folder = _run_folder(out or Path("runs") / plan.name, data)
+    folder = run_folder_outside(out or Path("runs") / plan.name, data)
     cases = open_dataset(data, plan)
-    _set_threads(threads)
+    set_threads(threads)
     from autosam3d.train import TeacherSource
     from autosam3d.train import train as run_training
 
@@ -144,12 +128,6 @@ def distill(
         result = run_training(plan, cases, folder, teacher=TeacherSource(teacher, sam), device=device, cache_dir=cache,
                               observer=view.observer)
     _report_training(folder, result)
-
-
-def _run_folder(folder: Path, data: Path) -> Path:
-    if folder.absolute().resolve().is_relative_to(data.absolute().resolve()):
-        raise UsageError("SAME_PATH", folder, "the run would be written into the dataset", "name a folder outside it")
-    return folder
 
 
 def _report_training(folder: Path, result: Any) -> None:
@@ -208,7 +186,7 @@ def segment(
     from autosam3d.model_choice import ModelWish, open_model
 
     max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
-    loaded = open_model(model, ModelWish(backend=backend, device=device, threads=_cores(threads), sam=sam,
+    loaded = open_model(model, ModelWish(backend=backend, device=device, threads=cores(threads), sam=sam,
                                          max_ram_bytes=max_ram_bytes))
     tiling = loaded.recipe.inference
     if overlap is not None:
@@ -329,7 +307,7 @@ def bench(
     model = find_checkpoint(model)
     with progress_bars() as bars:
         task = bars.add_task("measuring", total=None)
-        result = measure(model, ct, contenders(model), overlap=overlap, threads=_cores(threads),
+        result = measure(model, ct, contenders(model), overlap=overlap, threads=cores(threads),
                          baseline=baseline and not is_export(model), progress=on_task(bars, task))
     if out is not None:
         write_text_atomic(out, json.dumps(result, indent=1) + "\n")
@@ -392,7 +370,7 @@ def export(
     json_path = find_checkpoint(model)
     demand_mobile(recipe_of(read_meta(json_path), json_path).model, target or ())
     volume = read_ct(ct, options) if ct is not None else None
-    _set_threads(threads)
+    set_threads(threads)
     from autosam3d.checkpoint import load_model
     from autosam3d.export import demand_replaceable, export_model
 
@@ -403,7 +381,7 @@ def export(
         demand_replaceable(folder, overwrite)
         scans = read_scans(paths, trained.recipe, options, volume)
     with progress_bars() as bars:
-        result = export_model(trained, folder, targets=target or (), ct=volume, int8=scans, threads=_cores(threads),
+        result = export_model(trained, folder, targets=target or (), ct=volume, int8=scans, threads=cores(threads),
                               overwrite=overwrite, progress=on_task(bars, bars.add_task("exporting", total=None)))
     _print_parity(result.rows, result.not_run)
     if result.int8 is not None:
@@ -423,7 +401,7 @@ def verify(
     """Check the files of an export by their hashes, and its golden case on every runtime that is installed here."""
     from autosam3d.verify import verify_export
 
-    result = verify_export(folder, _cores(threads))
+    result = verify_export(folder, cores(threads))
     if result.faults:
         raise CheckpointError("PARITY", folder, "; ".join(result.faults), "do not use this model here, and report it")
     typer.echo(f"{len(result.files)} files are what they were when they were exported ({result.certified})")
@@ -488,7 +466,7 @@ def demo(
 ) -> None:
     """Phantoms, training, segmentation and evaluation in one go, a few minutes on two cores."""
     _make_folder(folder)
-    _set_threads(threads)
+    set_threads(threads)
     from autosam3d.demo import run_demo
 
     with TrainingView() as view:
@@ -597,21 +575,6 @@ def _model_and_scans(paths: list[Path]) -> tuple[Path | None, Path, Path]:
         raise UsageError("USAGE", "segment", f"expected INPUT and OUTPUT after the model {paths[0]}, got one path",
                          "name the scan, and where its labels go")
     return None, paths[0], paths[1]
-
-
-def _cores(threads: int) -> int:
-    """The threads asked for, or the cores that are ours."""
-    count = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
-    os.environ.setdefault("OMP_NUM_THREADS", str(count))
-    return count
-
-
-def _set_threads(threads: int) -> None:
-    """Threads of torch and of the libraries below it."""
-    count = _cores(threads)
-    import torch
-
-    torch.set_num_threads(count if threads or "WORLD_SIZE" not in os.environ else int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _report_batch(result: Any) -> None:

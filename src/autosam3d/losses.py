@@ -91,3 +91,21 @@ def deep_dice_ce_loss(
         total = part if total is None else total + part
     assert total is not None and finest is not None
     return finest._replace(total=total)
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> SegmentationLoss:
+    """Dice + binary cross-entropy of masks that were asked for one by one; Dice of squared probabilities, per mask.
+
+    Args:
+        logits: B H W, any float type; the loss is computed in float32.
+        masks: B H W, 0 or 1.
+
+    *Source*: MedSAM's training, MONAI's DiceLoss(sigmoid, squared_pred) and BCEWithLogitsLoss, both as means.
+    """
+    logits, masks = logits.float(), masks.float()
+    probs = logits.sigmoid()
+    overlap = (probs * masks).sum((1, 2))
+    total = (probs**2).sum((1, 2)) + (masks**2).sum((1, 2))
+    dice = (1 - (2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, masks)
+    return SegmentationLoss(dice + cross_entropy, dice.detach(), cross_entropy.detach())

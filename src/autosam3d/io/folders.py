@@ -43,6 +43,16 @@ def staged_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """`path` and what lies above it, where absent.
+
+    Raises:
+        As `staged_folder`.
+    """
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from autosam3d.errors import CheckpointError
 from autosam3d.models.attention import resize_table
+from autosam3d.models.sam_names import refuse_strangers, unwrap
 from autosam3d.models.spec import VITS, AutoSamSpec, VitSpec
 
 _PREFIX = "image_encoder."
-_WRAPPERS = ("module.", "sam.", "model.")
 _NOT_ENCODER = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "pixel_mean", "pixel_std")
 
 _FROM_HF = {
@@ -35,16 +35,6 @@ _FROZEN = re.compile(
 )
 """What stays as SAM has it. *Source*: paper section 3.2; tuned are convolutions, adapters, norms and depth tables."""
 
-_STRANGERS = {
-    "MobileSAM (its encoder is a TinyViT)": re.compile(
-        r"image_encoder\.(layers\.\d+\.(conv|blocks|downsample)|patch_embed\.seq)\b"
-    ),
-    "EfficientSAM (its encoder has no relative positions)": re.compile(r"image_encoder\.blocks\.\d+\.mlp\.fc[12]\b"),
-    "EfficientViT-SAM or RepViT-SAM": re.compile(r"image_encoder\.(backbone|features|stages)\."),
-    "SAM 2": re.compile(r"(image_encoder\.trunk|vision_encoder\.backbone)\."),
-}
-
-
 def convert_sam_state(
     state: Mapping[str, Tensor], spec: AutoSamSpec, where: str = "SAM weights"
 ) -> dict[str, Tensor]:
@@ -59,7 +49,7 @@ def convert_sam_state(
     Raises:
         CheckpointError: code MISMATCH; another architecture or size, or tensors missing, unexpected, of wrong shape.
     """
-    _refuse_strangers(state, where)
+    refuse_strangers(state, where)
     vit = VITS[spec.vit]
     found, unexpected = _encoder_tensors(state)
     _refuse_other_size(found, spec, where)
@@ -122,21 +112,12 @@ def frozen_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if _FROZEN.fullmatch(name)]
 
 
-def _refuse_strangers(state: Mapping[str, Tensor], where: str) -> None:
-    for title, pattern in _STRANGERS.items():
-        if any(pattern.match(_unwrap(name)) for name in state):
-            raise CheckpointError(
-                "MISMATCH", where, f"expected the original SAM or MedSAM, got {title}",
-                "give a file such as sam_vit_b_01ec64.pth or medsam_vit_b.pth",
-            )
-
-
 def _encoder_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The image encoder's tensors under original names without prefix, its neck left out; and unknown names."""
     found: dict[str, Tensor] = {}
     unexpected: list[str] = []
     for full_name, tensor in state.items():
-        name = _unwrap(full_name)
+        name = unwrap(full_name)
         if name.startswith(_PREFIX):
             name = name.removeprefix(_PREFIX)
         elif name.startswith("vision_encoder."):
@@ -152,13 +133,6 @@ def _encoder_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
             unexpected.append(f"{full_name} (a second time)")
         found[name] = tensor
     return found, unexpected
-
-
-def _unwrap(name: str) -> str:
-    """Without what DataParallel and enclosing modules put in front."""
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    return name
 
 
 def _from_hf(name: str) -> str:
