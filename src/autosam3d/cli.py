@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from autosam3d import __version__
+from autosam3d import __version__, nnunet_command
 from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
 from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, RecipeError, ResourceError, UsageError
 
@@ -487,6 +487,9 @@ def demo(
         typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)
     typer.echo(result.summary)
+
+
+app.command()(nnunet_command.nnunet)
 
 
 def main() -> None:
