@@ -79,7 +79,7 @@ def summary_of(predictions: Path, truth: Path) -> dict:
             dice = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
             metrics[str(label)] = {"Dice": dice, "TP": tp, "FP": fp, "FN": fn}
         rows.append({"reference_file": str(truth / path.name), "prediction_file": str(path), "metrics": metrics})
-    means = {label: {"Dice": float(np.nanmean([r["metrics"][label]["Dice"] for r in rows]))} 
+    means = {label: {"Dice": float(np.nanmean([r["metrics"][label]["Dice"] for r in rows]))}
              for label in map(str, ORGANS)}
     return {"metric_per_case": rows, "mean": means,
             "foreground_mean": {"Dice": float(np.mean([m["Dice"] for m in means.values()]))}}

@@ -176,14 +176,14 @@ class _Run:
         self.variables |= {"nnUNet_compile": "0"} if device != "cuda" else {}
         self.variables |= {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
         self.state = _read_state(out, plan, data)
+        self._save()  # first: from here on the folder says whose it is
+        for part in ("trainer", "logs"):
+            (out / part).mkdir(exist_ok=True)
+        shutil.copyfile(SCRIPT, self.script)
 
     def plan(self) -> None:
         if "plan" in self.state["stages"]:
             return
-        self._save()  # first: from here on the folder says whose it is
-        for part in ("trainer", "logs"):
-            (self.out / part).mkdir(exist_ok=True)
-        shutil.copyfile(SCRIPT, self.script)
         write_raw(self.data, self.out / "nnUNet_raw")
         told = self._stage("plan", {})
         self._done("plan", told["planned"])

@@ -88,9 +88,9 @@ class _View:
         if kind in ("step", "epoch"):
             self.bars.update(self._task, description=f"training, loss {told['loss']:.3f}", total=1000,
                              completed=round(1000 * told["share"]))
-        if kind == "scan":
-            self.bars.update(self._task, description=f"predicting {told['name']}", total=told["total"],
-                             completed=told["done"])
+        if kind in ("scan", "bar"):
+            self.bars.update(self._task, description=one_line(told.get("text") or f"predicting {told.get('name')}"),
+                             total=told["total"], completed=told["done"])
         line = _line(stage, told)
         if line:
             print(one_line(line), file=sys.stderr, flush=True)
@@ -109,6 +109,8 @@ def _line(stage: str, told: dict[str, Any]) -> str | None:
         case "epoch":
             return (f"nnU-Net epoch {told['epoch']}: {told['share']:.0%} of the budget, {told['steps']} steps, loss "
                     f"{told['loss']:.3f}, pseudo Dice {told['dice']:.3f}")
+        case "bar" if told["done"] % max(1, told["total"] // 4) == 0 and told["done"]:
+            return f"nnU-Net {stage}: {told['text']} {told['done']} of {told['total']}"
         case "scan":
             return f"nnU-Net predicts {told['done'] + 1} of {told['total']}: {told['name']}" if told["name"] else None
         case "tail":

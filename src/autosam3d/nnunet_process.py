@@ -37,6 +37,8 @@ if found["torch"]:
               "mps": torch.backends.mps.is_available()}
 print("\\n@autosam3d " + json.dumps(found))
 """
+# A bar of nnU-Net's: "Preprocessing cases:  20%|##  | 23/114 [01:56<..."
+_BAR = re.compile(r"\s*([^:%]*):?\s+\d+%\|.*\| (\d+)/(\d+) \[")
 _MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|MemoryError|[Cc]annot allocate memory")
 _DISK = re.compile(r"No space left on device|Disk quota exceeded")
 
@@ -132,6 +134,8 @@ def run_stage(
                     told = json.loads(line.removeprefix(MARK))
                     refused += [told["text"]] if told["kind"] == "refused" else []
                     on_told(told)
+                elif bar := _BAR.match(line):
+                    on_told({"kind": "bar", "text": bar[1], "done": int(bar[2]), "total": int(bar[3])})
                 else:
                     written.write(line)
                     written.flush()

@@ -225,11 +225,22 @@ def shrink(plans: dict[str, Any], configuration: dict[str, Any], patch: list[int
     configuration["patch_size"] = [int(n) for n in size]
 
 
-def train(spec: dict[str, Any]) -> None:
-    from nnunetv2.run.run_training import get_trainer_from_args  # pyright: ignore[reportMissingImports]
+def know_the_trainer(module: Any) -> None:
+    """Let a module of nnU-Net have the class above without a search.
 
-    trainer = get_trainer_from_args(spec["dataset"], spec["configuration"], spec["fold"], TRAINER, spec["plans"],
-                                    device=torch.device(spec["device"]))
+    The search imports every trainer of nnU-Net first, among them those that need timm and torchvision, which must be
+    absent beside a CPU build of torch. Where a later nnU-Net searches elsewhere, ``nnUNet_extTrainer`` leads it here.
+    """
+    if hasattr(module, "recursive_find_trainer_class_by_name"):
+        module.recursive_find_trainer_class_by_name = {TRAINER: nnUNetTrainerBudget}.__getitem__
+
+
+def train(spec: dict[str, Any]) -> None:
+    from nnunetv2.run import run_training  # pyright: ignore[reportMissingImports]
+
+    know_the_trainer(run_training)
+    trainer = run_training.get_trainer_from_args(spec["dataset"], spec["configuration"], spec["fold"], TRAINER,
+                                                 spec["plans"], device=torch.device(spec["device"]))
     latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
     if latest.is_file():
         trainer.load_checkpoint(str(latest))
@@ -244,11 +255,12 @@ def train(spec: dict[str, Any]) -> None:
 
 def predict(spec: dict[str, Any]) -> None:
     """Label maps of ``spec["scans"]`` (name, image) in ``spec["into"]``, a case at a time, each whole or absent."""
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor  # pyright: ignore[reportMissingImports]
+    from nnunetv2.inference import predict_from_raw_data  # pyright: ignore[reportMissingImports]
 
+    know_the_trainer(predict_from_raw_data)
     device = torch.device(spec["device"])
-    predictor = nnUNetPredictor(use_mirroring=spec["tta"], perform_everything_on_device=device.type == "cuda",
-                                device=device, allow_tqdm=False)
+    predictor = predict_from_raw_data.nnUNetPredictor(
+        use_mirroring=spec["tta"], perform_everything_on_device=device.type == "cuda", device=device, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(spec["model"], (spec["fold"],), "checkpoint_final.pth")
     into, ending = Path(spec["into"]), spec["ending"]
     part = into / ".part"
