@@ -192,7 +192,9 @@ class _Run:
         if "train" in self.state["stages"]:
             return
         told = self._stage("train", {"plans": self.state["stages"]["plan"]["plans"]})
-        self._done("train", told["trained"] | {"parameters": told["network"]["parameters"]})
+        facts = {"parameters": told["network"]["parameters"], "nnunet": self.environment.version,
+                 "torch": self.environment.torch}
+        self._done("train", told["trained"] | facts)
 
     def predict(self, part: str) -> None:
         if f"predict {part}" in self.state["stages"]:
@@ -219,7 +221,7 @@ class _Run:
             minutes=trained["seconds"] / 60, validation_minutes=trained["validation_seconds"] / 60,
             epochs=trained["epochs"], steps=trained["steps"], parameters=trained["parameters"],
             patch=tuple(planned["patch"]), batch=planned["batch"], network=planned["network"],
-            nnunet=self.state["nnunet"], torch=self.state["torch"], organs=self.data.organs, truth=truth,
+            nnunet=trained["nnunet"], torch=trained["torch"], organs=self.data.organs, truth=truth,
             reduced=_reduced(self.options, planned, trained),
         )
 
@@ -242,7 +244,6 @@ class _Run:
         self._save()
 
     def _save(self) -> None:
-        self.state |= {"nnunet": self.environment.version, "torch": self.environment.torch}
         write_text_atomic(self.out / _STATE, json.dumps(self.state, indent=1) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,8 +46,12 @@ def nnunet(
                       iterations=iterations, patch=_patch(patch), batch=batch, tta=tta)
     with progress_bars() as bars:
         view = _View(bars)
-        result = train_and_predict(data, out, plan, python=python, device=device, threads=threads,
-                                   parts=("validation", "test") if test else ("validation",), on_told=view.on_told)
+        try:
+            result = train_and_predict(data, out, plan, python=python, device=device, threads=threads,
+                                       parts=("validation", "test") if test else ("validation",), on_told=view.on_told)
+        except (KeyboardInterrupt, SystemExit):
+            view.say(f"what is finished in {out} is kept; the same command goes on from here")
+            raise
         scored = {}
         for part in result.truth:
             task = bars.add_task(f"comparing {part}", total=None)
@@ -82,6 +85,7 @@ class _View:
     def __init__(self, bars: Any) -> None:
         self.bars = bars
         self._task = bars.add_task("nnU-Net", total=None)
+        self._last = ""
 
     def on_told(self, stage: str, told: dict[str, Any]) -> None:
         kind = told["kind"]
@@ -92,8 +96,12 @@ class _View:
             self.bars.update(self._task, description=one_line(told.get("text") or f"predicting {told.get('name')}"),
                              total=told["total"], completed=told["done"])
         line = _line(stage, told)
-        if line:
-            print(one_line(line), file=sys.stderr, flush=True)
+        if line and line != self._last:
+            self._last = line
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        self.bars.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _line(stage: str, told: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -66,8 +67,9 @@ class NnunetEnvironment:
         return kind, number or None
 
 
+@functools.cache
 def find_nnunet(python: str | Path | None = None) -> NnunetEnvironment:
-    """nnU-Net in the environment of `python`; default this one. Nothing is imported there but torch.
+    """nnU-Net in the environment of `python`; default this one. Asked once a process; only torch is imported there.
 
     Raises:
         UsageError: PYTHON, there is no such program or it does not answer.

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # pyright: ignore[reportMissingImports]
@@ -287,7 +287,7 @@ def evaluate(spec: dict[str, Any]) -> None:
     Path(spec["summary"] + ".part.json").replace(spec["summary"])
 
 
-def refuse(text: str) -> None:
+def refuse(text: str) -> NoReturn:
     tell("refused", text=text)
     sys.exit(2)
 
