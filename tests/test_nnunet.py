@@ -318,6 +318,7 @@ def test_another_run_in_the_way_is_left_alone(dataset: Path, tmp_path: Path, fak
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     assert refused(tmp_path / "mine", PLAN) == "OTHER_RUN"
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     assert refused(dataset / "out", PLAN) == "SAME_PATH"
     assert refused(tmp_path / "mine/thesis.txt", PLAN) == "OUTPUT_PATH"
     (out / "nnunet.json").write_text("{")
@@ -396,6 +397,7 @@ def test_the_command_without_nnunet_says_what_is_missing(dataset: Path, tmp_path
 
 @needs_nnunet
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_nnunet_itself_trains_predicts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
     plan = NnunetPlan(epochs=2, iterations=2, patch=(8, 16, 16), batch=2, tta=False)
     stopped: list[int] = []

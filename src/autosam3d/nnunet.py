@@ -137,6 +137,8 @@ def train_and_predict(
     plan, out = plan or NnunetPlan(), Path(out)
     source = open_for_nnunet(data, plan.fold)
     _demand_apart(out, Path(data))
+    if out.is_dir():
+        _read_state(out, plan, source)  # before the lock is written into somebody's folder
     environment = find_nnunet(python)
     kind, visible = environment.device(device)
     with _held(out) as lock:
