@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,9 @@ import typer
 
 from autosam3d.console import on_task, one_line, progress_bars
 from autosam3d.errors import UsageError
+
+# An epoch on a CPU can take minutes: so often a line says that it is at work.
+STEP_LINE_S = 60.0
 
 
 def nnunet(
@@ -85,7 +89,7 @@ class _View:
     def __init__(self, bars: Any) -> None:
         self.bars = bars
         self._task = bars.add_task("nnU-Net", total=None)
-        self._last = ""
+        self._last, self._said_at = "", 0.0
 
     def on_told(self, stage: str, told: dict[str, Any]) -> None:
         kind = told["kind"]
@@ -96,8 +100,10 @@ class _View:
             self.bars.update(self._task, description=one_line(told.get("text") or f"predicting {told.get('name')}"),
                              total=told["total"], completed=told["done"])
         line = _line(stage, told)
+        if kind == "step" and time.monotonic() - self._said_at > STEP_LINE_S:
+            line = f"nnU-Net trains: {told['share']:.0%} of the budget, {told['steps']} steps, loss {told['loss']:.3f}"
         if line and line != self._last:
-            self._last = line
+            self._last, self._said_at = line, time.monotonic()
             self.say(line)
 
     def say(self, line: str) -> None:

@@ -90,7 +90,9 @@ class nnUNetTrainerBudget(nnUNetTrainer):
         started = time.monotonic()
         with torch.no_grad():
             self.on_validation_epoch_start()
-            batches = range(self.num_val_iterations_per_epoch)
+            # Nothing follows that could use it: when the minutes are over, one batch fills nnU-Net's table.
+            over = self.budget_s is not None and self._share() >= 1
+            batches = range(1 if over else self.num_val_iterations_per_epoch)
             self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in batches])
         self.validation_s += time.monotonic() - started
         due = time.monotonic() - self._saved_at > SAVE_EVERY_S
