@@ -62,11 +62,41 @@ def open_dataset(folder: str | Path, recipe: Recipe) -> CaseSet:
     folder = Path(folder)
     index = _read_index(folder, recipe)
     table = _label_table(index["labels"], recipe, folder)
-    ending = index["file_ending"]
+    return _case_set(folder, index, table, recipe.dataset.fold, recipe.dataset.val_share)
+
+
+def open_without_recipe(folder: str | Path, fold: int) -> tuple[CaseSet, dict[int, str], str]:
+    """(cases, label to organ, file ending) of `folder` for a program that knows no recipe; labels count 1, 2, 3, ...
+
+    Raises:
+        VolumeError: as `open_dataset`, and SPLITS without ``splits_final.json`` or without validation cases.
+    """
+    folder = Path(folder)
+    index = _read_index(folder, None)
+    where, labels = folder / "dataset.json", index["labels"]
+    plain = all(isinstance(value, int) and not isinstance(value, bool) for value in labels.values())
+    organs = {value: str(name) for name, value in labels.items() if name != "background"} if plain else {}
+    if labels.get("background") != 0 or sorted(organs) != list(range(1, len(labels))) or not organs:
+        raise VolumeError("LABELS", where, f"expected background 0 and organs numbered 1, 2, 3, ..., got {labels}",
+                          "renumber the label maps without gaps")
+    if not (folder / "splits_final.json").is_file():
+        raise VolumeError("SPLITS", folder, "expected splits_final.json, so that the same cases validate as elsewhere, "
+                          "got none", 'write it: [{"train": [names], "val": [names]}]')
+    table = {value: value for value in (0, *organs)}
+    cases = _case_set(folder, index, table, fold, 0.0)
+    if not cases.val:
+        raise VolumeError("SPLITS", folder / "splits_final.json", f"expected validation cases in fold {fold}, got none",
+                          "name some of the training cases there")
+    return cases, dict(sorted(organs.items())), index["file_ending"]
+
+
+def _case_set(
+    folder: Path, index: Mapping[str, Any], table: Mapping[int, int], fold: int, val_share: float
+) -> CaseSet:
+    ending, expected = index["file_ending"], index.get("numTraining")
     warnings: list[str] = []
     training = _pair(folder, "Tr", ending, table, labels_needed=True)
     testing = _pair(folder, "Ts", ending, table, labels_needed=False)
-    expected = index.get("numTraining")
     if not training:
         raise VolumeError("DATASET", folder / "imagesTr", f"expected scans named CASE_0000{ending}, got none",
                           "run autosam3d prepare again, or name another folder")
@@ -77,7 +107,7 @@ def open_dataset(folder: str | Path, recipe: Recipe) -> CaseSet:
     if both:
         raise VolumeError("LEAK", folder, f"expected imagesTs and imagesTr to differ, got {_few(both)} twice",
                           "take them out of one of the two")
-    train, val = _split(folder, sorted(training), recipe, warnings)
+    train, val = _split(folder, sorted(training), fold, val_share, warnings)
     parts = {
         "train": [training[n] for n in train], "val": [training[n] for n in val],
         "test": [testing[n] for n in sorted(testing)],
@@ -117,9 +147,12 @@ def held_out(names: Iterable[str], share: float) -> list[str]:
     return sorted(ranked[: min(max(1, round(share * len(ranked))), len(ranked) - 1)])
 
 
-def _read_index(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def _read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     """dataset.json, checked for what this project needs of it."""
     def other_layout(fault: str) -> VolumeError:
+        if recipe is None:
+            return VolumeError("DATASET", folder, f"expected a folder in the nnU-Net v2 layout (dataset.json, "
+                               f"imagesTr, labelsTr), {fault}", "autosam3d prepare makes it from a download")
         how = "the dataset looks like"
         if recipe.dataset.download:
             how = f"autosam3d prepare {recipe.name} DOWNLOAD NEW_FOLDER makes it from a download, which looks like"
@@ -231,17 +264,18 @@ def _files(folder: Path, ending: str) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.endswith(ending) and not p.name.startswith("."))
 
 
-def _split(folder: Path, names: list[str], recipe: Recipe, warnings: list[str]) -> tuple[list[str], list[str]]:
-    """Training and validation names of the recipe's fold."""
+def _split(
+    folder: Path, names: list[str], fold: int, val_share: float, warnings: list[str]
+) -> tuple[list[str], list[str]]:
+    """Training and validation names of the fold."""
     path = folder / "splits_final.json"
     if not path.is_file():
-        val = held_out(names, recipe.dataset.val_share)
+        val = held_out(names, val_share)
         return [n for n in names if n not in set(val)], val
     folds = _read_json(path)
-    fold = recipe.dataset.fold
     if not isinstance(folds, list) or not folds or fold >= len(folds):
         count = len(folds) if isinstance(folds, list) else 0
-        raise VolumeError("SPLITS", path, f"expected a fold {fold}, got {count} folds", "set dataset.fold")
+        raise VolumeError("SPLITS", path, f"expected a fold {fold}, got {count} folds", "name another fold")
     entry = folds[fold]
     parts = [entry.get(key) if isinstance(entry, dict) else None for key in ("train", "val")]
     if not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in parts):
