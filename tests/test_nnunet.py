@@ -21,13 +21,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from autosam3d import nnunet, nnunet_evaluation
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError, UsageError, VolumeError
 from autosam3d.evaluate import evaluate_folder
-from autosam3d.nnunet import NnunetPlan, train_and_predict
-from autosam3d.nnunet_agreement import BOUND, compare, read_summary
-from autosam3d.nnunet_data import open_for_nnunet, write_raw
-from autosam3d.nnunet_process import NnunetEnvironment, find_nnunet, run_stage
+from autosam3d.nnunet import evaluation as evaluation_module
+from autosam3d.nnunet import run as run_module
+from autosam3d.nnunet.agreement import BOUND, compare, read_summary
+from autosam3d.nnunet.data import open_for_nnunet, write_raw
+from autosam3d.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
+from autosam3d.nnunet.run import NnunetPlan, train_and_predict
 
 ORGANS = {1: "liver", 2: "spleen", 3: "aorta"}
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -238,10 +239,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`train_and_predict` meets the program above instead of nnU-Net; the environment is not asked."""
     script = tmp_path / "fake.py"
     script.write_text(textwrap.dedent(FAKE))
-    monkeypatch.setattr(nnunet, "SCRIPT", script)
+    monkeypatch.setattr(run_module, "SCRIPT", script)
     here = NnunetEnvironment(sys.executable, "2.8.1", "2.13", False, False)
-    monkeypatch.setattr(nnunet, "find_nnunet", lambda python: here)
-    monkeypatch.setattr(nnunet_evaluation, "find_nnunet", nnunet.find_nnunet)
+    monkeypatch.setattr(run_module, "find_nnunet", lambda python: here)
+    monkeypatch.setattr(evaluation_module, "find_nnunet", run_module.find_nnunet)
     return script
 
 
@@ -326,7 +327,7 @@ def test_another_run_in_the_way_is_left_alone(dataset: Path, tmp_path: Path, fak
 
 
 def test_a_second_process_waits_outside(dataset: Path, tmp_path: Path, fake: Path) -> None:
-    with nnunet._held(tmp_path / "out"), pytest.raises(ResourceError) as caught:
+    with run_module._held(tmp_path / "out"), pytest.raises(ResourceError) as caught:
         train_and_predict(dataset, tmp_path / "out", PLAN)
     assert caught.value.code == "BUSY"
 
@@ -414,5 +415,5 @@ def test_nnunet_itself_trains_predicts_and_goes_on(dataset: Path, tmp_path: Path
                                on_told=lambda _, word: told.append(word))
     assert any("going on after" in word.get("text", "") for word in told)
     assert result.epochs == 2 and result.reduced
-    evaluation, agreement = nnunet_evaluation.evaluate_run(result, "validation", python=NNUNET_PYTHON, threads=1)
+    evaluation, agreement = evaluation_module.evaluate_run(result, "validation", python=NNUNET_PYTHON, threads=1)
     assert len(evaluation.cases) == 2 and agreement.agrees

@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from autosam3d import __version__, cli_slicewise, nnunet_command
+from autosam3d import __version__, cli_slicewise
+from autosam3d.cli_nnunet import nnunet
 from autosam3d.cli_options import (
     AssumeRas,
     Device,
@@ -478,7 +479,7 @@ def demo(
 
 
 app.command()(reproduce)
-app.command()(nnunet_command.nnunet)
+app.command()(nnunet)
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from autosam3d.errors import VolumeError
 from autosam3d.evaluate import case_name, evaluate_folder, write_csv, write_json
 from autosam3d.io.files import write_text_atomic
-from autosam3d.nnunet import NnunetResult, Told, cores
-from autosam3d.nnunet_agreement import BOUND, Agreement, compare
-from autosam3d.nnunet_data import link
-from autosam3d.nnunet_process import find_nnunet, run_stage
+from autosam3d.nnunet.agreement import BOUND, Agreement, compare
+from autosam3d.nnunet.data import link
+from autosam3d.nnunet.process import find_nnunet, run_stage
+from autosam3d.nnunet.run import NnunetResult, Told, cores
 from autosam3d.report import write_report
 from autosam3d.scores import Evaluation
 

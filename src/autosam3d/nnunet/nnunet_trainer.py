@@ -1,10 +1,10 @@
 """What runs inside nnU-Net's own environment: its planner, its trainer with a budget, its predictor, its evaluator.
 
-`nnunet.py` copies this file beside the run and starts it as ``python nnunet_trainer.py STAGE SPEC.json``, in an
+`run.py` copies this file beside the run and starts it as ``python nnunet_trainer.py STAGE SPEC.json``, in an
 environment that has nnunetv2 and may lack this package: nothing of the package is imported here. nnU-Net finds the
 trainer class in the folder that the environment variable ``nnUNet_extTrainer`` names.
 
-Lines on stdout that begin with `MARK` are JSON for `nnunet_process.py`; all others are nnU-Net's words.
+Lines on stdout that begin with `MARK` are JSON for `process.py`; all others are nnU-Net's words.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def nnunet(
     """Plan, train and predict with the real nnU-Net v2, and evaluate it with our metrics and its own."""
     import re
 
-    from autosam3d.nnunet import NnunetPlan, train_and_predict
-    from autosam3d.nnunet_evaluation import evaluate_run, write_result
+    from autosam3d.nnunet.evaluation import evaluate_run, write_result
+    from autosam3d.nnunet.run import NnunetPlan, train_and_predict
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device):
         raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, mps, cuda or cuda:N", "name one of these")

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from autosam3d.errors import ResourceError, UsageError
 from autosam3d.io.files import write_text_atomic
-from autosam3d.nnunet_data import NnunetData, open_for_nnunet, scans_of, write_raw
-from autosam3d.nnunet_process import NnunetEnvironment, find_nnunet, run_stage
+from autosam3d.nnunet.data import NnunetData, open_for_nnunet, scans_of, write_raw
+from autosam3d.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
 
 try:
     import fcntl
