@@ -6,7 +6,7 @@ PIP = PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install -q --disable-pip-version-
 TORCH_INDEX ?=
 NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-mobile lint bench clean
 
 # torch comes first and alone: a machine that has only the CPU build must not be handed the CUDA one by
 # another package's requirement. Where pip would take a CUDA build that is not wanted, name the index of PyTorch's
@@ -25,6 +25,21 @@ demo: $(VENV)/.ok
 test: $(VENV)/.ok
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
 
+# The converters for phones want other versions of a few packages: an environment of their own on top of the first.
+$(VENV)-mobile/.ok: $(VENV)/.ok constraints-mobile.txt
+	@echo "installing LiteRT, ExecuTorch and CoreML into $(VENV)-mobile (once)"
+	@$(PY) -m venv $(VENV)-mobile
+	@$(VENV)-mobile/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(VENV)-mobile/.where
+	@$(PY) -c "import sysconfig; print('import site; site.addsitedir(' + repr(sysconfig.get_path('purelib')) + ')')" \
+		> "$$(cat $(VENV)-mobile/.where)/below.pth"
+	@PIP_ROOT_USER_ACTION=ignore $(VENV)-mobile/bin/python -m pip install -q --disable-pip-version-check \
+		-c constraints-mobile.txt litert-torch executorch coremltools
+	@$(VENV)-mobile/bin/python -W ignore -c "import autosam3d, torch, litert_torch, executorch, coremltools" 2>/dev/null
+	@touch $@
+
+test-mobile: $(VENV)-mobile/.ok
+	OMP_NUM_THREADS=1 $(VENV)-mobile/bin/python -m pytest -q -n 2 tests/test_mobile.py
+
 lint: $(VENV)/.ok
 	$(PY) -m ruff check src tests benchmarks examples
 	$(PY) -m pyright
@@ -34,4 +49,4 @@ bench: $(VENV)/.ok
 	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(VENV)-mobile demo build dist

@@ -330,6 +330,7 @@ def test_a_coreml_package_has_the_form_that_is_described() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # LiteRT takes minutes for a SwinUNETR on a busy machine
 @pytest.mark.parametrize("spec", [
     ResUnetSpec(num_outputs=3, patch_size=(32, 32, 32), channels=(4, 4, 8, 8, 8)),
     SwinUnetrSpec(num_outputs=3, patch_size=(32, 64, 32)),
