@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mini_dataset(folder / "data")
     write_recipe(folder / "mini.yaml", RECIPE)
     tiny_sam.write_pth(folder / "sam.pth")
+    command_line.load_once("transformers.models.sam.modeling_sam")
     return folder
 
 

@@ -202,6 +202,10 @@ def random_sam(sizes: SamSizes, seed: int = 0, device: str | torch.device = "cpu
         for name, parameter in network.named_parameters():
             if name.startswith("vision_encoder.") and parameter.dim() > 1:  # transformers begins it at 1e-10
                 nn.init.trunc_normal_(parameter, std=0.02)
+        # segment-anything's scale of 1; transformers' own has neighbouring pixels look unrelated.
+        network.shared_image_embedding.positional_embedding.normal_()
+        network.prompt_encoder.shared_embedding.positional_embedding.copy_(
+            network.shared_image_embedding.positional_embedding)
     nn.Module.to(network, device).eval()
     return SliceSam(network, sizes, torch.device(device), SamSource("random", f"random-{seed}"), f"random-{seed}")
 
