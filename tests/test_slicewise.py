@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import command_line
 import tiny_sam
 from autosam3d.dataset import Case, open_dataset
-from autosam3d.errors import CheckpointError, VolumeError
+from autosam3d.errors import CheckpointError, MissingExtraError, VolumeError
 from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.models.sam_names import SamSizes, read_sizes, whole_sam
 from autosam3d.preprocess import HuWindow
@@ -221,6 +222,12 @@ def test_sizes_that_no_sam_has_are_refused_before_any_memory(tmp_path: Path) -> 
     hf["vision_encoder.layers.0.attn.rel_pos_h"] = torch.ones(9, 8)
     with pytest.raises(CheckpointError, match="attention windows"):
         read_sizes(whole_sam(hf))
+
+
+def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"autosam3d\[sam\]"):
+        load_slice_sam(folder / "sam.pth")
 
 
 # ---- a whole case ----
