@@ -74,6 +74,10 @@ for line in sys.stdin:
         autosam3d.checkpoint.load_model(request["warm"]).predictor.activation_bytes(1)
         print(json.dumps(None), flush=True)
         continue
+    if "load" in request:
+        __import__(request["load"])
+        print(json.dumps(None), flush=True)
+        continue
     if "wait" in request:
         print(json.dumps(wait(request["wait"], request["seconds"])), flush=True)
         continue
@@ -200,6 +204,12 @@ def start(*args: object, **how: Any) -> Started:
 def run(*args: object, seconds: float = 120, **how: Any) -> Done:
     """``autosam3d ARGS`` from start to end; `how` as in `start`."""
     return start(*args, **how).wait(seconds)
+
+
+@functools.cache
+def load_once(module: str) -> None:
+    """Import `module` before the commands of this session, which else does each by itself."""
+    _line().ask({"load": module})
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 
 import command_line
 import tiny_sam
-from autosam3d.dataset import open_dataset
-from autosam3d.errors import CheckpointError, VolumeError
-from autosam3d.io import read_segmentation, write_ct, write_segmentation
+from autosam3d.dataset import Case, open_dataset
+from autosam3d.errors import CheckpointError, MissingExtraError, VolumeError
+from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.models.sam_names import SamSizes, read_sizes, whole_sam
 from autosam3d.preprocess import HuWindow
 from autosam3d.slicewise import combine, read_case, segment_slices
@@ -51,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mini_dataset(folder / "data")
     write_recipe(folder / "mini.yaml", mini_recipe())
     tiny_sam.write_pth(folder / "sam.pth")
+    command_line.load_once("transformers.models.sam.modeling_sam")
     return folder
 
 
@@ -166,6 +168,8 @@ def test_both_namings_are_one_model(tmp_path: Path, sam: SliceSam) -> None:
             one, two, three = (m.decode(m.encode(pixels), prompts) for m in (sam, hub, origin))
             assert one.shape == (2, 2, 32, 32) and one.std() > 1e-4
             assert torch.equal(one, two) and torch.equal(one, three)
+            alone = [sam.decode(sam.encode(pixels[:1]), prompts[:1, i : i + 1])[0, 0] for i in range(2)]
+            torch.testing.assert_close(one[0], torch.stack(alone), atol=1e-5, rtol=1e-4)
 
 
 def test_vit_b_has_the_released_sams_parameters() -> None:
@@ -220,6 +224,12 @@ def test_sizes_that_no_sam_has_are_refused_before_any_memory(tmp_path: Path) -> 
         read_sizes(whole_sam(hf))
 
 
+def test_without_transformers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"autosam3d\[sam\]"):
+        load_slice_sam(folder / "sam.pth")
+
+
 # ---- a whole case ----
 
 
@@ -244,19 +254,17 @@ def test_the_right_side_stays_right_through_an_odd_orientation(
     labels = np.zeros((12, 16, 32), np.uint8)
     labels[3:5, 2:6, 20:30] = 1  # the patient's right
     labels[4:9, 8:14, 4:8] = 2
-    hu = np.where(labels > 0, 60, -20).astype(np.float32)
+    hu = np.full(labels.shape, -1000, np.float32)
+    hu[:, 1:15, 2:31] = 30
+    hu[labels > 0] = 90
     images, truths = tmp_path / "imagesTr", tmp_path / "labelsTr"
     images.mkdir()
     truths.mkdir()
     write_ct(images / "a_0000.nii.gz", Volume(hu, affine_of((5.0, 2.5, 2.5))), axis_codes="PSR")
-    ct_file = tmp_path / "imagesTr" / "a_0000.nii.gz"
-    from autosam3d.io import read_ct
-
+    ct_file = images / "a_0000.nii.gz"
     ct = read_ct(ct_file)
     assert ct.source is not None and ct.source.shape != ct.shape
     write_segmentation(truths / "a.nii.gz", Segmentation(labels, ct.affine, ct.source), LABELS)
-    from autosam3d.dataset import Case
-
     answer_with_the_prompt(sam, monkeypatch)
     result = segment_cases([Case("a", ct_file, truths / "a.nii.gz")], sam, tmp_path / "out", framing=framing,
                            prompts=BOX, labels=LABELS)
@@ -358,7 +366,7 @@ def test_the_command_writes_what_evaluate_scores_and_goes_on_where_it_stopped(fo
 def test_wrong_calls_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path) -> None:
     out, sam_file = tmp_path / "out", folder / "sam.pth"
     mobile = tmp_path / "mobile_sam.pt"
-    torch.save({"image_encoder.layers.0.conv1.c.weight": torch.ones(2, 2)}, mobile)
+    torch.save({"image_encoder.layers.0.blocks.0.conv1.c.weight": torch.ones(2, 2)}, mobile)
     segment(folder, out).demand_error("USAGE", 2)
     segment(folder, out, "--sam", tmp_path / "none.pth").demand_error("NOT_FOUND", 4)
     assert "MobileSAM" in segment(folder, out, "--sam", mobile).demand_error("MISMATCH", 4)

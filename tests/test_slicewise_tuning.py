@@ -16,6 +16,7 @@ import command_line
 import tiny_sam
 from autosam3d.dataset import open_dataset
 from autosam3d.errors import CheckpointError, UsageError, VolumeError
+from autosam3d.io import write_segmentation
 from autosam3d.losses import mask_loss
 from autosam3d.preprocess import HuWindow
 from autosam3d.slicewise_cache import SliceEncoder
@@ -25,7 +26,8 @@ from autosam3d.slicewise_run import TuneSettings
 from autosam3d.slicewise_samples import collect_samples, make_batch, order_of_epoch
 from autosam3d.slicewise_tuning import tune
 from autosam3d.training_run import Observer
-from mini_run import LABELS, log_rows, mini_recipe, weights_of, write_mini_dataset, write_recipe
+from autosam3d.volume import Segmentation
+from mini_run import LABELS, SHAPE, affine_of, log_rows, mini_recipe, weights_of, write_mini_dataset, write_recipe
 
 FRAMING = Framing(style="medsam", hu_window=HuWindow(low_hu=-160, high_hu=240))
 SETTINGS = TuneSettings(framing=FRAMING, min_slice_px=20, min_case_vox=100, epochs=2, lr=1e-3, batch_size=8,
@@ -47,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mini_dataset(folder / "data")
     write_recipe(folder / "mini.yaml", RECIPE)
     tiny_sam.write_pth(folder / "sam.pth")
+    command_line.load_once("transformers.models.sam.modeling_sam")
     return folder
 
 
@@ -94,6 +97,10 @@ def test_samples_are_slices_with_an_organ_that_is_large_enough(folder: Path) -> 
         rows, columns = np.nonzero(mask.numpy())  # pixels of 2 x 2 in the square
         assert rows.size and y0 - 2 <= 2 * rows.min() and 2 * rows.max() <= y1 + 2
         assert x0 - 2 <= 2 * columns.min() and 2 * columns.max() <= x1 + 2
+    empty = folder / "empty.nii.gz"
+    write_segmentation(empty, Segmentation(np.zeros(SHAPE, np.uint8), affine_of()), LABELS)
+    with_empty = [replace(cases[0], label_path=empty), *cases]
+    assert len(collect_samples(with_empty, encoder, LABELS, min_slice_px=80, min_case_vox=100)) == len(few)
     with pytest.raises(VolumeError, match="--min-px") as caught:
         collect_samples(cases, encoder, LABELS, min_slice_px=9999, min_case_vox=1)
     assert caught.value.code == "NO_SAMPLES"

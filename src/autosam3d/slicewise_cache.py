@@ -48,7 +48,7 @@ class SliceEncoder:
 
     def key(self, image: np.ndarray) -> str:
         """Of a uint8 slice [row, column] of `Framing.image`."""
-        text = json.dumps(["embedding", 1, self.sam.encoder_sha256, self.framing.style, self.sam.sizes.image_size,
+        text = json.dumps(["embedding", 1, self.sam.encoder_sha256, self.framing.style, str(self.sam.sizes),
                            list(image.shape)])
         return hashlib.sha256(text.encode() + b"\0" + np.ascontiguousarray(image).tobytes()).hexdigest()
 

@@ -21,6 +21,7 @@ from autosam3d.slicewise import on_screen, organs_of, read_case, stack_prompts
 from autosam3d.slicewise_cache import SliceEncoder
 from autosam3d.slicewise_images import mask_in_square
 from autosam3d.slicewise_prompts import PromptSpec, make_prompt, random_for
+from autosam3d.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,10 @@ def collect_samples(
         if progress is not None:
             progress(done, len(cases))
         watch()
-        ct, truth = read_case(case, labels, options)
+        pair = read_case_with_organs(case, labels, options)
+        if pair is None:
+            continue
+        ct, truth = pair
         large = {organ for organ in organs_of(truth) if np.count_nonzero(truth == organ) >= min_case_vox}
         for z in np.flatnonzero(truth.any((1, 2))):
             shown = on_screen(truth[z])
@@ -104,6 +108,17 @@ def collect_samples(
     if lacking:
         log.warning("no slice shows %s with %s: not learnt from", ", ".join(lacking), wish)
     return samples
+
+
+def read_case_with_organs(case: Case, labels: LabelMap, options: ReadOptions) -> tuple[Volume, np.ndarray] | None:
+    """`read_case`; None, and a warning, for a case in which nothing can be asked for."""
+    try:
+        return read_case(case, labels, options)
+    except VolumeError as error:
+        if error.code != "NO_ORGANS":
+            raise
+        log.warning("%s: no organs, left out", case.name)
+        return None
 
 
 def samples_sha256(samples: Sequence[SliceSample]) -> str:

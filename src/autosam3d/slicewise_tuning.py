@@ -25,7 +25,7 @@ from autosam3d.losses import mask_loss
 from autosam3d.metrics import dice_per_label
 from autosam3d.recipe import Recipe
 from autosam3d.runlog import RunLog
-from autosam3d.slicewise import read_case, segment_slices
+from autosam3d.slicewise import segment_slices
 from autosam3d.slicewise_cache import SliceEncoder
 from autosam3d.slicewise_model import SliceSam, demand_memory, tuned_tensors
 from autosam3d.slicewise_prompts import PromptSpec
@@ -38,7 +38,14 @@ from autosam3d.slicewise_run import (
     save_best,
     save_state,
 )
-from autosam3d.slicewise_samples import SliceSample, collect_samples, make_batch, order_of_epoch, samples_sha256
+from autosam3d.slicewise_samples import (
+    SliceSample,
+    collect_samples,
+    make_batch,
+    order_of_epoch,
+    read_case_with_organs,
+    samples_sha256,
+)
 from autosam3d.stopping import Interrupted, StopRequest, stop_inside
 from autosam3d.training_run import Observer, build_fabric, hold_run_folder
 
@@ -248,7 +255,10 @@ def _validate(run: TuneRun) -> np.ndarray:
     table = np.full((len(cases), len(run.recipe.labels.organs)), np.nan)
     for index, case in enumerate(cases):
         run.observer.on_validation(index, len(cases))
-        ct, truth = read_case(case, run.recipe.labels, run.options)
+        pair = read_case_with_organs(case, run.recipe.labels, run.options)
+        if pair is None:
+            continue
+        ct, truth = pair
         made = segment_slices(ct, truth, run.encoder, prompts, run.recipe.labels, name=case.name,
                               progress=lambda done, total: run.stop.demand_none())
         table[index] = dice_per_label(made.segmentation.labels, truth, run.recipe.labels.num_outputs)
