@@ -112,7 +112,7 @@ def test_the_kept_model_has_no_side_outputs_and_segments(run: tuple[str, Path], 
 
 def test_the_loss_falls(folder: Path, cases: CaseSet, tmp_path: Path) -> None:
     for network in NETWORKS:
-        recipe = recipe_of(network, sampling__patches_per_volume=8, sampling__foreground_share=1.0, train__epochs=4,
+        recipe = recipe_of(network, sampling__patches_per_volume=4, sampling__foreground_share=1.0, train__epochs=4,
                            train__val_cases=1)
         train(recipe, cases, tmp_path / network, device="cpu", cache_dir=folder / "cache")
         rows = (tmp_path / network / "log.csv").read_text().splitlines()

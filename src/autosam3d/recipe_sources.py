@@ -60,13 +60,13 @@ def with_model(recipe: Mapping[str, Any], preset: str | Path) -> dict[str, Any]:
     strangers = sorted(str(key) for key in set(method) - {*_PRESET_SECTIONS})
     if strangers:
         raise RecipeError("UNKNOWN_KEY", f"{where}: {strangers[0]}", "no such key in a model preset",
-                          f"it has {', '.join(_PRESET_SECTIONS)}; name recipes of datasets first, presets by --model")
+                          f"remove it: a preset has {', '.join(_PRESET_SECTIONS)}")
     for section in ("model", "optim", "train"):
         if not isinstance(method.get(section), dict):
             raise RecipeError("MISSING_KEY", f"{where}: {section}", "expected a section of keys, got none",
                               "add it; the presets of the package have it")
     stem = Path(preset).stem
-    name, about = str(recipe.get("name", "")), str(recipe.get("about", ""))
+    name = str(recipe.get("name", ""))
     train = recipe.get("train", {})
     if not isinstance(train, Mapping):
         raise RecipeError("BAD_VALUE", "recipe: train", f"expected a section of keys, got {train!r}",
@@ -74,7 +74,7 @@ def with_model(recipe: Mapping[str, Any], preset: str | Path) -> dict[str, Any]:
     merged = {key: value for key, value in recipe.items() if key != "distill"}
     merged |= {
         "name": f"{name[: max(1, _MAX_NAME - 1 - len(stem))]}_{stem}",
-        "about": f"{method.get('about', stem)}, on: {about}",
+        "about": f"{method.get('about', stem)}; data of {name}",
         "model": method["model"], "optim": method["optim"], "train": {**train, **method["train"]},
     }
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,19 @@ def test_every_weight_that_is_trained_learns(spec: NetworkSpec) -> None:
     # What DDP would wait for in vain: MONAI's ViT carries a norm that it never calls.
     assert all("norm_cross_attn" in name for name in frozen)
     assert len(frozen) == (24 if spec.network == "unetr" else 0)
+
+
+@pytest.mark.parametrize("spec", SMALL, ids=["nnunet", "unetr", "unetr_8"])
+def test_ddp_waits_for_no_weight_in_vain(spec: NetworkSpec, tmp_path: Path) -> None:
+    """DDP refuses a second step where a trained weight had no part in the first, with one process as with many."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(seeded(spec, side_outputs=spec.network == "nnunet"))
+        for _ in range(2):
+            sum(o.square().mean() for o in logits_of(wrapped(torch.randn(1, 1, *spec.patch_size)))).backward()  # type: ignore[union-attr]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_side_outputs_are_for_training_alone() -> None:

@@ -41,6 +41,19 @@ def test_ablations_of_table_3(prompt_generator: bool, aggregation: bool, million
     assert round(count_parameters(spec).paper_counted / 1e6, 2) == millions
 
 
+@pytest.mark.parametrize(
+    ("switch", "fewer"),
+    [
+        ({"adapter_dim": 0}, 7_220_736),  # all adapters of the table of parts
+        ({"depth_embed": False}, 24_576),
+        ({"rel_pos_resize": "interp"}, 0), ({"fuse_stride": 1}, 0),  # other work with the same weights
+    ],
+)
+def test_switches_beside_table_3(switch: dict, fewer: int) -> None:
+    whole, without = (count_parameters(AutoSamSpec(num_outputs=14, **s)) for s in ({}, switch))
+    assert whole.tuned - without.tuned == fewer
+
+
 @pytest.mark.parametrize(("vit", "frozen_millions"), [("vit_l", 307), ("vit_h", 636)])
 def test_larger_sams_count_too(vit: str, frozen_millions: int) -> None:
     report = count_parameters(AutoSamSpec(num_outputs=14, vit=vit))
