@@ -45,7 +45,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sequence[str]]]:
 
     def call(self: Any, planned: Any, command: Sequence[str], worker: Any) -> str | None:
         called.append(command)
-        done = run(*command, seconds=240, env={"OMP_NUM_THREADS": "1"})
+        done = run(*command, seconds=240, env={"OMP_NUM_THREADS": "1", "AUTOSAM3D_BACKEND": "torch"})
         (planned.folder / "log.txt").write_text(done.out + done.err)
         return None if done.code == 0 else done.err.splitlines()[-1]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
+
+from safetensors import safe_open
 
 from autosam3d.certificate import machine
 from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
@@ -358,10 +361,18 @@ def _training_of(run: PlannedRun) -> dict[str, Any]:
         result = json.loads((run.run / "result.json").read_text("utf-8"))
         return {"minutes": result["minutes"], "parameters": result["parameters"]}
     if run.spec.kind == "slicewise":
-        path = run.run / "best.json"
-        meta = read_meta(path) if path.is_file() else {}
-        return {"minutes": meta.get("seconds", 0.0) / 60, "parameters": meta.get("tuned_parameters")}
+        if not (run.run / "best.json").is_file():  # as it was given
+            return {"minutes": 0.0, "parameters": 0}
+        weights = run.run / read_meta(run.run / "best.json")["weights"]["file"]
+        return {"minutes": read_meta(run.run / "last.json")["progress"]["seconds"] / 60,
+                "parameters": _num_values(weights)}
     return {"minutes": read_meta(_trained_folder(run) / "last.json")["progress"]["seconds"] / 60}
+
+
+def _num_values(path: Path) -> int:
+    """In all tensors of a safetensors file; only its header is read."""
+    with safe_open(path, "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
