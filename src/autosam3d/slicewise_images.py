@@ -54,10 +54,10 @@ class Framing:
             grey = _spline_resized(image, frame.scaled)
             grey = (grey - grey.min()) / max(float(grey.max() - grey.min()), 1e-8)
             return torch.from_numpy(grey).float().expand(3, -1, -1).contiguous()
-        scaled = Image.fromarray(image).resize(frame.scaled[::-1], Image.Resampling.BILINEAR)
+        rows, columns = frame.scaled
+        scaled = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
         grey = torch.from_numpy(np.asarray(scaled, np.float32))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
-        rows, columns = frame.scaled
         return F.pad((grey - mean) / std, (0, image_size - columns, 0, image_size - rows))
 
     def native(self, logits: Tensor, frame: Frame) -> Tensor:
@@ -88,6 +88,6 @@ def _spline_resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     blur = [max(0.0, (1 / z - 1) / 2) for z in zoom]
     source = ndimage.gaussian_filter(image.astype(np.float32), blur, mode="mirror") if any(blur) else image
     # The splines are found in float64 and the values taken on the new grid: half-pixel aligned.
-    resized = ndimage.zoom(source.astype(np.float64), zoom, order=3, mode="mirror", grid_mode=True)
+    resized = np.asarray(ndimage.zoom(source.astype(np.float64), zoom, order=3, mode="mirror", grid_mode=True))
     # Flat parts come out a rounding below their number, which whole numbers must not make a step of.
     return np.floor(np.clip(resized + 1e-6, image.min(), image.max())).astype(np.float32)
