@@ -50,6 +50,7 @@ from autosam3d.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+
 @dataclass
 class Progress:
     """Where a run stands; all of it is in the training state on disk."""
