@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -88,6 +88,6 @@ def _spline_resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     blur = [max(0.0, (1 / z - 1) / 2) for z in zoom]
     source = ndimage.gaussian_filter(image.astype(np.float32), blur, mode="mirror") if any(blur) else image
     # The splines are found in float64 and the values taken on the new grid: half-pixel aligned.
-    resized = np.asarray(ndimage.zoom(source.astype(np.float64), zoom, order=3, mode="mirror", grid_mode=True))
+    resized: Any = ndimage.zoom(source.astype(np.float64), zoom, order=3, mode="mirror", grid_mode=True)
     # Flat parts come out a rounding below their number, which whole numbers must not make a step of.
     return np.floor(np.clip(resized + 1e-6, image.min(), image.max())).astype(np.float32)
