@@ -95,11 +95,10 @@ def test_table1_from_nothing_and_again(place: Path, at_once: list, capsys: pytes
 
 @pytest.mark.slow
 def test_table3_table4_and_the_figures_share_what_is_there(place: Path, at_once: list) -> None:
-    out = reproduce(place, "table3", more=True)
-    rows = rows_of(out / "table3.csv")
-    assert [*rows][:4] == ["AutoSAM Adapter", "without APG", "without MLAM", "without both"] and len(rows) == 9
+    out = reproduce(place, "table3")
+    assert [*rows_of(out / "table3.csv")] == ["AutoSAM Adapter", "without APG", "without MLAM", "without both"]
     trained = {Path(str(command[1])).parent.name for command in at_once if command[0] == "train"}
-    assert "autosam_2core_no_apg_s0" in trained and "autosam_2core_overlap_0.5_instead_of_the_recipes_s0" not in trained
+    assert trained >= {"autosam_2core_no_apg_s0", "autosam_2core_no_mlam_s0", "autosam_2core_no_apg_no_mlam_s0"}
     at_once.clear()
     reproduce(place, "table4")
     assert [*rows_of(out / "table4.csv")] == [f"λ = {weight:g}" for weight in (0, 0.2, 0.5, 0.8, 1)]
@@ -119,23 +118,24 @@ def test_a_failed_run_stops_no_other(place: Path, monkeypatch: pytest.MonkeyPatc
     real = runner.stages
 
     def broken(run: Any, *rest: Any) -> Any:
-        found = real(run, *rest)
-        return [("training", ["train", "none", "--data", "none"])] if run.spec.row == "unetr" else found
+        return real(run, *rest) if run.spec.row == "unetr" else [("training", ["train", "none", "--data", "none"])]
 
     monkeypatch.setattr(runner, "stages", broken)
     with pytest.raises(AutoSam3dError) as caught:
         reproduce(place, "table1", out=tmp_path / "out")
-    assert (caught.value.exit_code, caught.value.where) == (6, "mini/unetr_2core_s0")
-    assert "1 of 5 runs failed: error[" in caught.value.fault
+    assert (caught.value.exit_code, caught.value.where) == (6, "mini/nnunet_2core_s0")
+    assert "4 of 5 runs failed: error[" in caught.value.fault
     rows = rows_of(tmp_path / "out" / "table1.csv")
-    assert "not run" in rows["UNETR"].values() and "not run" not in rows["nnU-Net"].values()
+    assert "not run" in rows["nnU-Net"].values() and "not run" not in rows["UNETR"].values()
 
 
-@pytest.mark.slow
-def test_several_seeds_are_runs_of_their_own(place: Path, at_once: list, tmp_path: Path) -> None:
-    out = reproduce(place, "table3", seeds="0,1", out=tmp_path / "out")
-    assert len([c for c in at_once if c[0] == "train"]) == 8
-    assert "2 seeds" in (out / "table3.md").read_text() or "seeds 0, 1" in (out / "table3.md").read_text()
+def test_a_student_of_a_failed_teacher_fails_with_its_reason(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "stages", lambda *given: [("training", ["train", "none", "--data", "none"])])
+    with pytest.raises(AutoSam3dError, match="6 of 6 runs failed"):
+        reproduce(place, "table4", out=tmp_path / "out")
+    assert {*rows_of(tmp_path / "out" / "table4.csv")["λ = 0.5"].values()} >= {"not run"}
 
 
 def test_the_plan_alone_writes_no_run(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_datasets_that_cannot_be_reproduced_on(place: Path, tmp_path: Path) -> N
     bare = tmp_path / "bare"
     shutil.copytree(place / "data", bare)
     (bare / "labelsTs" / "t8.nii.gz").unlink()
-    with pytest.raises(AutoSam3dError, match=r"1 lack it \(t8\)"):
+    with pytest.raises(AutoSam3dError, match="got none for t8"):
         reproduce(place, "table1", data=[bare])
     shutil.rmtree(bare / "imagesTs")
     with pytest.raises(AutoSam3dError, match="expected test cases, got none"):
