@@ -105,7 +105,7 @@ def test_table3_table4_and_the_figures_share_what_is_there(place: Path, at_once:
     assert {command[0] for command in at_once} == {"distill", "segment", "evaluate"}
     at_once.clear()
     reproduce(place, "fig4")
-    assert {Path(str(command[4])).parent.name for command in at_once if command[0] == "distill"} == {
+    assert {Path(str(command[3])).parent.name for command in at_once if command[0] == "distill"} == {
         "student_small_2core_lambda0.5_s0", "student_small_2core_lambda1_s0"}
     reproduce(place, "fig3")
     for name in ("fig3", "fig4"):
@@ -176,6 +176,7 @@ def test_datasets_that_cannot_be_reproduced_on(place: Path, tmp_path: Path) -> N
     with pytest.raises(AutoSam3dError, match="got none for t8"):
         reproduce(place, "table1", data=[bare])
     shutil.rmtree(bare / "imagesTs")
+    shutil.rmtree(bare / "labelsTs")
     with pytest.raises(AutoSam3dError, match="expected test cases, got none"):
         reproduce(place, "table1", data=[bare])
     with pytest.raises(AutoSam3dError) as caught:
