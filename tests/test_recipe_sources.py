@@ -83,7 +83,8 @@ def test_published_training() -> None:
     for name in ("unetr", "swinunetr", "swinunetr_small", "swinunetr_tiny", "unetr_2core", "swinunetr_2core"):
         recipe = load_recipe("btcv", model=name)
         optim = recipe.optim
-        assert (optim.optimizer, optim.lr, optim.weight_decay) == ("adamw", 1e-4, 1e-5)
+        rate = 1e-3 if name.endswith("2core") else 1e-4
+        assert (optim.optimizer, optim.lr, optim.weight_decay) == ("adamw", rate, 1e-5)
         assert optim.schedule == "warmup_cosine" and not recipe.train.deep_supervision
     for section in ("model", "optim"):
         assert load_recipe("btcv", model="autosam").as_dict()[section] == load_recipe("btcv").as_dict()[section]
