@@ -17,11 +17,10 @@ from autosam3d.errors import CheckpointError, MissingExtraError, VolumeError
 from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.models.sam_names import SamSizes, read_sizes, whole_sam
 from autosam3d.preprocess import HuWindow
-from autosam3d.slicewise import combine, read_case, segment_slices
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_cases import segment_cases
-from autosam3d.slicewise_images import MEDSAM_WINDOW, Framing, mask_in_square
-from autosam3d.slicewise_model import (
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.cases import segment_cases
+from autosam3d.slicewise.images import MEDSAM_WINDOW, Framing, mask_in_square
+from autosam3d.slicewise.model import (
     SliceSam,
     build_sam,
     load_slice_sam,
@@ -29,7 +28,8 @@ from autosam3d.slicewise_model import (
     tuned_tensors,
     vit_sizes,
 )
-from autosam3d.slicewise_prompts import Frame, PromptSpec, deepest_pixel, make_prompt, random_for, random_pixels
+from autosam3d.slicewise.prompts import Frame, PromptSpec, deepest_pixel, make_prompt, random_for, random_pixels
+from autosam3d.slicewise.slices import combine, read_case, segment_slices
 from autosam3d.volume import Segmentation, Volume
 from mini_run import LABELS, TRAIN, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
 

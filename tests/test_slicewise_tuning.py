@@ -19,12 +19,12 @@ from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.io import write_segmentation
 from autosam3d.losses import mask_loss
 from autosam3d.preprocess import HuWindow
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_images import Framing
-from autosam3d.slicewise_model import load_slice_sam
-from autosam3d.slicewise_run import TuneSettings
-from autosam3d.slicewise_samples import collect_samples, make_batch, order_of_epoch
-from autosam3d.slicewise_tuning import tune
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.images import Framing
+from autosam3d.slicewise.model import load_slice_sam
+from autosam3d.slicewise.run import TuneSettings
+from autosam3d.slicewise.samples import collect_samples, make_batch, order_of_epoch
+from autosam3d.slicewise.tuning import tune
 from autosam3d.training_run import Observer
 from autosam3d.volume import Segmentation
 from mini_run import LABELS, SHAPE, affine_of, log_rows, mini_recipe, weights_of, write_mini_dataset, write_recipe

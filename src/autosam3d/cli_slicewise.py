@@ -63,9 +63,9 @@ def segment(
     chosen = _chosen(cases, part, case)
     set_threads(threads)
     from autosam3d.runtime import pick_device
-    from autosam3d.slicewise_cases import segment_cases
-    from autosam3d.slicewise_model import load_slice_sam
-    from autosam3d.slicewise_prompts import PromptSpec
+    from autosam3d.slicewise.cases import segment_cases
+    from autosam3d.slicewise.model import load_slice_sam
+    from autosam3d.slicewise.prompts import PromptSpec
 
     model = load_slice_sam(sam, tuned=tuned, device=pick_device(device))
     told: dict[str, Any] = model.tuned.meta.get("settings", {}) if model.tuned else {}
@@ -130,9 +130,9 @@ def tune(
     plan, cases = _opened(recipe, data, overrides, out)
     set_threads(threads)
     from autosam3d.runtime import pick_device
-    from autosam3d.slicewise_model import load_slice_sam
-    from autosam3d.slicewise_run import TuneSettings
-    from autosam3d.slicewise_tuning import tune as run_tuning
+    from autosam3d.slicewise.model import load_slice_sam
+    from autosam3d.slicewise.run import TuneSettings
+    from autosam3d.slicewise.tuning import tune as run_tuning
 
     model = load_slice_sam(sam, device=pick_device(device))
     settings = TuneSettings(
@@ -172,7 +172,7 @@ def _chosen(cases: CaseSet, part: str, names: list[str] | None) -> list[Case]:
 
 
 def _framing(plan: Recipe, style: Literal["sam", "medsam"]) -> Any:
-    from autosam3d.slicewise_images import MEDSAM_WINDOW, Framing
+    from autosam3d.slicewise.images import MEDSAM_WINDOW, Framing
 
     return Framing(style=style, hu_window=MEDSAM_WINDOW if style == "medsam" else plan.preprocess.hu_window)
 

@@ -25,11 +25,10 @@ from autosam3d.losses import mask_loss
 from autosam3d.metrics import dice_per_label
 from autosam3d.recipe import Recipe
 from autosam3d.runlog import RunLog
-from autosam3d.slicewise import segment_slices
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_model import SliceSam, demand_memory, tuned_tensors
-from autosam3d.slicewise_prompts import PromptSpec
-from autosam3d.slicewise_run import (
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.model import SliceSam, demand_memory, tuned_tensors
+from autosam3d.slicewise.prompts import PromptSpec
+from autosam3d.slicewise.run import (
     TuneRun,
     TuneSettings,
     claim_folder,
@@ -38,7 +37,7 @@ from autosam3d.slicewise_run import (
     save_best,
     save_state,
 )
-from autosam3d.slicewise_samples import (
+from autosam3d.slicewise.samples import (
     SliceSample,
     collect_samples,
     make_batch,
@@ -46,6 +45,7 @@ from autosam3d.slicewise_samples import (
     read_case_with_organs,
     samples_sha256,
 )
+from autosam3d.slicewise.slices import segment_slices
 from autosam3d.stopping import Interrupted, StopRequest, stop_inside
 from autosam3d.training_run import Observer, build_fabric, hold_run_folder
 

@@ -17,10 +17,10 @@ from autosam3d.errors import VolumeError
 from autosam3d.io import ReadOptions
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
-from autosam3d.slicewise import on_screen, organs_of, read_case, stack_prompts
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_images import mask_in_square
-from autosam3d.slicewise_prompts import PromptSpec, make_prompt, random_for
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.images import mask_in_square
+from autosam3d.slicewise.prompts import PromptSpec, make_prompt, random_for
+from autosam3d.slicewise.slices import on_screen, organs_of, read_case, stack_prompts
 from autosam3d.volume import Volume
 
 log = logging.getLogger(__name__)

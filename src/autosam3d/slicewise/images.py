@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from autosam3d.preprocess import HuWindow
-from autosam3d.slicewise_prompts import Frame
+from autosam3d.slicewise.prompts import Frame
 
 MEDSAM_WINDOW = HuWindow(low_hu=-160, high_hu=240)
 """Level 40, width 400. *Source*: MedSAM's preprocessing of CT."""

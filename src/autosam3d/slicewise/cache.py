@@ -23,8 +23,8 @@ from autosam3d.errors import CheckpointError, ResourceError
 from autosam3d.io.files import write_bytes_atomic
 from autosam3d.io.folders import make_folder
 from autosam3d.io.memory import size_text
-from autosam3d.slicewise_images import Framing
-from autosam3d.slicewise_model import SliceSam, demand_memory
+from autosam3d.slicewise.images import Framing
+from autosam3d.slicewise.model import SliceSam, demand_memory
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from autosam3d.errors import VolumeError
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap, remap
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_prompts import Frame, PromptSpec, make_prompt, random_for
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.prompts import Frame, PromptSpec, make_prompt, random_for
 from autosam3d.volume import Segmentation, Volume, same_grid
 
 log = logging.getLogger(__name__)

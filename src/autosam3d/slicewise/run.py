@@ -20,12 +20,12 @@ from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.io import ReadOptions
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.recipe import Recipe
-from autosam3d.slicewise import TRUTH_NOTE
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_images import Framing
-from autosam3d.slicewise_model import KIND, SliceSam, tuned_tensors
-from autosam3d.slicewise_prompts import PromptSpec
-from autosam3d.slicewise_samples import SliceSample
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.images import Framing
+from autosam3d.slicewise.model import KIND, SliceSam, tuned_tensors
+from autosam3d.slicewise.prompts import PromptSpec
+from autosam3d.slicewise.samples import SliceSample
+from autosam3d.slicewise.slices import TRUTH_NOTE
 from autosam3d.stopping import StopRequest
 from autosam3d.training_run import Observer
 

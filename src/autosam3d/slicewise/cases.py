@@ -20,11 +20,11 @@ from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_text_a
 from autosam3d.io.folders import make_folder
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
-from autosam3d.slicewise import TRUTH_NOTE, read_case, segment_slices
-from autosam3d.slicewise_cache import SliceEncoder
-from autosam3d.slicewise_images import Framing
-from autosam3d.slicewise_model import SliceSam
-from autosam3d.slicewise_prompts import PromptSpec
+from autosam3d.slicewise.cache import SliceEncoder
+from autosam3d.slicewise.images import Framing
+from autosam3d.slicewise.model import SliceSam
+from autosam3d.slicewise.prompts import PromptSpec
+from autosam3d.slicewise.slices import TRUTH_NOTE, read_case, segment_slices
 
 log = logging.getLogger(__name__)
 
