@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from autosam3d.bench_monai import BASELINES, CROPPED, monai_predict, monai_starts, monai_way
+from autosam3d.certificate import cpu_name
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
 from autosam3d.exported import BACKENDS, PACKAGE_OF, installed_backends, is_export, open_export
 from autosam3d.inference import Model, SegmentOptions, segment_with
@@ -282,9 +283,6 @@ def _matrix_peak(loaded: Model) -> dict[str, float]:
 
 
 def _machine(threads: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-             ] if info.exists() else []
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "load_average": load,
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "load_average": load,
             "threads": threads, "system": platform.system(), "python": platform.python_version()}

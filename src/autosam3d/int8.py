@@ -21,7 +21,6 @@ import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from autosam3d.openvino_runtime import OpenVinoPredictor, openvino_core
 from autosam3d.parity import OrganDice, compare_labels, int8_faults, judged_int8, mean_int8_dice
 from autosam3d.patches import Tiling, grid_starts, pad_to
 from autosam3d.preprocess import prepare_ct
+from autosam3d.quiet import quiet
 from autosam3d.recipe import Recipe
 from autosam3d.volume import Volume
 
@@ -323,15 +323,8 @@ def _nncf() -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """nncf draws progress bars on stdout and tells of itself in log messages and warnings."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet("nncf"), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def _digest(voxels: np.ndarray) -> str:

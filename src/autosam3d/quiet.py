@@ -47,7 +47,8 @@ def mute() -> Iterator[None]:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            stream.flush()
+            with contextlib.suppress(OSError):  # a pipe that nobody reads
+                stream.flush()
 
 
 def _is_open(number: int) -> bool:
