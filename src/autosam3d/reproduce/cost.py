@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from autosam3d.io.memory import available_ram_bytes, peak_bytes, resident_bytes
 from autosam3d.recipe import Recipe, recipe_from_dict
 
 _log = logging.getLogger(__name__)
@@ -66,13 +67,13 @@ def in_child(device: str, threads: str) -> None:
     import torch
 
     from autosam3d.certificate import cpu_name
-    from autosam3d.io.memory import peak_bytes
     from autosam3d.runtime import TorchPredictor
     from autosam3d.stopping import StopRequest
     from autosam3d.train import train_step
     from autosam3d.training_run import Observer, build_fabric, start_run
 
     torch.set_num_threads(int(threads))
+    _demand_no_more_than_there_is()
     recipe = recipe_from_dict(json.loads(sys.stdin.read()))
     labels_only = replace(recipe, distill=None)
     fabric = build_fabric(device, recipe.train.precision)
@@ -101,3 +102,18 @@ def in_child(device: str, threads: str) -> None:
     machine = torch.cuda.get_device_name(fabric.device) if on_gpu else f"{cpu_name()}, {threads} threads"
     cost = TrainingCost(round(step, 5), round(window, 5), int(memory), machine)
     sys.stdout.write(json.dumps(asdict(cost)) + "\n")
+
+
+def _demand_no_more_than_there_is() -> None:
+    """Let allocations beyond the free memory fail, so that a model of another size of machine does not bring this one
+    to a halt."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    free, held = available_ram_bytes(), resident_bytes()
+    if free is not None and held:
+        statm = Path("/proc/self/statm")
+        mapped = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else held
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + free, most))
