@@ -23,7 +23,7 @@ from autosam3d import export as export_module
 from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError, UsageError
 from autosam3d.export import export_model
 from autosam3d.export_targets import MOBILE, demand_mobile
-from autosam3d.exported import FILES_OF, NOT_RUN_HERE, installed_backends, load_exported, open_export
+from autosam3d.exported import FILES_OF, NOT_RUN_HERE, RUNTIMES, installed_backends, load_exported, open_export
 from autosam3d.inference import segment
 from autosam3d.io import write_ct
 from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
@@ -259,7 +259,7 @@ def test_a_phones_runtime_says_what_torch_says(target: str) -> None:
     again = kept.copy()
     probs.predict(patches[1:])
     np.testing.assert_array_equal(kept, again)
-    assert target in installed_backends(open_export(folder))
+    assert target in installed_backends(open_export(folder), RUNTIMES) and target not in installed_backends(open_export(folder))
     assert target in [row.backend for row in verify_export(folder, 1).rows]
     volume = Volume(blobs(0)[0], affine_of())
     result = segment(volume, load_exported(folder, target, 1), max_ram_bytes=4 << 30)
