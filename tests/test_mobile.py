@@ -259,7 +259,8 @@ def test_a_phones_runtime_says_what_torch_says(target: str) -> None:
     again = kept.copy()
     probs.predict(patches[1:])
     np.testing.assert_array_equal(kept, again)
-    assert target in installed_backends(open_export(folder), RUNTIMES) and target not in installed_backends(open_export(folder))
+    export = open_export(folder)
+    assert target in installed_backends(export, RUNTIMES) and target not in installed_backends(export)
     assert target in [row.backend for row in verify_export(folder, 1).rows]
     volume = Volume(blobs(0)[0], affine_of())
     result = segment(volume, load_exported(folder, target, 1), max_ram_bytes=4 << 30)
