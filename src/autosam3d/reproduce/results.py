@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -48,7 +49,12 @@ def write_table(
 ) -> tuple[list[Path], str]:
     """The files of a table, and its Markdown."""
     runs = [scores for study in studies for scores in scores_of(study)]
-    built = build_table(TABLES[target], runs, about, datasets=[study.dataset for study in studies], unit=unit)
+    spec = TABLES[target]
+    students = dict.fromkeys(run.spec.model for study in studies for run in study.runs if run.spec.kind == "distill")
+    if students:
+        taught = ", ".join(f"SwinUNETR {kind.capitalize()}" if kind != "edge" else "ResUnet" for kind in students)
+        spec = replace(spec, notices=(*spec.notices, f"Student: {taught}; the paper's is SwinUNETR Small."))
+    built = build_table(spec, runs, about, datasets=[study.dataset for study in studies], unit=unit)
     return write_tables(out, target, built.tables), "\n".join(map(markdown, built.tables))
 
 
@@ -117,7 +123,8 @@ def scores_of(study: Study) -> list[RunScores]:
 def _scores(run: PlannedRun, dataset: str) -> RunScores:
     done: Mapping = json.loads((run.folder / "done.json").read_text("utf-8"))
     return RunScores(model=run.spec.row, dataset=dataset, seed=run.spec.seed, evaluation=run.evaluation,
-                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"))
+                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"), machine=done.get("machine"),
+                     without_sam=_is_autosam(run) and not _has_sam(run))
 
 
 def _tuned(run: PlannedRun, done: Mapping) -> int | None:
@@ -125,7 +132,14 @@ def _tuned(run: PlannedRun, done: Mapping) -> int | None:
     if run.spec.kind in ("slicewise", "nnunet_v2"):
         return done.get("parameters")
     report = count_parameters(run.recipe.model)
+    return report.paper_counted if _is_autosam(run) and _has_sam(run) else report.total
+
+
+def _is_autosam(run: PlannedRun) -> bool:
+    return run.spec.kind == "train" and isinstance(run.recipe.model, AutoSamSpec)
+
+
+def _has_sam(run: PlannedRun) -> bool:
+    """Whether it began with SAM's weights."""
     source = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
-    if isinstance(run.recipe.model, AutoSamSpec) and read_meta(source / "run" / "best.json").get("sam"):
-        return report.paper_counted
-    return report.total
+    return bool(read_meta(source / "run" / "best.json").get("sam"))

@@ -104,7 +104,7 @@ def plan_study(
     Raises:
         RecipeError: a recipe or an override is wrong.
         VolumeError: the dataset is, or it has no test cases with truth.
-        UsageError: BUDGET.
+        UsageError: BUDGET, or SAME_PATH where the runs would lie in the dataset.
         ResourceError: a model does not fit this machine, where its epochs follow from the budget.
     """
     if budget_minutes is not None and not 0 < budget_minutes <= 10**6:
@@ -113,6 +113,8 @@ def plan_study(
     cases = open_dataset(data, base)
     _demand_test_cases(cases)
     folder = out / base.name
+    if folder.absolute().resolve().is_relative_to(data.absolute().resolve()):
+        raise UsageError("SAME_PATH", out, f"the runs would be written into the dataset {data}", "name another folder")
     recipes = {spec.name: _recipe_of(spec, dataset, overrides) for spec in specs}
     costs = _Costs(folder / "costs.json", device, threads)
     shape = _prepared_shape(cases.test[0].image_path, base)  # the others will be much the same
