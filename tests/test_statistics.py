@@ -219,7 +219,7 @@ def test_a_family_is_adjusted_and_says_what_it_can_reach():
     assert [c.smallest_p for c in family] == [0.03125, 2 * 2 / 2**18]  # both tests can be as clear as that at once
     said = family[0].sentence()
     for part in ("ours minus theirs, Dice: +0.0", "95 % CI", "p = 0.0312", "after Holm over 2", "effect +1.00",
-                 "6 pairs (case)", "smallest p possible 0.0625", "(exact)"):
+                 "6 pairs (case)", "smallest p possible 0.0312", "(exact)"):
         assert part in said, said
 
 
