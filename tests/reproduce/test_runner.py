@@ -229,3 +229,25 @@ def test_two_recipes_of_one_name_are_refused(tmp_path: Path, planned: Callable[.
 ])
 def test_the_command_of_a_table_names_no_folders(word: str, shown: str) -> None:
     assert cli_reproduce._last_part(word) == shown
+
+
+def test_costs_that_another_process_measured_meanwhile_count(
+    planned: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs: dict[str, Any] = {}
+
+    def measured(recipe: Any, device: str, threads: int) -> TrainingCost:
+        path = costs._path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        theirs[costs._key(recipe)] = {"step_seconds": 9.0, "window_seconds": 1.0, "memory_bytes": 1, "machine": "other"}
+        path.write_text(json.dumps(theirs | {"more": {}}), "utf-8")
+        return TrainingCost(0.5, 0.1, 1, "mine")
+
+    one = planned(spec())
+    (one.folder / "costs.json").unlink()
+    costs = study._Costs(one.folder / "costs.json", "cpu", 1)
+    monkeypatch.setattr(study, "measure_training", measured)
+    for _ in range(2):
+        cost = costs.of(one.runs[0].recipe, lambda: None)
+        assert cost is not None and (cost.step_seconds, cost.machine) == (9.0, "other")
+    assert "more" in json.loads((one.folder / "costs.json").read_text("utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,12 @@ def same_group_share(embeddings: np.ndarray, groups: Sequence[str]) -> float:
     return float(np.mean(names[nearest] == names[:, None]))
 
 
+def _share_by_chance(groups: Sequence[str]) -> float:
+    """What `same_group_share` is on average where the groups are given to the points at random."""
+    sizes = np.array(list(Counter(groups).values()), np.float64)
+    return float((sizes * (sizes - 1)).sum() / (sizes.sum() * (sizes.sum() - 1)))
+
+
 def embedding_figure(embeddings: np.ndarray, groups: Sequence[str], about: Provenance, *, seed: int = 0) -> Drawn:
     """Figure 1A: how SAM's encoder sees CT slices and photographs.
 
@@ -102,7 +109,8 @@ def embedding_figure(embeddings: np.ndarray, groups: Sequence[str], about: Prove
         figure, alt=f"Scatter plot of {len(places)} points, one a picture ({numbers}), each set in its own colour and "
         f"shape; {100 * share:.0f} % of nearest neighbours are of one's own set.",
         caption=f"t-SNE of the mean-pooled embeddings of SAM's image encoder: {numbers}. Of the {NEIGHBOURS} nearest "
-        f"neighbours in the {embeddings.shape[1]} dimensions of the encoder, {100 * share:.1f} % are of the same set; "
+        f"neighbours in the {embeddings.shape[1]} dimensions of the encoder, {100 * share:.1f} % are of the same set "
+        f"({100 * _share_by_chance(groups):.1f} % by chance, as large as the sets are); "
         f"distances between clusters in the picture mean little. {about.note()}",
     )
 

@@ -210,24 +210,26 @@ class _Costs:
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
         self._path, self._device, self._threads = path, device, threads
-        self._known: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                self._known = json.loads(path.read_text("utf-8"))
-            except ValueError:
-                self._known = {}
 
     def of(self, recipe: Recipe, before: Callable[[], None]) -> TrainingCost | None:
         key = self._key(recipe)
-        if key not in self._known:
+        known = self._known()
+        if key not in known:
             before()
             cost = measure_training(recipe, self._device, self._threads)
             if cost is None:
                 return None
-            self._known[key] = asdict(cost)
+            # Who else planned meanwhile may have been first: then theirs counts, or the epochs would differ.
+            known = {key: asdict(cost), **self._known()}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
-        return TrainingCost(**self._known[key])
+            write_text_atomic(self._path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        return TrainingCost(**known[key])
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     def _key(self, recipe: Recipe) -> str:
         # Seeds, epochs and the weights of the loss cost nothing.
