@@ -130,6 +130,7 @@ def test_a_recipe_that_changed_since_the_plan_is_not_written_over(planned: Calla
     work = runner._Work(mine, Given(), begun_meanwhile)
     mine.runs[0].folder.mkdir(parents=True)
     begun_meanwhile("")
+    (mine.runs[0].folder / "done.json").write_text("{}", "utf-8")
     work.do(CPU)
     assert "train.epochs is 7 there" in work.outcome.failed["a_s0"]
     assert "epochs: 7" in mine.runs[0].recipe_file.read_text("utf-8")
@@ -251,3 +252,17 @@ def test_costs_that_another_process_measured_meanwhile_count(
         cost = costs.of(one.runs[0].recipe, lambda: None)
         assert cost is not None and (cost.step_seconds, cost.machine) == (9.0, "other")
     assert "more" in json.loads((one.folder / "costs.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_students_of_a_teacher_that_is_trained_do_not_wait_for_its_scores(
+    planned: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, is_trained: bool
+) -> None:
+    both = planned(spec("t_s0", row="autosam", model="autosam_2core"),
+                   spec("s_s0", kind="distill", model="tiny", row="lambda_0.5", teacher="t_s0"))
+    monkeypatch.setattr(runner, "stages", lambda *given: stage(""))
+    monkeypatch.setattr(runner, "_is_trained", lambda run: is_trained)
+    monkeypatch.setattr(runner, "_write_done", lambda *given: None)
+    monkeypatch.setattr(runner._Work, "_call", lambda self, run, *rest: "no" if run.spec.name == "t_s0" else None)
+    outcome = run_study(both, [CPU])
+    assert outcome.failed == {"t_s0": "no"} | ({} if is_trained else {"s_s0": "t_s0 failed"})

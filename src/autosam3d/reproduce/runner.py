@@ -268,23 +268,25 @@ class _Work:
             if name is None:
                 continue
             if name in self.outcome.failed:
-                return True  # and fails at once, with the reason
-            teacher = next(r for r in self.study.runs if r.spec.name == name)
-            if not _is_trained(teacher):
+                return True  # and fails at once, with the reason, or takes what is trained
+            if not _is_trained(self._run(name)):
                 return False
         return True
 
+    def _run(self, name: str) -> PlannedRun:
+        return next(run for run in self.study.runs if run.spec.name == name)
+
     def _bring_to_end(self, run: PlannedRun, worker: Worker) -> None:
         name = run.spec.name
+        demand_own_run(run, self.study)  # another process may have begun it since the plan was made
         if is_finished(run):
             self.tell(f"{name}: there already")
             self.outcome.finished.append(name)
             return
         for needed in (run.spec.teacher, run.spec.predicts_as):
-            if needed in self.outcome.failed:
+            if needed is not None and needed in self.outcome.failed and not _is_trained(self._run(needed)):
                 self.outcome.failed[name] = f"{needed} failed"
                 return
-        demand_own_run(run, self.study)  # another process may have begun it since the plan was made
         write_text_atomic(run.recipe_file, dump_recipe(run.recipe))
         began = time.monotonic()
         for stage, command in stages(run, self.study, worker, self.given):
