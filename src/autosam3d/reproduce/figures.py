@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,12 +134,17 @@ def choose_cases(evaluation: Evaluation, num: int = 5) -> list[str]:
     return [ranked[round(place)] for place in places.tolist()]
 
 
-def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5) -> list[Subject]:
+def read_subjects(
+    evaluations: Mapping[str, Path], reference: str, num: int = 5,
+    folders: Mapping[str, tuple[Path, Path]] | None = None,
+) -> list[Subject]:
     """The cases of figure 3, read from the files that evaluations name.
 
     Args:
         evaluations: shown name of a model to the folder of its `autosam3d evaluate`, in the order of the columns.
         reference: the model whose ranking chooses the cases.
+        folders: of each model's segmentations and of the truth, where they lie now; default where they lay, seen from
+            the working folder of then, when they were evaluated.
 
     Raises:
         VolumeError: an evaluation, or a scan or segmentation that it names, cannot be read.
@@ -148,7 +153,8 @@ def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5)
     organs = found[reference].organs
     subjects = []
     for case_name in choose_cases(found[reference], num):
-        cases = {name: next((c for c in e.cases if c.name == case_name), None) for name, e in found.items()}
+        cases = {name: next((_placed(c, (folders or {}).get(name)) for c in e.cases if c.name == case_name), None)
+                 for name, e in found.items()}
         own = cases[reference]
         assert own is not None
         truth = read_pair(own, organs)[1]
@@ -158,6 +164,13 @@ def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5)
             dice={name: case.dice for name, case in cases.items() if case is not None},
         ))
     return subjects
+
+
+def _placed(case: CaseResult, folders: tuple[Path, Path] | None) -> CaseResult:
+    if folders is None:
+        return case
+    prediction, truth = folders[0] / case.prediction_path.name, folders[1] / case.truth_path.name
+    return replace(case, prediction_path=prediction, truth_path=truth, ct_path=None)
 
 
 def _scan_of(case: CaseResult) -> Volume | None:

@@ -94,7 +94,9 @@ def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
     evaluations = {_SHOWN[run.spec.row]: run.evaluation for run in finished}
     reference = _SHOWN[OURS] if _SHOWN[OURS] in evaluations else next(iter(evaluations))
     recipe = finished[0].recipe
-    drawn = overlay_figure(read_subjects(evaluations, reference, _SUBJECTS), recipe.labels.by_index, about,
+    folders = {_SHOWN[run.spec.row]: (run.prediction, study.data / "labelsTs") for run in finished}
+    subjects = read_subjects(evaluations, reference, _SUBJECTS, folders)
+    drawn = overlay_figure(subjects, recipe.labels.by_index, about,
                            hu_window=recipe.preprocess.hu_window)
     return save_figure(drawn, out, "fig3")
 
