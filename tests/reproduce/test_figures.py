@@ -12,7 +12,7 @@ import pytest
 from made import ABOUT, run_scores
 from PIL import Image
 
-from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.evaluate import evaluate_folder, write_json
 from autosam3d.labels import LabelMap
 from autosam3d.overlay import draw_axial, organ_color, widest_section
