@@ -50,7 +50,8 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., St
 
 
 def spec(name: str = "a_s0", **more: Any) -> RunSpec:
-    return RunSpec(**({"name": name, "row": "unetr", "model": "unetr_2core"} | more))
+    given: dict[str, Any] = {"name": name, "row": "unetr", "model": "unetr_2core"}
+    return RunSpec(**(given | more))
 
 
 def stage(code: str) -> list[tuple[str, list[str]]]:

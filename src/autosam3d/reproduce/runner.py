@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,15 +112,13 @@ def run_study(
     demand_own_runs(study)
     keep_cases(study)
     work = _Work(study, given or Given(), tell)
-    threads = [threading.Thread(target=work.do, args=(worker,), daemon=True) for worker in workers]
-    with work.listening():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-    if work.broken_by is not None:
-        raise work.broken_by
+    with work.listening(), ThreadPoolExecutor(len(workers)) as pool:
+        places = [pool.submit(work.do, worker) for worker in workers]
+        while wait(places, 0.2).not_done:
+            if any(place.done() and place.exception() for place in places):  # a bug: raised below, and no run goes on
+                work.stop_stages()
+        for place in places:
+            place.result()
     return work.outcome
 
 
@@ -191,18 +190,9 @@ class _Work:
         self._claims: dict[str, int] = {}
         self._waiting: set[str] = set()
         self._stop = threading.Event()
-        self.broken_by: Exception | None = None
-        """A bug, to be raised where it is seen: a thread that dies of it alone would leave its runs as if not run."""
 
     def do(self, worker: Worker) -> None:
         """Take run after run until none is left that can be begun."""
-        try:
-            self._take_runs(worker)
-        except Exception as error:  # raised again by `run_study`
-            self.broken_by = error
-            self._stop_stages()
-
-    def _take_runs(self, worker: Worker) -> None:
         while not self._stop.is_set():
             with self._lock:
                 if not self._open:
@@ -236,13 +226,21 @@ class _Work:
             self.tell(f"{name}: failed: {fault}")
         return True
 
+    def stop_stages(self, again: bool = False) -> None:
+        """Ask the stages at work to save and end, once; a second signal of the user's (`again`) is passed on."""
+        if self._stop.is_set() and not again:
+            return
+        self._stop.set()
+        for process in list(self._processes):
+            process.send_signal(signal.SIGTERM)
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, a signal stops the stages."""
 
         def on_signal(number: int, frame: object) -> None:
             self.outcome.stopped_by = number
-            self._stop_stages()
+            self.stop_stages(again=True)
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -257,11 +255,6 @@ class _Work:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _stop_stages(self) -> None:
-        self._stop.set()
-        for process in list(self._processes):
-            process.send_signal(signal.SIGTERM)
 
     def _can_begin(self, run: PlannedRun) -> bool:
         for name in (run.spec.teacher, run.spec.predicts_as):
