@@ -190,6 +190,9 @@ def test_a_student_of_a_failed_teacher_fails_with_its_reason(
     with pytest.raises(AutoSam3dError, match="6 of 6 runs failed"):
         reproduce(place, "table4", out=tmp_path / "out")
     assert {*rows_of(tmp_path / "out" / "table4.csv")["λ = 0.5"].values()} >= {"not run"}
+    text = (tmp_path / "out" / "table4.md").read_text("utf-8")
+    assert "distillation (small variants)" in text and "Every network trained here from scratch is a small variant" in text
+    assert "Student: SwinUNETR Tiny; the paper's is SwinUNETR Small." in text
 
 
 def test_the_plan_alone_writes_no_run(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from autosam3d.reproduce.figures import (
     overlay_figure,
     read_subjects,
 )
-from autosam3d.reproduce.paper import TABLES, lambda_key
+from autosam3d.reproduce.paper import SMALL_VARIANTS, TABLES, lambda_key
 from autosam3d.reproduce.plan import OURS
 from autosam3d.reproduce.runner import is_finished
 from autosam3d.reproduce.study import PlannedRun, Study
@@ -41,7 +41,7 @@ def provenance(command: str, budget_minutes: float | None, small: bool) -> Prove
     """Of what is made now, on this machine."""
     said = f"{command} (small variants of all models)" if small else command
     return Provenance(command=said, date=datetime.now(UTC).date().isoformat(), machine=machine(),
-                      budget_minutes=budget_minutes)
+                      budget_minutes=budget_minutes, small=small)
 
 
 def write_table(
@@ -51,6 +51,8 @@ def write_table(
     runs = [scores for study in studies for scores in scores_of(study)]
     spec = TABLES[target]
     students = dict.fromkeys(run.spec.model for study in studies for run in study.runs if run.spec.kind == "distill")
+    if about.small:
+        spec = replace(spec, title=f"{spec.title} (small variants)", notices=(SMALL_VARIANTS, *spec.notices))
     if students:
         taught = ", ".join(f"SwinUNETR {kind.capitalize()}" if kind != "edge" else "ResUnet" for kind in students)
         spec = replace(spec, notices=(*spec.notices, f"Student: {taught}; the paper's is SwinUNETR Small."))

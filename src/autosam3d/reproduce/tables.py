@@ -63,6 +63,8 @@ class Provenance:
     machine: str
     budget_minutes: float | None = None
     """Of training, the same for every run; None where each recipe's own epochs decide."""
+    small: bool = False
+    """Small variants of all models."""
 
     def note(self) -> str:
         budget = "" if self.budget_minutes is None else f"; {self.budget_minutes:g} minutes of training for each run"
