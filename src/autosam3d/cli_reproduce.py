@@ -37,7 +37,8 @@ def reproduce(
     by_case: Annotated[bool, typer.Option("--by-case", help="Test cases as pairs, not cases and organs.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE for all recipes.")] = None,
     devices: Annotated[str, typer.Option(help="auto (each GPU takes runs), cpu, or GPUs as cuda:0,cuda:1.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads of a run; 0 takes the cores of this process.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of a run; 0 takes the cores "
+                                                               "of this process.")] = 0,
 ) -> None:
     """Make a table or a figure of the paper: plan its runs, train what is missing, test, write."""
     from autosam3d.reproduce.plan import TARGETS
@@ -52,7 +53,11 @@ def reproduce(
     if target in ("fig3", "fig4") and len(folders) > 1:
         raise UsageError("USAGE", "--data", f"expected one dataset for {target}, got {len(folders)}", "name one")
     out_of_data(out, folders)
+    _demand_different_recipes(folders, overrides or ())
     if target == "fig1":
+        if plan_only:
+            typer.echo("fig1 needs no runs: SAM's encoder is asked as it is")
+            return
         _embeddings(folders, sam, photographs, out, overrides or (), _seeds(seeds)[0])
         return
     _runs(target, folders, out, size, budget, _seeds(seeds), plan_only, more, student, sam, medsam, nnunet_python,
@@ -64,6 +69,19 @@ def out_of_data(out: Path, folders: Sequence[tuple[str, Path]]) -> None:
     for _, folder in folders:
         if out.absolute().resolve().is_relative_to(folder.absolute().resolve()):
             raise UsageError("SAME_PATH", out, "the runs would be written into the dataset", "name a folder outside it")
+
+
+def _demand_different_recipes(folders: Sequence[tuple[str, Path]], overrides: Sequence[str]) -> None:
+    """Refuse datasets whose recipes have one name: their runs would be taken for one another's."""
+    from autosam3d.recipe import load_recipe
+
+    named: dict[str, str] = {}
+    for source, _ in folders:
+        name = load_recipe(source, overrides).name
+        if name in named:
+            raise UsageError("USAGE", "--data", f"expected recipes of different names, got {name!r} in {named[name]} "
+                             f"and {source}", "give one of them another name")
+        named[name] = source
 
 
 def _datasets(data: Sequence[Path], default: str) -> list[tuple[str, Path]]:
@@ -90,8 +108,9 @@ def _runs(
     by_case: bool, overrides: Sequence[str], devices: str, threads: int,
 ) -> None:
     from autosam3d.reproduce import results
+    from autosam3d.reproduce.guard import demand_own_runs
     from autosam3d.reproduce.plan import plan_runs
-    from autosam3d.reproduce.runner import Given, demand_own_runs, is_finished, run_study
+    from autosam3d.reproduce.runner import Given, is_finished, run_study
     from autosam3d.reproduce.study import plan_study
     from autosam3d.reproduce.workers import find_workers
 
@@ -121,14 +140,18 @@ def _runs(
             typer.echo(f"stopped; what was done lies in {out}, the same command goes on from here", err=True)
             raise typer.Exit(128 + outcome.stopped_by)
     about = results.provenance(_command(), budget, small=size == "2core")
-    if target == "fig3":
+    files: Sequence[Path] = ()
+    if target.startswith("fig") and not any(is_finished(run) for run in studies[0].runs):
+        typer.echo(f"no run is finished: nothing to draw in {target}", err=True)
+    elif target == "fig3":
         files = results.write_overlays(studies[0], out, about)
     elif target == "fig4":
         files = results.write_bars(studies[0], out, about)
     else:
         files, text = results.write_table(target, studies, out, about, "case" if by_case else "case x organ")
         typer.echo(text)
-    typer.echo(f"wrote {', '.join(str(file) for file in files)}")
+    if files:
+        typer.echo(f"wrote {', '.join(str(file) for file in files)}")
     if failed:
         name, why = next(iter(failed.items()))
         raise BatchError("FAILED", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: {why}",
@@ -166,19 +189,24 @@ def _embeddings(
 
 def _plan_text(study: Any, is_finished: Any, num_workers: int) -> str:
     """The plan as a table: what each run is, and what it will take."""
+    from autosam3d.scores import counted
+
     lines = [f"{study.dataset}: {len(study.cases.train)} training, {len(study.cases.val)} validation and "
              f"{len(study.cases.test)} test cases",
              f"{'run':44} {'epochs':>7} {'train':>9} {'segment':>9} {'memory':>9}  state"]
-    left = 0.0
+    left, unknown = 0.0, 0
     for run in study.runs:
         done = is_finished(run)
         epochs = "" if not run.is_ours else str(run.recipe.train.epochs)
         memory = "" if run.cost is None else f"{run.cost.memory_bytes / 2**30:.1f} GiB"
-        state = "there" if done else "to go on" if (run.run / "last.json").exists() else "to do"
+        begun = any((run.run / name).exists() for name in ("last.json", "nnunet.json"))
+        state = "there" if done else "to go on" if begun else "to do"
         lines.append(f"{run.spec.name:44} {epochs:>7} {_minutes(run.train_seconds):>9} "
                      f"{_minutes(run.segment_seconds):>9} {memory:>9}  {state}")
         left += 0 if done else (run.train_seconds or 0) + (run.segment_seconds or 0)
-    lines.append(f"about {left / 3600 / num_workers:.1f} h for what is left, validations and scoring not counted")
+        unknown += not done and (run.train_seconds is None or run.segment_seconds is None)
+    more = f", nor what has a ? in {counted(unknown, 'run')}" if unknown else ""
+    lines.append(f"about {left / 3600 / num_workers:.1f} h for what is left, validations and scoring not counted{more}")
     return "\n".join(lines)
 
 
@@ -188,7 +216,12 @@ def _minutes(seconds: float | None) -> str:
 
 def _command() -> str:
     """What was typed, without folders: they say nothing to others."""
-    words = [word.rsplit("/", 1)[-1] if "/" in word else word for word in sys.argv[1:]]
-    return shlex.join(["autosam3d", *words])
+    return shlex.join(["autosam3d", *map(_last_part, sys.argv[1:])])
+
+
+def _last_part(word: str) -> str:
+    """``btcv=/data/BTCV/`` as ``btcv=BTCV``."""
+    name, equals, folder = word.rpartition("=")
+    return f"{name.rsplit('/', 1)[-1]}{equals}{folder.rstrip('/').rsplit('/', 1)[-1] or folder}"
 
 

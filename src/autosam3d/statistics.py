@@ -104,6 +104,8 @@ class Comparison:
     p_holm: float | None = None
     """Adjusted for the family, where `with_holm` was asked."""
     num_family: int = 1
+    smallest_p_holm: float | None = None
+    """What `p_holm` could be at least, if every test of the family were as clear as its pairs allow."""
 
     @property
     def p(self) -> float:
@@ -112,8 +114,8 @@ class Comparison:
 
     @property
     def smallest_p(self) -> float:
-        """What `p` could be at least if every test of the family were as clear as its pairs allow."""
-        return min(1.0, self.test.smallest_p * self.num_family)
+        """What `p` could be at least."""
+        return self.test.smallest_p if self.smallest_p_holm is None else self.smallest_p_holm
 
     def better(self, alpha: float = 0.01) -> bool:
         """`first` is above `second`, in the mean and in the ranks, and p is below `alpha`."""
@@ -224,8 +226,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons, which ask one question together, with their p adjusted."""
-    adjusted = holm([c.test.p for c in comparisons])
-    return [replace(c, p_holm=p, num_family=len(comparisons)) for c, p in zip(comparisons, adjusted, strict=True)]
+    adjusted = zip(holm([c.test.p for c in comparisons]), holm([c.test.smallest_p for c in comparisons]), strict=True)
+    return [replace(c, p_holm=p, num_family=len(comparisons), smallest_p_holm=least)
+            for c, (p, least) in zip(comparisons, adjusted, strict=True)]
 
 
 def compare(

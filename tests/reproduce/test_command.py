@@ -6,19 +6,22 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autosam3d import cli_reproduce
 from autosam3d.errors import AutoSam3dError
-from autosam3d.io import write_ct, write_segmentation
+from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.reproduce import runner, study
 from autosam3d.reproduce.cost import TrainingCost
 from autosam3d.volume import Segmentation, Volume
 from command_line import run
 from mini_run import LABELS, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
+from tiny_sam import SIZES, states
 
 SMALL = ("--set", "model.patch_size=[32,32,32]")
 
@@ -114,6 +117,57 @@ def test_table3_table4_and_the_figures_share_what_is_there(place: Path, at_once:
 
 
 @pytest.mark.slow
+def test_table2_and_figure_1_with_a_sam_of_random_weights(place: Path, at_once: list, tmp_path: Path) -> None:
+    data, skimage = _finer(place / "data", tmp_path / "data"), pytest.importorskip("skimage")
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    sam, out = str(tmp_path / "sam.pth"), tmp_path / "out"
+    torch.save(states(sizes=replace(SIZES, image_size=128, token_size=16))[2], sam)
+    reproduce(place, "table2", data=[data], out=out, sam=sam)
+    rows = (out / "table2.csv").read_text().splitlines()
+    rows = list(csv.reader(row for row in rows if not row.startswith("#")))[1:]
+    prompted = [row[2] for row in rows if row[0] != "AutoSAM Adapter"]
+    assert len(rows) == 7 and prompted == ["yes"] * 6 and not any("not run" in row[3] for row in rows)
+    assert [row[0] for row in rows[4:]] == [f"{name}, boxes for prompts" for name in ("SAM", "MedSAM", "MedSAM")]
+    assert "without SAM's weights" in (out / "table2.md").read_text()
+    assert "--sam" not in next(command for command in at_once if command[0] == "train")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("astronaut.png", "coffee.png", "camera.png"):
+        shutil.copy(Path(skimage.__file__).parent / "data" / name, pictures)
+    reproduce(place, "fig1", data=[data], out=out, sam=sam, photographs=pictures)
+    assert all((out / f"fig1.{ending}").stat().st_size > 200 for ending in ("png", "svg", "md"))
+
+
+def _finer(data: Path, into: Path) -> Path:
+    """The dataset with voxels half as wide: organs large enough that SAM's tuning asks for them."""
+    shutil.copytree(data, into)
+    for path in into.rglob("*.nii.gz"):
+        affine = affine_of((3.0, 1.0, 1.0))
+        if path.parent.name.startswith("images"):
+            write_ct(path, Volume(read_ct(path).voxels_hu.repeat(2, 1).repeat(2, 2), affine))
+        else:
+            labels = read_segmentation(path).labels.repeat(2, 1).repeat(2, 2)
+            write_segmentation(path, Segmentation(labels, affine), LABELS)
+    return into
+
+
+def test_a_figure_without_a_finished_run_is_not_drawn(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "stages", lambda *given: [("training", ["train", "none", "--data", "none"])])
+    for target in ("fig3", "fig4"):
+        with pytest.raises(AutoSam3dError, match="5 of 5 runs failed"):
+            reproduce(place, target, out=tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("fig*")]
+
+
+def test_the_plan_of_figure_1_embeds_nothing(place: Path, tmp_path: Path) -> None:
+    reproduce(place, "fig1", plan_only=True, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = runner.stages
 
@@ -136,6 +190,10 @@ def test_a_student_of_a_failed_teacher_fails_with_its_reason(
     with pytest.raises(AutoSam3dError, match="6 of 6 runs failed"):
         reproduce(place, "table4", out=tmp_path / "out")
     assert {*rows_of(tmp_path / "out" / "table4.csv")["λ = 0.5"].values()} >= {"not run"}
+    text = (tmp_path / "out" / "table4.md").read_text("utf-8")
+    assert "distillation (small variants)" in text
+    assert "Every network trained here from scratch is a small variant" in text
+    assert "Student: SwinUNETR Tiny; the paper's is SwinUNETR Small." in text
 
 
 def test_the_plan_alone_writes_no_run(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

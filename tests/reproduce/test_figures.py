@@ -12,7 +12,7 @@ import pytest
 from made import ABOUT, run_scores
 from PIL import Image
 
-from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.evaluate import evaluate_folder, write_json
 from autosam3d.labels import LabelMap
 from autosam3d.overlay import draw_axial, organ_color, widest_section
@@ -270,3 +270,14 @@ def test_bad_folders_of_photographs_are_refused(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     with pytest.raises(UsageError, match="cannot be read as one"):
         photographs(tmp_path)
+
+
+def test_figure_3_finds_segmentations_where_they_lie_now(evaluated, tmp_path):
+    for name in ("ours", "theirs", "data"):
+        (tmp_path / name).rename(tmp_path / f"{name} moved")
+    with pytest.raises(VolumeError):
+        read_subjects(evaluated, "ours")
+    truth = tmp_path / "data moved" / "labelsTs"
+    subjects = read_subjects(evaluated, "ours", 3, {m: (tmp_path / f"{m} moved", truth) for m in evaluated})
+    assert [s.name for s in subjects] == ["case_2", "case_1", "case_0"]
+    assert all(s.volume is not None for s in subjects) and subjects[1].predictions["theirs"] is not None

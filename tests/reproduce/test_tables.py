@@ -340,3 +340,32 @@ def test_rows_of_other_sizes_carry_their_own_names(tmp_path):
     built = build_table(tiny, [run_scores(tmp_path, "tiny", "btcv")], ABOUT, datasets=("btcv",))
     assert column(built, "BTCV, paper", "mDice")["AutoSAM (vit_tiny)"].shown == NOT_REPORTED
     assert TABLE1.rows[0].scores["btcv"] == PaperScore(84.34, 73.21)
+
+
+def test_rows_that_the_paper_lacks_say_what_they_are_given(tmp_path):
+    runs = [run_scores(tmp_path, model, "btcv", shift=i / 50)
+            for i, model in enumerate(("medsam_full, box", "sam, box", "a stranger", "autosam"))]
+    rows = build_table(TABLES["table2"], runs, ABOUT, datasets=["btcv"]).table.rows
+    assert [[cell.shown for cell in row[:3]] for row in rows[4:]] == [
+        ["SAM, boxes for prompts", "none", "yes"], ["MedSAM, boxes for prompts", "everything", "yes"],
+        ["a stranger", "", ""],
+    ]
+    runs = [run_scores(tmp_path, model, "btcv", seed=1) for model in ("autosam", "without adapters")]
+    last = build_table(TABLES["table3"], runs, ABOUT, datasets=["btcv"]).table.rows[-1]
+    assert [cell.shown for cell in last[:3]] == ["without adapters", "yes", "yes"]
+
+
+def test_notes_say_where_runs_were_made_and_which_had_no_sam(tmp_path):
+    runs = [run_scores(tmp_path, "autosam", machine="a GPU", without_sam=True),
+            run_scores(tmp_path, "unetr", machine="two cores"), run_scores(tmp_path, "nnunet", machine="a GPU")]
+    notes = "\n".join(build_table(TABLES["table1"], runs, ABOUT, datasets=["openkbp"]).table.notes)
+    assert notes.count("without SAM's weights") == 1 and "AutoSAM Adapter: seed 0, without SAM's weights" in notes
+    assert "Runs made on: two cores; a GPU." in notes or "Runs made on: a GPU; two cores." in notes
+
+
+def test_no_p_is_below_the_smallest_possible_after_holm(tmp_path):
+    runs = [run_scores(tmp_path, "autosam", shift=0.05), run_scores(tmp_path, "unetr"),
+            run_scores(tmp_path, "nnunet", shift=0.05)]  # equal to the reference: no pair is left, p is 1
+    built = build_table(TABLES["table1"], runs, ABOUT, datasets=["openkbp"], unit="case")
+    family = built.comparisons["openkbp", "dice"]
+    assert [(c.second, c.p, c.smallest_p) for c in family] == [("nnU-Net", 1.0, 1.0), ("UNETR", 0.0625, 0.0625)]

@@ -58,7 +58,8 @@ def measure_training(recipe: Recipe, device: str, threads: int) -> TrainingCost 
                               timeout=_SECONDS, check=True)
         return TrainingCost(**json.loads(done.stdout.splitlines()[-1]))
     except (subprocess.SubprocessError, OSError, ValueError, IndexError, TypeError) as error:
-        _log.info("%s: the cost of a step cannot be measured (%s)", recipe.name, type(error).__name__)
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        _log.warning("%s: the cost of a step cannot be measured (%s)", recipe.name, said[-1] if said else "no reason")
         return None
 
 

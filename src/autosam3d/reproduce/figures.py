@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,12 @@ def same_group_share(embeddings: np.ndarray, groups: Sequence[str]) -> float:
     return float(np.mean(names[nearest] == names[:, None]))
 
 
+def _share_by_chance(groups: Sequence[str]) -> float:
+    """What `same_group_share` is on average where the groups are given to the points at random."""
+    sizes = np.array(list(Counter(groups).values()), np.float64)
+    return float((sizes * (sizes - 1)).sum() / (sizes.sum() * (sizes.sum() - 1)))
+
+
 def embedding_figure(embeddings: np.ndarray, groups: Sequence[str], about: Provenance, *, seed: int = 0) -> Drawn:
     """Figure 1A: how SAM's encoder sees CT slices and photographs.
 
@@ -102,7 +109,8 @@ def embedding_figure(embeddings: np.ndarray, groups: Sequence[str], about: Prove
         figure, alt=f"Scatter plot of {len(places)} points, one a picture ({numbers}), each set in its own colour and "
         f"shape; {100 * share:.0f} % of nearest neighbours are of one's own set.",
         caption=f"t-SNE of the mean-pooled embeddings of SAM's image encoder: {numbers}. Of the {NEIGHBOURS} nearest "
-        f"neighbours in the {embeddings.shape[1]} dimensions of the encoder, {100 * share:.1f} % are of the same set; "
+        f"neighbours in the {embeddings.shape[1]} dimensions of the encoder, {100 * share:.1f} % are of the same set "
+        f"({100 * _share_by_chance(groups):.1f} % by chance, as large as the sets are); "
         f"distances between clusters in the picture mean little. {about.note()}",
     )
 
@@ -126,12 +134,17 @@ def choose_cases(evaluation: Evaluation, num: int = 5) -> list[str]:
     return [ranked[round(place)] for place in places.tolist()]
 
 
-def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5) -> list[Subject]:
+def read_subjects(
+    evaluations: Mapping[str, Path], reference: str, num: int = 5,
+    folders: Mapping[str, tuple[Path, Path]] | None = None,
+) -> list[Subject]:
     """The cases of figure 3, read from the files that evaluations name.
 
     Args:
         evaluations: shown name of a model to the folder of its `autosam3d evaluate`, in the order of the columns.
         reference: the model whose ranking chooses the cases.
+        folders: of each model's segmentations and of the truth, where they lie now; default where they lay, seen from
+            the working folder of then, when they were evaluated.
 
     Raises:
         VolumeError: an evaluation, or a scan or segmentation that it names, cannot be read.
@@ -140,7 +153,8 @@ def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5)
     organs = found[reference].organs
     subjects = []
     for case_name in choose_cases(found[reference], num):
-        cases = {name: next((c for c in e.cases if c.name == case_name), None) for name, e in found.items()}
+        cases = {name: next((_placed(c, (folders or {}).get(name)) for c in e.cases if c.name == case_name), None)
+                 for name, e in found.items()}
         own = cases[reference]
         assert own is not None
         truth = read_pair(own, organs)[1]
@@ -150,6 +164,13 @@ def read_subjects(evaluations: Mapping[str, Path], reference: str, num: int = 5)
             dice={name: case.dice for name, case in cases.items() if case is not None},
         ))
     return subjects
+
+
+def _placed(case: CaseResult, folders: tuple[Path, Path] | None) -> CaseResult:
+    if folders is None:
+        return case
+    prediction, truth = folders[0] / case.prediction_path.name, folders[1] / case.truth_path.name
+    return replace(case, prediction_path=prediction, truth_path=truth, ct_path=None)
 
 
 def _scan_of(case: CaseResult) -> Volume | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from autosam3d.reproduce.figures import (
     overlay_figure,
     read_subjects,
 )
-from autosam3d.reproduce.paper import TABLES, lambda_key
+from autosam3d.reproduce.paper import SMALL_VARIANTS, TABLES, lambda_key
 from autosam3d.reproduce.plan import OURS
 from autosam3d.reproduce.runner import is_finished
 from autosam3d.reproduce.study import PlannedRun, Study
@@ -40,7 +41,7 @@ def provenance(command: str, budget_minutes: float | None, small: bool) -> Prove
     """Of what is made now, on this machine."""
     said = f"{command} (small variants of all models)" if small else command
     return Provenance(command=said, date=datetime.now(UTC).date().isoformat(), machine=machine(),
-                      budget_minutes=budget_minutes)
+                      budget_minutes=budget_minutes, small=small)
 
 
 def write_table(
@@ -48,7 +49,14 @@ def write_table(
 ) -> tuple[list[Path], str]:
     """The files of a table, and its Markdown."""
     runs = [scores for study in studies for scores in scores_of(study)]
-    built = build_table(TABLES[target], runs, about, datasets=[study.dataset for study in studies], unit=unit)
+    spec = TABLES[target]
+    students = dict.fromkeys(run.spec.model for study in studies for run in study.runs if run.spec.kind == "distill")
+    if about.small:
+        spec = replace(spec, title=f"{spec.title} (small variants)", notices=(SMALL_VARIANTS, *spec.notices))
+    if students:
+        taught = ", ".join(f"SwinUNETR {kind.capitalize()}" if kind != "edge" else "ResUnet" for kind in students)
+        spec = replace(spec, notices=(*spec.notices, f"Student: {taught}; the paper's is SwinUNETR Small."))
+    built = build_table(spec, runs, about, datasets=[study.dataset for study in studies], unit=unit)
     return write_tables(out, target, built.tables), "\n".join(map(markdown, built.tables))
 
 
@@ -88,7 +96,9 @@ def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
     evaluations = {_SHOWN[run.spec.row]: run.evaluation for run in finished}
     reference = _SHOWN[OURS] if _SHOWN[OURS] in evaluations else next(iter(evaluations))
     recipe = finished[0].recipe
-    drawn = overlay_figure(read_subjects(evaluations, reference, _SUBJECTS), recipe.labels.by_index, about,
+    folders = {_SHOWN[run.spec.row]: (run.prediction, study.data / "labelsTs") for run in finished}
+    subjects = read_subjects(evaluations, reference, _SUBJECTS, folders)
+    drawn = overlay_figure(subjects, recipe.labels.by_index, about,
                            hu_window=recipe.preprocess.hu_window)
     return save_figure(drawn, out, "fig3")
 
@@ -117,7 +127,8 @@ def scores_of(study: Study) -> list[RunScores]:
 def _scores(run: PlannedRun, dataset: str) -> RunScores:
     done: Mapping = json.loads((run.folder / "done.json").read_text("utf-8"))
     return RunScores(model=run.spec.row, dataset=dataset, seed=run.spec.seed, evaluation=run.evaluation,
-                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"))
+                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"), machine=done.get("machine"),
+                     without_sam=_is_autosam(run) and not _has_sam(run))
 
 
 def _tuned(run: PlannedRun, done: Mapping) -> int | None:
@@ -125,7 +136,14 @@ def _tuned(run: PlannedRun, done: Mapping) -> int | None:
     if run.spec.kind in ("slicewise", "nnunet_v2"):
         return done.get("parameters")
     report = count_parameters(run.recipe.model)
+    return report.paper_counted if _is_autosam(run) and _has_sam(run) else report.total
+
+
+def _is_autosam(run: PlannedRun) -> bool:
+    return run.spec.kind == "train" and isinstance(run.recipe.model, AutoSamSpec)
+
+
+def _has_sam(run: PlannedRun) -> bool:
+    """Whether it began with SAM's weights."""
     source = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
-    if isinstance(run.recipe.model, AutoSamSpec) and read_meta(source / "run" / "best.json").get("sam"):
-        return report.paper_counted
-    return report.total
+    return bool(read_meta(source / "run" / "best.json").get("sam"))

@@ -1,22 +1,25 @@
 """Runs of a study brought to their end: trained, segmented, scored; on all devices, and on several machines at once.
 
 Each stage is a command of this package in a process of its own, and each can be stopped and goes on where it was. A run
-is taken by a lock on a file in its folder, which ends with the process, however that ends; so the same command on
-several machines that share the folder divides the runs among them.
+is taken by a lock on a file in its folder, which ends with the process and its stage, however they end; so the same
+command on several machines that share the folder divides the runs among them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,11 +33,14 @@ except ImportError:  # Windows has no such locks
 from safetensors import safe_open
 
 from autosam3d.certificate import machine
-from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
+from autosam3d.errors import AutoSam3dError, CheckpointError
 from autosam3d.io.files import sha256_of, write_text_atomic
 from autosam3d.model_file import read_meta
-from autosam3d.recipe import dump_recipe, load_recipe
+from autosam3d.recipe import dump_recipe
+from autosam3d.reproduce.guard import demand_own_run, demand_own_runs, keep_cases
 from autosam3d.reproduce.study import PlannedRun, Study
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _GRACE_SECONDS = 120.0
@@ -87,28 +93,13 @@ def is_finished(run: PlannedRun) -> bool:
         return False
 
 
-def demand_own_runs(study: Study) -> None:
-    """Refuse a folder in which runs of other recipes lie, before any work.
-
-    Raises:
-        UsageError: OTHER_RUN.
-    """
-    for run in study.runs:
-        if not run.recipe_file.exists():
-            continue
-        old, new = load_recipe(run.recipe_file).as_dict(), run.recipe.as_dict()
-        if old != new:
-            key, was, wish = next(_differences(old, new))
-            raise UsageError("OTHER_RUN", run.folder, f"it holds a run of another recipe: {key} is {was!r} there, and "
-                             f"{wish!r} is asked for", "name another folder with --out, or give the same options")
-
-
 def run_study(
     study: Study, workers: Sequence[Worker], given: Given | None = None, tell: Callable[[str], None] = lambda text: None
 ) -> Outcome:
     """Bring all runs of `study` to their end; those that are there already are taken, one that fails stops no other.
 
-    SIGINT and SIGTERM stop the stages at work, which save, and return.
+    SIGINT, SIGTERM, SIGHUP (the terminal went) and SIGUSR1 (a batch system's warning) stop the stages at work, which
+    save, and return.
 
     Args:
         workers: that share the work.
@@ -116,17 +107,18 @@ def run_study(
         tell: called with a line for each thing that begins or ends.
 
     Raises:
-        UsageError: OTHER_RUN.
+        UsageError: OTHER_RUN, OTHER_DATA.
     """
     demand_own_runs(study)
+    keep_cases(study)
     work = _Work(study, given or Given(), tell)
-    threads = [threading.Thread(target=work.do, args=(worker,), daemon=True) for worker in workers]
-    with work.listening():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
+    with work.listening(), ThreadPoolExecutor(len(workers)) as pool:
+        places = [pool.submit(work.do, worker) for worker in workers]
+        while wait(places, 0.2).not_done:
+            if any(place.done() and place.exception() for place in places):  # a bug: raised below, and no run goes on
+                work.stop_stages()
+        for place in places:
+            place.result()
     return work.outcome
 
 
@@ -156,7 +148,9 @@ def _ours(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[str, li
             teacher = of[run.spec.teacher or ""].run
             yield "training", ["distill", str(teacher), "--student", str(run.recipe_file), *where]
         else:
-            sam = ["--sam", given.sam] if given.sam and run.recipe.model.network == "autosam" else []
+            # SAM's weights fit none of the small variants.
+            takes_sam = run.recipe.model.network == "autosam" and not run.spec.model.endswith("_2core")
+            sam = ["--sam", given.sam] if given.sam and takes_sam else []
             yield "training", ["train", str(run.recipe_file), *where, *sam]
     overlap = run.recipe.inference.overlap if run.spec.overlap is None else run.spec.overlap
     yield "segmenting", ["segment", str(model.run), str(study.data / "imagesTs"), str(run.prediction),
@@ -193,6 +187,8 @@ class _Work:
         self.outcome = Outcome()
         self._open = {run.spec.name: run for run in study.runs}
         self._lock, self._processes = threading.Lock(), set[subprocess.Popen]()
+        self._claims: dict[str, int] = {}
+        self._waiting: set[str] = set()
         self._stop = threading.Event()
 
     def do(self, worker: Worker) -> None:
@@ -207,13 +203,36 @@ class _Work:
             if run is None:  # its teacher is at work, here or elsewhere
                 self._stop.wait(_POLL_SECONDS)
                 continue
-            with _claimed(run.folder) as mine:
-                if mine:
-                    self._bring_to_end(run, worker)
-                    continue
-            self._stop.wait(_POLL_SECONDS)
-            with self._lock:  # another machine has it: look again later
-                self._open[run.spec.name] = run
+            if not self._claimed_and_done(run, worker):
+                self._stop.wait(_POLL_SECONDS)
+                with self._lock:  # another process has it: look again later
+                    self._open[run.spec.name] = run
+
+    def _claimed_and_done(self, run: PlannedRun, worker: Worker) -> bool:
+        """Whether the run could be taken; what befell it then is in `outcome`."""
+        name = run.spec.name
+        try:
+            with _claimed(run.folder) as claim:
+                if claim is None:
+                    if name not in self._waiting:
+                        self._waiting.add(name)
+                        self.tell(f"{name}: another process is at it")
+                    return False
+                self._claims[name] = claim
+                self._bring_to_end(run, worker)
+        except (AutoSam3dError, OSError) as error:  # a full disk, a folder that may not be written
+            fault = f"error[{error.code}] {error}" if isinstance(error, AutoSam3dError) else f"{error}"
+            self.outcome.failed[name] = fault
+            self.tell(f"{name}: failed: {fault}")
+        return True
+
+    def stop_stages(self, again: bool = False) -> None:
+        """Ask the stages at work to save and end, once; a second signal of the user's (`again`) is passed on."""
+        if self._stop.is_set() and not again:
+            return
+        self._stop.set()
+        for process in list(self._processes):
+            process.send_signal(signal.SIGTERM)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -221,14 +240,16 @@ class _Work:
 
         def on_signal(number: int, frame: object) -> None:
             self.outcome.stopped_by = number
-            self._stop.set()
-            for process in list(self._processes):
-                process.send_signal(signal.SIGTERM)
+            self.stop_stages(again=True)
 
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # Who started it with `nohup` wants it to outlive the terminal.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, on_signal) for number in heard}
         try:
             yield
         finally:
@@ -240,23 +261,25 @@ class _Work:
             if name is None:
                 continue
             if name in self.outcome.failed:
-                return True  # and fails at once, with the reason
-            teacher = next(r for r in self.study.runs if r.spec.name == name)
-            if not _is_trained(teacher):
+                return True  # and fails at once, with the reason, or takes what is trained
+            if not _is_trained(self._run(name)):
                 return False
         return True
 
+    def _run(self, name: str) -> PlannedRun:
+        return next(run for run in self.study.runs if run.spec.name == name)
+
     def _bring_to_end(self, run: PlannedRun, worker: Worker) -> None:
         name = run.spec.name
+        demand_own_run(run, self.study)  # another process may have begun it since the plan was made
         if is_finished(run):
             self.tell(f"{name}: there already")
             self.outcome.finished.append(name)
             return
         for needed in (run.spec.teacher, run.spec.predicts_as):
-            if needed in self.outcome.failed:
+            if needed is not None and needed in self.outcome.failed and not _is_trained(self._run(needed)):
                 self.outcome.failed[name] = f"{needed} failed"
                 return
-        run.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run.recipe_file, dump_recipe(run.recipe))
         began = time.monotonic()
         for stage, command in stages(run, self.study, worker, self.given):
@@ -268,7 +291,7 @@ class _Work:
                 self.outcome.failed[name] = fault
                 self.tell(f"{name}: {stage} failed: {fault}")
                 return
-        _write_done(run, self.study)
+        _write_done(run, self.study, worker)
         self.outcome.finished.append(name)
         self.tell(f"{name}: finished in {(time.monotonic() - began) / 60:.1f} min")
 
@@ -278,12 +301,15 @@ class _Work:
         if worker.visible_gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = worker.visible_gpu
         with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"$ autosam3d {' '.join(command)}\n")
+            log.write(f"$ {shlex.join(['autosam3d', *command])}\n")
             log.flush()
-            start = log.tell()
-            # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
+            start = os.fstat(log.fileno()).st_size
+            # A session of its own: Ctrl-C reaches this process alone, which passes it on once. The claim goes along:
+            # where this process is killed, nobody else takes the run while its stage is still at work.
+            claims = (self._claims[run.spec.name],) if fcntl is not None else ()
             process = subprocess.Popen([sys.executable, "-m", "autosam3d", *command], stdout=log, stderr=log,
-                                       stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+                                       stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
+                                       pass_fds=claims)
             self._processes.add(process)
             try:
                 if self._stop.is_set():  # the signal came between
@@ -293,9 +319,12 @@ class _Work:
                 self._processes.discard(process)
         if code == 0:
             return None
-        said = (run.folder / "log.txt").read_text("utf-8", errors="replace")[start:].strip().splitlines()
+        said = (run.folder / "log.txt").read_bytes()[start:].decode("utf-8", errors="replace").strip().splitlines()
         faults = [line for line in said if line.startswith("error[")]
-        return (faults or said or [f"exit {code}"])[-1]
+        if faults:
+            return faults[-1]
+        ended = f"it was killed by signal {-code}" if code < 0 else f"it ended with {code}"
+        return f"{ended}{f', behind {said[-1]!r}' if said else ''}"
 
     def _wait(self, process: subprocess.Popen) -> int:
         asked = None
@@ -309,22 +338,19 @@ class _Work:
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether the run in `folder` is ours alone, inside."""
+def _claimed(folder: Path) -> Iterator[int | None]:
+    """The run in `folder` is ours alone inside: the descriptor that holds it, or None where another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "claim.lock").open("a", encoding="utf-8") as file:
-        if fcntl is None:
-            yield True
-            return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            yield False
+            yield None
             return
-        except OSError:  # some network file systems have no locks
-            yield True
-            return
-        yield True
+        except OSError as error:  # some network file systems have no locks
+            _log.info("%s: cannot be locked (%s)", folder, error.strerror)
+        yield file.fileno()
 
 
 def _is_trained(run: PlannedRun) -> bool:
@@ -347,9 +373,10 @@ def _model_of(run: PlannedRun) -> str:
     return sha256_of(run.evaluation / "scores.json")
 
 
-def _write_done(run: PlannedRun, study: Study) -> None:
+def _write_done(run: PlannedRun, study: Study, worker: Worker) -> None:
+    gpu = f", {run.cost.machine}" if run.cost and worker.device != "cpu" else ""
     done: dict[str, Any] = {
-        "model": _model_of(run), "machine": machine(), "date": datetime.now(UTC).date().isoformat(),
+        "model": _model_of(run), "machine": machine() + gpu, "date": datetime.now(UTC).date().isoformat(),
         "budget_minutes": study.budget_minutes, "seed": run.spec.seed, **_training_of(run),
     }
     write_text_atomic(run.folder / "done.json", json.dumps(done, indent=1, sort_keys=True) + "\n")
@@ -373,12 +400,3 @@ def _num_values(path: Path) -> int:
     """In all tensors of a safetensors file; only its header is read."""
     with safe_open(path, "numpy") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted({*old, *new}):
-        was, wish = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(wish, dict):
-            yield from _differences(was, wish, f"{path}{key}.")
-        elif was != wish:
-            yield f"{path}{key}", was, wish

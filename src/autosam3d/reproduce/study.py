@@ -104,7 +104,7 @@ def plan_study(
     Raises:
         RecipeError: a recipe or an override is wrong.
         VolumeError: the dataset is, or it has no test cases with truth.
-        UsageError: BUDGET.
+        UsageError: BUDGET, or SAME_PATH where the runs would lie in the dataset.
         ResourceError: a model does not fit this machine, where its epochs follow from the budget.
     """
     if budget_minutes is not None and not 0 < budget_minutes <= 10**6:
@@ -113,6 +113,8 @@ def plan_study(
     cases = open_dataset(data, base)
     _demand_test_cases(cases)
     folder = out / base.name
+    if folder.absolute().resolve().is_relative_to(data.absolute().resolve()):
+        raise UsageError("SAME_PATH", out, f"the runs would be written into the dataset {data}", "name another folder")
     recipes = {spec.name: _recipe_of(spec, dataset, overrides) for spec in specs}
     costs = _Costs(folder / "costs.json", device, threads)
     shape = _prepared_shape(cases.test[0].image_path, base)  # the others will be much the same
@@ -208,24 +210,26 @@ class _Costs:
 
     def __init__(self, path: Path, device: str, threads: int) -> None:
         self._path, self._device, self._threads = path, device, threads
-        self._known: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                self._known = json.loads(path.read_text("utf-8"))
-            except ValueError:
-                self._known = {}
 
     def of(self, recipe: Recipe, before: Callable[[], None]) -> TrainingCost | None:
         key = self._key(recipe)
-        if key not in self._known:
+        known = self._known()
+        if key not in known:
             before()
             cost = measure_training(recipe, self._device, self._threads)
             if cost is None:
                 return None
-            self._known[key] = asdict(cost)
+            # Who else planned meanwhile may have been first: then theirs counts, or the epochs would differ.
+            known = {key: asdict(cost), **self._known()}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(self._path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
-        return TrainingCost(**self._known[key])
+            write_text_atomic(self._path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        return TrainingCost(**known[key])
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     def _key(self, recipe: Recipe) -> str:
         # Seeds, epochs and the weights of the loss cost nothing.

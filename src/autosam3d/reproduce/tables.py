@@ -48,6 +48,10 @@ class RunScores:
     tuned_parameters: int | None = None
     minutes: float | None = None
     """Trained."""
+    machine: str | None = None
+    """That it was made on."""
+    without_sam: bool = False
+    """An AutoSAM that had no SAM weights to begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Provenance:
     machine: str
     budget_minutes: float | None = None
     """Of training, the same for every run; None where each recipe's own epochs decide."""
+    small: bool = False
+    """Small variants of all models."""
 
     def note(self) -> str:
         budget = "" if self.budget_minutes is None else f"; {self.budget_minutes:g} minutes of training for each run"
@@ -109,9 +115,7 @@ def build_table(
     places = [(run.model, run.dataset, run.seed) for run in runs]
     if len(set(places)) < len(places):
         raise ValueError(f"runs: expected one for each model, dataset and seed, got {places}")
-    known = {row.key for row in spec.rows}
-    spec = replace(spec, rows=(*spec.rows, *(Row(key=model, name=model, facts=("",) * len(spec.facts))
-                                             for model in sorted({run.model for run in runs} - known))))
+    spec = replace(spec, rows=_rows(spec, {run.model for run in runs}))
     evaluations = [read_json(Path(run.evaluation) / "scores.json") for run in runs]
     for dataset in shown:
         _demand_alike([(run, e) for run, e in zip(runs, evaluations, strict=True) if run.dataset == dataset])
@@ -134,6 +138,14 @@ def build_table(
     table = Table(key=spec.key, title=spec.title, columns=tuple(columns), rows=tuple(map(tuple, cells)),
                   notes=tuple(notes))
     return Built(table=table, tests=tests_table(f"{spec.key}_tests", families), comparisons=families)
+
+
+def _rows(spec: PaperTable, models: set[str]) -> tuple[Row, ...]:
+    """The paper's, then those that it lacks and `models` have."""
+    more = [row for row in spec.more_rows if row.key in models]
+    known = {row.key for row in (*spec.rows, *more)}
+    strangers = (Row(key=model, name=model, facts=("",) * len(spec.facts)) for model in sorted(models - known))
+    return (*spec.rows, *more, *strangers)
 
 
 def tests_table(key: str, families: Mapping[tuple[str, Measure], Sequence[Comparison]]) -> Table | None:
@@ -297,9 +309,13 @@ def _run_notes(spec: PaperTable, runs: Sequence[RunScores], evaluations: Sequenc
         minutes = [run.minutes for run in own if run.minutes is not None]
         ends = dict.fromkeys(f"{end:.1f}" for end in (min(minutes), max(minutes))) if minutes else ()
         trained = f", trained {' to '.join(ends)} minutes" if minutes else ""
+        scratch = "" if not any(run.without_sam for run in own) else (
+            ", without SAM's weights: all of it trained from scratch, which is not the paper's method")
         seeds = sorted({run.seed for run in own})
         said = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-        notes.append(f"{row.name}{_in_brackets(row.facts)}: {said}{trained}.")
+        notes.append(f"{row.name}{_in_brackets(row.facts)}: {said}{trained}{scratch}.")
+    machines = dict.fromkeys(run.machine for run in runs if run.machine)
+    notes += [f"Runs made on: {'; '.join(machines)}."] if machines else []
     absent = [row.name + _in_brackets(row.facts) for row in spec.rows if row.key not in {run.model for run in runs}]
     notes += [f"Not run: {', '.join(absent)}."] if absent else []
     for run, evaluation in zip(runs, evaluations, strict=True):
