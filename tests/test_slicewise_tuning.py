@@ -18,6 +18,7 @@ from autosam3d.dataset import open_dataset
 from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.io import write_segmentation
 from autosam3d.losses import mask_loss
+from autosam3d.model_file import read_meta
 from autosam3d.preprocess import HuWindow
 from autosam3d.slicewise.cache import SliceEncoder
 from autosam3d.slicewise.images import Framing
@@ -183,6 +184,14 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str | Path]:
     return ["slicewise", "tune", folder / "mini.yaml", "--data", folder / "data", "--sam", folder / "sam.pth", "--out",
             out, "--prompt", "box", "--lr", "1e-3", "--epochs", "2", "--min-px", "20", "--min-vox", "100",
             "--val-cases", "1", "--cache", folder / "cache", "--device", "cpu", "--threads", "1", *more]
+
+
+def test_minutes_bound_the_steps_and_not_the_validations(folder: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, epochs=1000, minutes=1e-4)
+    result = run(folder, tmp_path / "out", settings)
+    assert result.step == 1 and result.stopped_by is None  # the validation before it took longer than the budget
+    progress = read_meta(tmp_path / "out" / "last.json")["progress"]
+    assert 0.006 <= progress["step_seconds"] < progress["seconds"]
 
 
 def test_the_command_tunes_and_its_result_segments(folder: Path, whole: Path, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def tune(
     lr: Annotated[float | None, typer.Option(help="Default: 1e-4 for boxes, 5e-5 for points.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: 8, or 2 with --scope full.")] = None,
     epochs: Annotated[int, typer.Option(min=1, max=10**6)] = 100,
-    minutes: Annotated[float | None, typer.Option(help="End after so long, over all starts of the run.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after so long in optimiser steps, over all starts.")]
+    = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     min_px: Annotated[int, typer.Option(min=1, help="Ask for an organ where a slice shows so many pixels.")] = 100,
     min_vox: Annotated[int, typer.Option(min=1, help="...and its case so many voxels.")] = 1000,

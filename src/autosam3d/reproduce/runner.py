@@ -162,7 +162,9 @@ def _slicewise(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[st
     where = [str(run.recipe_file), "--data", str(study.data)]
     model = ["--sam", str(given.sam)]
     if tuning != "sam":
-        length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
+        length = []
+        if study.budget_minutes:  # which then decides, and not the number of epochs
+            length = ["--minutes", f"{study.budget_minutes:g}", "--epochs", "1000000"]
         yield "tuning", ["slicewise", "tune", *where, "--sam", str(given.medsam or given.sam), "--out", str(run.run),
                          "--scope", "full" if tuning == "medsam_full" else "decoder", "--prompt", prompt,
                          "--seed", str(run.spec.seed), *length]

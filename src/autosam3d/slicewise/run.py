@@ -53,7 +53,8 @@ class TuneSettings:
     """None: 8 with the encoder frozen, 2 for all."""
     epochs: int = 100
     minutes: float | None = None
-    """Ends the run after so long in training and validation, over all its starts, if `epochs` does not before."""
+    """Ends the run after so long in optimiser steps, over all its starts, if `epochs` does not before; embeddings and
+    validations take time of their own."""
     seed: int = 0
     min_slice_px: int = 100
     """An organ is asked for in a slice where it has as many pixels..."""
@@ -96,6 +97,9 @@ class TuneProgress:
     global_step: int = 0
     best_dice: float = -1.0
     seconds: float = 0.0
+    """Steps and validations, over all starts of the run."""
+    step_seconds: float = 0.0
+    """Steps alone: what `TuneSettings.minutes` bounds."""
 
 
 @dataclass
@@ -123,7 +127,7 @@ class TuneRun:
     def finished(self) -> bool:
         minutes = self.settings.minutes
         return self.progress.epoch >= self.settings.epochs or (
-            minutes is not None and self.progress.seconds >= 60 * minutes)
+            minutes is not None and self.progress.step_seconds >= 60 * minutes)
 
 
 def identity_of(settings: TuneSettings, recipe: Recipe, sam: SliceSam) -> dict[str, Any]:

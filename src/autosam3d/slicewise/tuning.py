@@ -198,6 +198,7 @@ def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
         progress.step_in_epoch, progress.global_step = step + 1, progress.global_step + 1
         took = time.perf_counter() - started
         progress.seconds += took
+        progress.step_seconds += took
         runlog.step(progress.epoch, progress.global_step, values | {"lr": settings.lr or 0.0, "seconds": took})
         run.observer.on_step(progress.global_step, per_epoch * settings.epochs, values)
         if run.finished:
