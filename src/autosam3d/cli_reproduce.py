@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from autosam3d.cli_options import run_folder_outside
 from autosam3d.console import progress_bars
 from autosam3d.errors import BatchError, UsageError
 
@@ -52,7 +53,8 @@ def reproduce(
     folders = _datasets(data, dataset)
     if target in ("fig3", "fig4") and len(folders) > 1:
         raise UsageError("USAGE", "--data", f"expected one dataset for {target}, got {len(folders)}", "name one")
-    out_of_data(out, folders)
+    for _, folder in folders:
+        run_folder_outside(out, folder)
     _demand_different_recipes(folders, overrides or ())
     if target == "fig1":
         if plan_only:
@@ -62,13 +64,6 @@ def reproduce(
         return
     _runs(target, folders, out, size, budget, _seeds(seeds), plan_only, more, student, sam, medsam, nnunet_python,
           by_case, overrides or (), devices, threads)
-
-
-def out_of_data(out: Path, folders: Sequence[tuple[str, Path]]) -> None:
-    """Refuse to write into a dataset."""
-    for _, folder in folders:
-        if out.absolute().resolve().is_relative_to(folder.absolute().resolve()):
-            raise UsageError("SAME_PATH", out, "the runs would be written into the dataset", "name a folder outside it")
 
 
 def _demand_different_recipes(folders: Sequence[tuple[str, Path]], overrides: Sequence[str]) -> None:

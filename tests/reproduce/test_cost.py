@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
+from autosam3d.reproduce import cost as cost_module
 from autosam3d.reproduce.cost import TrainingCost, measure_training
 from autosam3d.reproduce.workers import find_workers
 from mini_run import mini_recipe
@@ -16,6 +19,17 @@ def test_a_step_is_measured_and_one_that_does_not_fit_is_not(monkeypatch: pytest
     assert cost.machine.endswith("1 threads")
     huge = mini_recipe(model__patch_size=[512, 512, 512], train__batch_size=64)
     assert measure_training(huge, "cpu", 1) is None
+
+
+def test_only_a_cpu_is_measured_under_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA maps far more addresses than there is memory: a limit on them would let no GPU begin."""
+    called: list[str] = []
+    monkeypatch.setattr(cost_module, "_demand_no_more_than_there_is", lambda: called.append("limited"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("no recipe"))
+    for device, expected in (("cuda", []), ("cpu", ["limited"])):
+        with pytest.raises(ValueError):
+            cost_module.in_child(device, "1")
+        assert called == expected
 
 
 def test_epochs_of_a_budget() -> None:

@@ -41,6 +41,8 @@ def test_tables_share_runs_and_sizes_do_not() -> None:
     assert {"student_tiny_2core_lambda0.5_s0", "student_tiny_2core_lambda1_s0"} < both
     for target in ("table1", "table3", "table4", "fig3", "fig4"):
         small = {run.name for run in planned(target, "2core", [0])}
+        assert all(run.small for run in planned(target, "2core", [0]))
+        assert not any(run.small for run in planned(target, "paper", [0]))
         assert not small & {run.name for run in planned(target, "paper", [0])}
 
 

@@ -201,7 +201,7 @@ class _Ended:
 
 
 def test_sam_weights_go_to_those_that_they_fit(planned: Callable[..., Study]) -> None:
-    small, paper = planned(spec("a_s0", row="autosam", model="autosam_2core"),
+    small, paper = planned(spec("a_s0", row="autosam", model="autosam_2core", small=True),
                            spec("b_s0", row="autosam", model="autosam")).runs
     given = Given(sam="sam.pth")
     both = planned()

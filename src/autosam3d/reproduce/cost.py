@@ -74,7 +74,8 @@ def in_child(device: str, threads: str) -> None:
     from autosam3d.training_run import Observer, build_fabric, start_run
 
     torch.set_num_threads(int(threads))
-    _demand_no_more_than_there_is()
+    if device == "cpu":  # CUDA maps far more addresses than it takes memory
+        _demand_no_more_than_there_is()
     recipe = recipe_from_dict(json.loads(sys.stdin.read()))
     labels_only = replace(recipe, distill=None)
     fabric = build_fabric(device, recipe.train.precision)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autosam3d.errors import UsageError
@@ -52,6 +52,8 @@ class RunSpec:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Of the recipe, ``key.path`` to value."""
     seed: int = 0
+    small: bool = False
+    """Of the size "2core"."""
     teacher: str | None = None
     """Name of the run that teaches a student."""
     predicts_as: str | None = None
@@ -83,7 +85,8 @@ def plan_runs(
     suffix = "" if size == "paper" else "_2core"
     runs: list[RunSpec] = []
     for seed in seeds:
-        runs += _of_seed(target, suffix, seed, more_ablations, nnunet_v2, student)
+        planned = _of_seed(target, suffix, seed, more_ablations, nnunet_v2, student)
+        runs += [replace(run, small=size == "2core") for run in planned]
     return list({run.name: run for run in runs}.values())
 
 

@@ -15,6 +15,7 @@ from autosam3d.io import read_ct
 from autosam3d.model_file import read_meta
 from autosam3d.models.parameters import count_parameters
 from autosam3d.models.spec import AutoSamSpec
+from autosam3d.preprocess import HuWindow
 from autosam3d.reproduce.drawing import save_figure
 from autosam3d.reproduce.embeddings import ct_slices, embed, load_encoder, photographs
 from autosam3d.reproduce.figures import (
@@ -72,8 +73,6 @@ def write_embedding_figure(
         sam: SAM weights.
         slices: of all scans of a dataset together, and photographs, about as many.
     """
-    from autosam3d.preprocess import HuWindow
-
     encoder = load_encoder(sam)
     shown, groups = [], []
     for name, paths, low_hu, high_hu in scans:
@@ -98,8 +97,7 @@ def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
     recipe = finished[0].recipe
     folders = {_SHOWN[run.spec.row]: (run.prediction, study.data / "labelsTs") for run in finished}
     subjects = read_subjects(evaluations, reference, _SUBJECTS, folders)
-    drawn = overlay_figure(subjects, recipe.labels.by_index, about,
-                           hu_window=recipe.preprocess.hu_window)
+    drawn = overlay_figure(subjects, recipe.labels.by_index, about, hu_window=recipe.preprocess.hu_window)
     return save_figure(drawn, out, "fig3")
 
 
@@ -145,5 +143,4 @@ def _is_autosam(run: PlannedRun) -> bool:
 
 def _has_sam(run: PlannedRun) -> bool:
     """Whether it began with SAM's weights."""
-    source = run.folder.parent / run.spec.predicts_as if run.spec.predicts_as else run.folder
-    return bool(read_meta(source / "run" / "best.json").get("sam"))
+    return bool(read_meta(run.weights / "best.json").get("sam"))

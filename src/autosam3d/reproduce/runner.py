@@ -45,7 +45,8 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
 _GRACE_SECONDS = 120.0
 """For a stage that was asked to stop: a training saves its state first."""
-TOLERANCES_MM = (1.0, 2.0, 5.0)
+_TOLERANCES = ("--tolerance", "1", "--tolerance", "2", "--tolerance", "5")
+"""Of the NSD, in mm."""
 SMALL_PATCH = (32, 64, 64)
 """Of the 2core presets (z, y, x)."""
 
@@ -133,15 +134,13 @@ def stages(run: PlannedRun, study: Study, worker: Worker, given: Given) -> list[
                  for name, command in _slicewise(run, study, given)]
     else:
         todo += [(name, [*command, *how]) for name, command in _ours(run, study, given)]
-    scores = [word for mm in TOLERANCES_MM for word in ("--tolerance", f"{mm:g}")]
     todo.append(("scoring", ["evaluate", str(run.prediction), str(study.data / "labelsTs"), "--out",
-                             str(run.evaluation), "--recipe", str(run.recipe_file), *scores]))
+                             str(run.evaluation), "--recipe", str(run.recipe_file), *_TOLERANCES]))
     return todo
 
 
 def _ours(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[str, list[str]]]:
     of = {planned.spec.name: planned for planned in study.runs}
-    model = of[run.spec.predicts_as] if run.spec.predicts_as else run
     if run.is_ours and not _is_trained(run):
         where = ["--data", str(study.data), "--out", str(run.run), "--cache", str(study.cache)]
         if run.spec.kind == "distill":
@@ -149,11 +148,11 @@ def _ours(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[str, li
             yield "training", ["distill", str(teacher), "--student", str(run.recipe_file), *where]
         else:
             # SAM's weights fit none of the small variants.
-            takes_sam = run.recipe.model.network == "autosam" and not run.spec.model.endswith("_2core")
+            takes_sam = run.recipe.model.network == "autosam" and not run.spec.small
             sam = ["--sam", given.sam] if given.sam and takes_sam else []
             yield "training", ["train", str(run.recipe_file), *where, *sam]
     overlap = run.recipe.inference.overlap if run.spec.overlap is None else run.spec.overlap
-    yield "segmenting", ["segment", str(model.run), str(study.data / "imagesTs"), str(run.prediction),
+    yield "segmenting", ["segment", str(run.weights), str(study.data / "imagesTs"), str(run.prediction),
                          "--overlap", str(min(overlap, 0.9))]
 
 
@@ -174,11 +173,9 @@ def _slicewise(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[st
 
 def _nnunet(run: PlannedRun, study: Study, given: Given) -> list[str]:
     length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
-    small = run.spec.name.startswith("nnunet_v2_2core")
-    size = ["--patch", ",".join(map(str, SMALL_PATCH)), "--batch", "2", "--iterations", "50"] if small else []
-    scores = [word for mm in TOLERANCES_MM for word in ("--tolerance", f"{mm:g}")]
+    size = ["--patch", ",".join(map(str, SMALL_PATCH)), "--batch", "2", "--iterations", "50"] if run.spec.small else []
     return ["nnunet", str(study.data), str(run.run), "--preset", run.spec.model, "--python",
-            str(given.nnunet_python or sys.executable), *length, *size, *scores]
+            str(given.nnunet_python or sys.executable), *length, *size, *_TOLERANCES]
 
 
 class _Work:
@@ -364,14 +361,10 @@ def _is_trained(run: PlannedRun) -> bool:
         return False
 
 
-def _trained_folder(run: PlannedRun) -> Path:
-    return run.folder.parent / run.spec.predicts_as / "run" if run.spec.predicts_as else run.run
-
-
 def _model_of(run: PlannedRun) -> str:
     """What tells the model of the scores from another one."""
     if run.spec.kind in ("train", "distill"):
-        return str(read_meta(_trained_folder(run) / "best.json")["weights"]["sha256"])
+        return str(read_meta(run.weights / "best.json")["weights"]["sha256"])
     return sha256_of(run.evaluation / "scores.json")
 
 
@@ -395,7 +388,7 @@ def _training_of(run: PlannedRun) -> dict[str, Any]:
         weights = run.run / read_meta(run.run / "best.json")["weights"]["file"]
         return {"minutes": read_meta(run.run / "last.json")["progress"]["seconds"] / 60,
                 "parameters": _num_values(weights)}
-    return {"minutes": read_meta(_trained_folder(run) / "last.json")["progress"]["seconds"] / 60}
+    return {"minutes": read_meta(run.weights / "last.json")["progress"]["seconds"] / 60}
 
 
 def _num_values(path: Path) -> int:

@@ -47,6 +47,11 @@ class PlannedRun:
         return self.folder / "run"
 
     @property
+    def weights(self) -> Path:
+        """The run folder of the weights that segment: its own, but in a row that differs in inference only."""
+        return self.folder.parent / self.spec.predicts_as / "run" if self.spec.predicts_as else self.run
+
+    @property
     def is_ours(self) -> bool:
         """Whether our trainer trains it."""
         return self.spec.kind in ("train", "distill") and self.spec.predicts_as is None
@@ -87,7 +92,6 @@ class Study:
 def plan_study(
     dataset: str, data: Path, out: Path, specs: Sequence[RunSpec], *, budget_minutes: float | None, device: str,
     threads: int, overrides: Sequence[str] = (), measured: Callable[[str], None] = lambda name: None,
-    estimate: bool = True,
 ) -> Study:
     """Recipes, folders and costs of `specs`; what was measured before on this machine is not measured again.
 
@@ -99,7 +103,6 @@ def plan_study(
             trains as long as each recipe says.
         overrides: for all recipes, before those of a run.
         measured: called with the name of each run whose cost is about to be measured.
-        estimate: False measures only where a budget needs it.
 
     Raises:
         RecipeError: a recipe or an override is wrong.
@@ -123,7 +126,7 @@ def plan_study(
         recipe = recipes[spec.name]
         cost = None
         ours = spec.kind in ("train", "distill")
-        if ours and (estimate or budget_minutes is not None):
+        if ours:
             cost = costs.of(recipe, lambda spec=spec: measured(spec.name))
             if budget_minutes is not None:
                 if cost is None:
@@ -145,8 +148,7 @@ def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe:
         return load_recipe(dataset, overrides)
     own = dict(spec.overrides)
     if spec.kind == "distill":
-        preset = "autosam_2core" if "_2core" in (spec.teacher or "") else "autosam"
-        teacher = load_recipe(dataset, overrides, model=preset)
+        teacher = load_recipe(dataset, overrides, model="autosam_2core" if spec.small else "autosam")
         recipe = student_of(teacher, spec.model, _as_sets(own))
     else:
         recipe = load_recipe(dataset, overrides, model=spec.model)
