@@ -16,7 +16,7 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	@echo "installing torch, then the rest, into $(VENV) (once)"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) -c constraints.txt -e ".[dicom,sam,export,int8,dev]"
-	@$(PY) -W ignore -c "import autosam3d, torch, pydicom, transformers, onnxruntime, openvino, pytest"
+	@$(PY) -W ignore -c "import autosam3d, torch, pydicom, highdicom, transformers, onnxruntime, openvino, pytest"
 	@touch $@
 
 demo: $(VENV)/.ok

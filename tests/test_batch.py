@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tracemalloc
 import unicodedata
 import weakref
@@ -17,7 +18,7 @@ from autosam3d import batch
 from autosam3d.batch import Job, check_inputs, segment_batch
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.inference import SegmentOptions
-from autosam3d.io import ReadOptions, read_ct, read_segmentation, write_ct, write_segmentation
+from autosam3d.io import ReadOptions, output_formats, read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.labels import LabelMap
 from autosam3d.patches import Tiling
 from autosam3d.preprocess import HuWindow, Preprocess
@@ -269,13 +270,13 @@ def test_an_output_that_is_not_this_one_stays_unless_asked(tmp_path, model: Mode
 def test_a_run_killed_between_output_and_report_goes_on(tmp_path, model: Model, monkeypatch) -> None:
     write_scan(tmp_path / "a.nii.gz")
     jobs = check_inputs(tmp_path / "a.nii.gz", tmp_path / "out")
-    write = batch.write_segmentation
+    write = output_formats.write_segmentation
 
     def killed(*args: object) -> None:
         write(*args)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "write_segmentation", killed)
+    monkeypatch.setattr(output_formats, "write_segmentation", killed)
     with pytest.raises(KeyboardInterrupt):
         segment_batch(jobs, model)
     assert json.loads(jobs[0].report.read_text())["status"] == "writing"
@@ -291,7 +292,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, model: Model, monkeypatch) -> N
     def full(*_: object) -> None:
         raise ResourceError("NO_SPACE", "out", "the disk is full", "free some")
 
-    monkeypatch.setattr(batch, "write_segmentation", full)
+    monkeypatch.setattr(output_formats, "write_segmentation", full)
     assert segment_batch(jobs, model).failed[0].error.code == "NO_SPACE"
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -332,7 +333,7 @@ def test_the_scan_is_let_go_before_labels_are_written(tmp_path, model, monkeypat
         write_segmentation(*args)
 
     monkeypatch.setattr(batch, "read_ct", read)
-    monkeypatch.setattr(batch, "write_segmentation", write)
+    monkeypatch.setattr(output_formats, "write_segmentation", write)
     result = segment_batch(check_inputs(scans, tmp_path / "out"), model)
     assert not result.failed and len(alive) == 1
 
@@ -345,3 +346,58 @@ def test_volumes_are_counted_without_room_for_all_voxels(tmp_path, model) -> Non
     assert tracemalloc.get_traced_memory()[1] < labels.size
     tracemalloc.stop()
     assert volumes == {name: float(np.count_nonzero(labels == i)) for i, name in LABELS.by_index.items()}
+
+
+@pytest.mark.parametrize("name", ["seg", "seg-labelmap", "rtstruct"])
+def test_series_become_dicom_objects_and_nothing_tells_whose_they_are(tmp_path, model: Model, name, caplog) -> None:
+    highdicom = pytest.importorskip("highdicom", reason="the dicom extra is not installed")
+    sys.path.insert(0, str(Path(__file__).parent / "badinput"))
+    import make_dicom
+
+    for case in ("one", "two"):
+        (tmp_path / "in" / case).mkdir(parents=True)
+        make_dicom.series()(tmp_path / "in" / case)
+    form = output_formats.output_format(name, tmp_path / "out")
+    jobs = check_inputs(tmp_path / "in", tmp_path / "out", form)
+    ending = form.ending_in_folder
+    assert [job.output.name for job in jobs] == [f"one{ending}", f"two{ending}"]
+    with caplog.at_level("DEBUG"):
+        result = segment_batch(jobs, model, form=form)
+    assert result.written == [job.output for job in jobs], [f.error for f in result.failed]
+    assert segment_batch(jobs, model, form=form).skipped == result.written
+    truth = segment_of(jobs[0].source, model)
+    if ending == ".seg.dcm":
+        seg = highdicom.seg.segread(jobs[0].output)
+        found = {seg.get_segment_description(n).segment_label:
+                 np.count_nonzero(seg.get_volume(segment_numbers=[n]).array) for n in seg.segment_numbers}
+        assert found == {"Right kidney": np.count_nonzero(truth == 1), "Left kidney": np.count_nonzero(truth == 2)}
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    stems = [f"one{ending.removesuffix('.dcm')}", f"two{ending.removesuffix('.dcm')}"]
+    assert names == {f"{s}{e}" for s in stems for e in (".dcm", ".report.json")} | {"batch.jsonl"}
+    told = caplog.text + "".join(p.read_text() for p in (tmp_path / "out").glob("*.json*"))
+    assert not any(text in told for text in ("Doe", "4711", make_dicom.SERIES_UID))
+
+
+def segment_of(source: Path, model: Model) -> np.ndarray:
+    from autosam3d.inference import begin_segment
+
+    return begin_segment(read_ct(source), model, SegmentOptions())(None).labels
+
+
+def test_output_formats_that_cannot_be(tmp_path, monkeypatch) -> None:
+    write_scan(tmp_path / "a.nii.gz")
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "slice").touch()
+    for name, source, output, code in (
+            (None, "series", "a.dcm", "FORMAT"), ("foo", "series", "out", "FORMAT"),
+            ("seg", "series", "b.nii.gz", "OUTPUT_NAME"), ("nifti", "a.nii.gz", "b.dcm", "OUTPUT_NAME"),
+            ("seg", "a.nii.gz", "b.dcm", "FORMAT")):
+        with pytest.raises(UsageError) as caught:
+            check_inputs(tmp_path / source, tmp_path / output, output_formats.output_format(name, tmp_path / output))
+        assert (caught.value.code, caught.value.exit_code) == (code, 2)
+    for module in ("autosam3d.io.dicom_seg", "autosam3d.io.dicom_rtstruct"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(UsageError, match=r'autosam3d\[dicom\]') as caught:
+        output_formats.output_format("rtstruct", tmp_path / "out")
+    assert caught.value.code == "MISSING_EXTRA"

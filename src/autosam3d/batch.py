@@ -18,13 +18,15 @@ import numpy as np
 import autosam3d
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.inference import Model, SegmentOptions, begin_segment
-from autosam3d.io import ReadOptions, read_ct, write_segmentation
+from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_bytes_atomic, write_text_atomic
+from autosam3d.io.output_formats import NIFTI, OutputFormat, WriteLabels, label_writer
 from autosam3d.volume import Segmentation, Volume
 
 _log = logging.getLogger(__name__)
 
 _NIFTI = (".nii.gz", ".nii")
+_ENDINGS = (*_NIFTI, ".dcm")
 _MAX_REPORT_BYTES = 1 << 20
 # A file name may have 255 bytes at most on every common file system; the longest name beside an output ends so.
 _MAX_STEM_BYTES = 255 - len(".report.json")
@@ -87,30 +89,37 @@ class SourcedModel(Model, Protocol):
     def runtime(self) -> str: ...
 
 
-def check_inputs(source: Path, output: Path) -> list[Job]:
+def check_inputs(source: Path, output: Path, form: OutputFormat = NIFTI) -> list[Job]:
     """The scans at `source` and the files that their labels go to; nothing is read or written.
 
     Args:
         source: a NIfTI file, a folder with one DICOM series, or a folder of NIfTI files or of DICOM folders.
         output: a name that ends with .nii.gz or .nii for one scan, else a folder; there a scan ``CASE.nii.gz`` or
             ``CASE_0000.nii.gz`` (nnU-Net's name for the first channel) becomes ``CASE.nii.gz``.
+        form: of the outputs; a DICOM object's name ends with .dcm, in a folder with .seg.dcm or .rtstruct.dcm.
 
     Raises:
         VolumeError: UNREADABLE, no such source, or NO_SCANS, an empty folder.
         UsageError: OUTPUT_NAME, also of one that is too long; SAME_PATH, a scan would be overwritten; DUP_CASE, two
-            scans have one name.
+            scans have one name; FORMAT, a NIfTI file cannot become a DICOM object.
     """
     if not os.path.exists(source):  # noqa: PTH110 - unlike Path.exists, no error where no file system has such a name
         raise VolumeError("UNREADABLE", source, "no such file or folder", "check the path")
     scans = scans_in(source, output) if source.is_dir() else [source]
-    is_file = output.name.lower().endswith(_NIFTI) and not output.is_dir()
+    nifti = next((scan for scan in scans if form.is_dicom and not scan.is_dir()), None)
+    if nifti is not None:
+        raise UsageError("FORMAT", nifti, f"expected a DICOM series for --format {form.name}, got a file",
+                         "name the folder of the series, or use --format nifti")
+    is_file = output.name.lower().endswith(form.endings) and not output.is_dir()
     if is_file and len(scans) > 1:
         raise UsageError("OUTPUT_NAME", output, f"expected a folder for {len(scans)} scans, got a file name",
                          "name a folder")
-    if not is_file and output.suffix and not output.is_dir() and scans == [source]:
-        raise UsageError("OUTPUT_NAME", output, "expected a folder or a name that ends with .nii.gz or .nii",
-                         "rename the output")
-    jobs = [Job(_case_name(scan), scan, output if is_file else output / f"{_case_name(scan)}.nii.gz") for scan in scans]
+    if not is_file and output.suffix and not output.is_dir() and (
+            scans == [source] or output.name.lower().endswith(_ENDINGS)):
+        raise UsageError("OUTPUT_NAME", output, "expected a folder or a name that ends with "
+                         f"{' or '.join(form.endings)}", "rename the output")
+    jobs = [Job(_case_name(scan), scan, output if is_file else output / f"{_case_name(scan)}{form.ending_in_folder}")
+            for scan in scans]
     for job in jobs:
         if len(os.fsencode(_stem(job.output))) > _MAX_STEM_BYTES:
             raise UsageError("OUTPUT_NAME", job.output, f"expected a case name of at most {_MAX_STEM_BYTES} bytes",
@@ -126,6 +135,7 @@ def segment_batch(
     *,
     options: ReadOptions | None = None,
     how: SegmentOptions | None = None,
+    form: OutputFormat = NIFTI,
     overwrite: bool = False,
     preview: bool = False,
     progress: BatchProgress | None = None,
@@ -142,6 +152,7 @@ def segment_batch(
         model: is asked for its predictor once per scan.
         options: for reading.
         how: for segmenting.
+        form: of the outputs, as `check_inputs` had it.
         overwrite: replace outputs that are there and are not this very batch's; without it nothing is begun.
         preview: also write ``CASE.png``.
         progress: told of scans and windows.
@@ -158,10 +169,10 @@ def segment_batch(
         options = replace(options, max_ram_bytes=how.max_ram_bytes)
     result = BatchResult(jobs[0].output.parent)
     _demand_writable(result.output)
-    run = _Run(model, options, how, preview)
+    run = _Run(model, options, how, preview, form)
     states = {job: run.state(job) for job in jobs if job.output.exists()}
     foreign = [job for job in states if states[job] == "foreign"]
-    foreign += [job for job in jobs if job not in states and _has_strange_neighbours(job, preview)]
+    foreign += [job for job in jobs if job not in states and _has_strange_neighbours(job, preview, form)]
     if foreign and not overwrite:
         raise UsageError("EXISTS", foreign[0].output, f"it, or a file that goes beside it, exists and is not of this "
                          f"model, scan and settings "
@@ -195,6 +206,7 @@ class _Run:
     options: ReadOptions
     how: SegmentOptions
     preview: bool
+    form: OutputFormat = NIFTI
 
     def state(self, job: Job) -> str:
         """Of an output that exists: "finished", "begun" (ours, its writer was killed), "foreign", or "unreadable" where
@@ -217,6 +229,7 @@ class _Run:
     def work(self, job: Job, progress: BatchProgress | None) -> None:
         volume: Volume | None = read_ct(job.source, self.options)
         identity = self._identity(job)
+        write = self._writer(job, volume)
         finish = begin_segment(volume, self.model, self.how)
         if not self.preview:
             volume = None  # its place in memory is what the windows take
@@ -228,20 +241,28 @@ class _Run:
         old_report = job.report.read_bytes() if job.report.is_file() else None
         _write_report(job.report, identity | {"status": "writing", "replaces_sha256": replaces})
         try:
-            write_segmentation(job.output, segmentation, self.model.recipe.labels)
+            found = write(job.output, segmentation, self.model.recipe.labels)
         except BaseException:
             if _sha256_if_there(job.output) == replaces:
                 _put_back(job.report, old_report)
             raise
         if volume is not None:
             self._write_preview(job, volume, segmentation)
+        segmentation = replace(segmentation, warnings=(*segmentation.warnings, *found))
         findings = self._findings(segmentation) | {"output_sha256": sha256_of(job.output)}
         _write_report(job.report, identity | findings | {"status": "finished"})
+
+    def _writer(self, job: Job, volume: Volume) -> WriteLabels:
+        recipe = self.model.recipe
+        by = (f"autosam3d {recipe.name}", autosam3d.__version__, self.model.sha256)
+        return label_writer(self.form, job.source, volume.source, self.options, by)
 
     def _identity(self, job: Job) -> dict[str, Any]:
         """What makes an output this one: equal values, equal labels."""
         tiling = self.how.tiling or self.model.recipe.inference
         settings = asdict(tiling) | {"tta": self.how.tta}
+        if self.form is not NIFTI:
+            settings["format"] = self.form.name
         settings["reading"] = {k: v for k, v in asdict(self.options).items() if k != "max_ram_bytes"}
         return {
             "model_sha256": self.model.sha256,
@@ -315,7 +336,7 @@ def _case_name(scan: Path) -> str:
 
 
 def _stem(path: Path) -> str:
-    for suffix in _NIFTI:
+    for suffix in _ENDINGS:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name
@@ -357,9 +378,9 @@ def _refuse_equal_names(jobs: Sequence[Job]) -> None:
                              "rename or remove one of them")
 
 
-def _has_strange_neighbours(job: Job, preview: bool) -> bool:
+def _has_strange_neighbours(job: Job, preview: bool, form: OutputFormat) -> bool:
     """Whether a file beside the output-to-be would be replaced that no run of ours has begun to write."""
-    beside = [".json", ".labels.txt", ".ctbl", ".report.json", *([".png"] if preview else [])]
+    beside = [*form.beside, ".report.json", *([".png"] if preview else [])]
     there = any(job.output.with_name(_stem(job.output) + suffix).exists() for suffix in beside)
     return there and "model_sha256" not in _read_report(job.report)
 

@@ -146,8 +146,11 @@ def _report_training(folder: Path, result: Any) -> None:
 def segment(
     paths: Annotated[list[Path], typer.Argument(
         metavar="[MODEL] INPUT OUTPUT", help="MODEL: run folder, checkpoint's .json, packed model or export; default: "
-        "the model of the package. INPUT: NIfTI file, DICOM series, or a folder of scans. OUTPUT: NIfTI file, or a "
-        "folder when INPUT is a folder of scans.")],
+        "the model of the package. INPUT: NIfTI file, DICOM series, or a folder of scans. OUTPUT: NIfTI file (.nii.gz) "
+        "or DICOM object (.dcm), or a folder when INPUT is a folder of scans.")],
+    output_form: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="nifti (default); of a DICOM "
+                                                    "series also seg, seg-labelmap (smaller, for new viewers) or "
+                                                    "rtstruct.")] = None,
     sam: Sam = None,
     overlap: Annotated[float | None, typer.Option(help="Window overlap, 0 to 0.9; default: the recipe's.")] = None,
     max_ram: Annotated[float | None, typer.Option(help="GiB that this process may take at most, all in all.")] = None,
@@ -171,6 +174,7 @@ def segment(
     from autosam3d.batch import check_inputs, segment_batch
     from autosam3d.inference import SegmentOptions
     from autosam3d.io import ReadOptions
+    from autosam3d.io.output_formats import output_format
     from autosam3d.patches import Tiling
 
     # Beyond 0.9 each voxel is seen a thousand times and more.
@@ -183,7 +187,8 @@ def segment(
     options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
                           volume_index=volume, series=series, force=force)
     model, source, output = _model_and_scans(paths)
-    jobs = check_inputs(source, output)
+    form = output_format(output_form, output)
+    jobs = check_inputs(source, output, form)
     from autosam3d.model_choice import ModelWish, open_model
 
     max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
@@ -195,7 +200,8 @@ def segment(
     how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
     with progress_bars() as bars:
         result = segment_batch(
-            jobs, loaded, options=options, how=how, overwrite=overwrite, preview=preview, progress=BatchView(bars),
+            jobs, loaded, options=options, how=how, form=form, overwrite=overwrite, preview=preview,
+            progress=BatchView(bars),
         )
     _report_batch(result)
 

@@ -46,17 +46,13 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
         ResourceError: MEMORY.
     """
     folder = Path(folder)
-    found = scan_folder(folder, options.force)
-    warnings = [f"left out: {count_text(count, kind)}" for kind, count in sorted(found.others.items())]
-    slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
-    _check_uniform(slices, folder, warnings)
-    where = f"{folder}: series {slices[0].series}"
-    places = _places(slices)
-    _check_number(len(places), where, options, warnings)
+    warnings: list[str] = []
+    places, num_files = _stack(folder, options, warnings)
+    where = f"{folder}: series {places[0][0].series}"
     heights = _heights([place[0] for place in places], where)
-    rows, columns = slices[0].shape
+    rows, columns = places[0][0].shape
     demand_ram(rows * columns * (8 * len(places) + 24), where, options.max_ram_bytes)
-    voxels = _decode(places, folder, found.num_files, warnings)
+    voxels = _decode(places, folder, num_files, warnings)
     voxels, step_mm = _even(voxels, heights, where, warnings)
     affine, repaired = check_affine(_affine(places[0][0], step_mm), where)
     warnings += repaired
@@ -69,6 +65,25 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     source = source_grid("dicom", shape, affine)
     canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
     return Volume(canonical, canonical_affine(source), source, told(folder, warnings), str(folder))
+
+
+def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[CtSlice]:
+    """The slices that `read_dicom_series` makes its volume of, along the normal, one a place; pixels are not read.
+
+    Raises as `read_dicom_series`, without what is found in pixels and gaps.
+    """
+    return [place[0] for place in _stack(Path(folder), options, [])[0]]
+
+
+def _stack(folder: Path, options: ReadOptions, warnings: list[str]) -> tuple[list[list[CtSlice]], int]:
+    """(the slices of the chosen series in the order of their height, those in one place together; number of files)."""
+    found = scan_folder(folder, options.force)
+    warnings += [f"left out: {count_text(count, kind)}" for kind, count in sorted(found.others.items())]
+    slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
+    _check_uniform(slices, folder, warnings)
+    places = _places(slices)
+    _check_number(len(places), f"{folder}: series {slices[0].series}", options, warnings)
+    return places, found.num_files
 
 
 def _choose_series(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> list[CtSlice]:

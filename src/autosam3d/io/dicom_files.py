@@ -114,7 +114,7 @@ def scan_folder(folder: Path, force: bool) -> Folder:
     with quiet_pydicom():
         for number, path in enumerate(paths, start=1):
             where = f"{folder}: file {number} of {len(paths)}"
-            content = _dicom_bytes(path, where)
+            content = dicom_bytes(path, where)
             if content is None:
                 others["foreign"] += 1
                 continue
@@ -140,7 +140,7 @@ def decode_hu(ct_slice: CtSlice, where: str) -> tuple[np.ndarray, bool]:
     Raises:
         VolumeError: SLICE_CORRUPT, LENGTH, UNREADABLE.
     """
-    content = _dicom_bytes(ct_slice.path, where)
+    content = dicom_bytes(ct_slice.path, where)
     if content is None:
         raise _corrupt(where, "it is no DICOM file any more")
     with quiet_pydicom():
@@ -185,7 +185,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _dicom_bytes(path: Path, where: str) -> bytes | None:
+def dicom_bytes(path: Path, where: str) -> bytes | None:
     """The whole file, or None where it is not DICOM."""
     try:
         with open_regular(path) as file, readable(where):

@@ -24,7 +24,7 @@ except ImportError:
 # What pydicom and its decoders raise on damaged bytes; it has no common base.
 DAMAGE = (InvalidDicomError, AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OverflowError,
           RuntimeError, TypeError, UnicodeError, ValueError, struct.error)
-_LOGGERS = ("pydicom", "pylibjpeg", "openjpeg", "libjpeg")
+_LOGGERS = ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "highdicom")
 _REMEDY = "export the series again, whole"
 _MAX_MAGNITUDE = 1e6
 

@@ -1,0 +1,103 @@
+"""The forms that a segmentation can be written in, by name: NIfTI, DICOM SEG, RTSTRUCT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosam3d.errors import UsageError
+from autosam3d.io.nifti_write import write_segmentation
+from autosam3d.io.options import ReadOptions
+from autosam3d.labels import LabelMap
+from autosam3d.volume import Segmentation, SourceGrid
+
+if TYPE_CHECKING:
+    from autosam3d.io.dicom_source import Algorithm
+
+# Writes a segmentation to a path, and returns what there was to warn of.
+WriteLabels = Callable[[Path, Segmentation, LabelMap], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """One form of a result."""
+
+    name: str
+    """What `--format` calls it."""
+    endings: tuple[str, ...]
+    """Of an output's name."""
+    ending_in_folder: str
+    """Of the file that a scan becomes in a folder of results."""
+    beside: tuple[str, ...] = ()
+    """Endings of the label tables that are written beside it."""
+
+    @property
+    def is_dicom(self) -> bool:
+        return ".dcm" in self.endings
+
+
+NIFTI = OutputFormat("nifti", (".nii.gz", ".nii"), ".nii.gz", (".json", ".labels.txt", ".ctbl"))
+SEG = OutputFormat("seg", (".dcm",), ".seg.dcm")
+SEG_LABELMAP = OutputFormat("seg-labelmap", (".dcm",), ".seg.dcm")
+RTSTRUCT = OutputFormat("rtstruct", (".dcm",), ".rtstruct.dcm")
+_FORMATS = {form.name: form for form in (NIFTI, SEG, SEG_LABELMAP, RTSTRUCT)}
+
+
+def output_format(name: str | None, output: Path) -> OutputFormat:
+    """The format of that name; without one NIfTI, unless `output` asks for DICOM and does not say which.
+
+    Raises:
+        UsageError: FORMAT, OUTPUT_NAME.
+    """
+    ends_as_dicom = output.name.lower().endswith(".dcm") and not output.is_dir()
+    if name is None:
+        if ends_as_dicom:
+            raise UsageError("FORMAT", output, "expected --format beside a name that ends with .dcm: it can be a SEG "
+                             "or an RTSTRUCT", "add --format seg (for viewers) or --format rtstruct (for planning)")
+        return NIFTI
+    if name not in _FORMATS:
+        raise UsageError("FORMAT", f"--format {name}", f"expected {', '.join(_FORMATS)}", "name one of these")
+    form = _FORMATS[name]
+    if form.is_dicom:
+        _demand_extra()
+    return form
+
+
+def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, options: ReadOptions,
+                 algorithm: tuple[str, str, str]) -> WriteLabels:
+    """What will write the segmentation of the scan at `source`; whatever a series lacks is said now.
+
+    Args:
+        grid: of the scan as it was read.
+        options: it was read with.
+        algorithm: name, version, SHA-256 of the model; see `dicom_source.Algorithm`.
+
+    Raises:
+        VolumeError: as `dicom_source.read_source_series`. MissingExtraError.
+    """
+    if not form.is_dicom:
+        return _write_nifti
+    from autosam3d.io.dicom_source import Algorithm, read_source_series  # pydicom is optional and slow to import
+
+    made_by: Algorithm = Algorithm(*algorithm)
+    series = read_source_series(source, grid, options)
+    if form is RTSTRUCT:
+        from autosam3d.io.dicom_rtstruct import write_rtstruct
+
+        return lambda path, labels, names: write_rtstruct(path, labels, series, names, made_by)
+    from autosam3d.io.dicom_seg import write_dicom_seg
+
+    kind = "labelmap" if form is SEG_LABELMAP else "binary"
+    return lambda path, labels, names: write_dicom_seg(path, labels, series, names, made_by, kind)
+
+
+def _write_nifti(path: Path, segmentation: Segmentation, labels: LabelMap) -> tuple[str, ...]:
+    write_segmentation(path, segmentation, labels)
+    return ()
+
+
+def _demand_extra() -> None:
+    """MissingExtraError now rather than after minutes of work."""
+    import autosam3d.io.dicom_rtstruct  # noqa: F401
