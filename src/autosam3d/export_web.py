@@ -1,0 +1,105 @@
+"""From an exported model to a folder that any web server can give out: the browser app with that model in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.exported import Export
+from autosam3d.io.folders import staged_folder
+
+MARKER = "autosam3d-web.json"
+"""Says that a folder is one of ours, and what is in it."""
+MODEL_FOLDER = "model"
+_KEPT = ("autosam3d", "format", "kind", "metrics", "memory", "weights", "use")
+_BUILD_LINE = re.compile(r"^const BUILD = .*;$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class WebFolder:
+    """What was written."""
+
+    folder: Path
+    version: str
+    """Changes with every byte of the folder, so that browsers that kept an older one take the new one."""
+    sizes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def write_web_folder(export: Export, folder: Path, *, overwrite: bool = False) -> WebFolder:
+    """The built page, the network and its description; all of it, or nothing.
+
+    Nothing of the golden case goes in, which may be windows of a patient's scan.
+
+    Args:
+        export: whose model.onnx is taken, after its hash was compared.
+        folder: new, or with `overwrite` one that this function wrote before.
+
+    Raises:
+        UsageError: EXISTS.
+        CheckpointError: CORRUPT or HASH, the export is damaged; NO_APP, this installation lacks the built page.
+    """
+    demand_replaceable(folder, overwrite)
+    onnx = export.path("model.onnx")
+    with staged_folder(folder) as stage, as_file(files("autosam3d") / "web_app") as app:
+        if not (app / "index.html").is_file():
+            raise CheckpointError("NO_APP", app, "expected the built page, got none", "run npm run build in web/")
+        shutil.copytree(app, stage, dirs_exist_ok=True)
+        (stage / MODEL_FOLDER).mkdir()
+        shutil.copyfile(onnx, stage / MODEL_FOLDER / "model.onnx")
+        text = json.dumps(_description(export), indent=1, ensure_ascii=False) + "\n"
+        (stage / MODEL_FOLDER / "model.json").write_text(text, "utf-8")
+        version = _seal(stage)
+        sizes = {p.relative_to(stage).as_posix(): p.stat().st_size for p in sorted(stage.rglob("*")) if p.is_file()}
+    return WebFolder(folder, version, sizes)
+
+
+def demand_replaceable(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but a web folder which may be replaced.
+
+    Raises:
+        UsageError: EXISTS.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MARKER).is_file():
+        raise UsageError("EXISTS", folder, "the folder holds files that are not a web export", "name another folder")
+    if not overwrite:
+        raise UsageError("EXISTS", folder, "the folder holds a web export", "name another folder or allow --overwrite")
+
+
+def _description(export: Export) -> dict[str, Any]:
+    """What the page needs of model.json: no machine, no date, no settings of the training."""
+    return {**{key: export.meta[key] for key in _KEPT if key in export.meta}, "recipe": {"name": export.recipe.name}}
+
+
+def _seal(stage: Path) -> str:
+    """Tell the service worker which files to keep, and under which version."""
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "sw.js")
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + b"\0" + hashlib.sha256((stage / name).read_bytes()).digest())
+    version = digest.hexdigest()[:16]
+    # "./" is the page itself, as people type it.
+    kept = ["./", *(f"./{name}" for name in names if name not in ("index.html", "licenses.txt"))]
+    script = stage / "sw.js"
+    line = f"const BUILD = {json.dumps({'version': version, 'files': kept})};"
+    text, count = _BUILD_LINE.subn(lambda _: line, script.read_text("utf-8"))
+    if count != 1:
+        raise CheckpointError("NO_APP", script, "expected one line that names the build, got "
+                              f"{count}", "run npm run build in web/")
+    script.write_text(text, "utf-8")
+    (stage / MARKER).write_text(json.dumps({"version": version}) + "\n", "utf-8")
+    return version
