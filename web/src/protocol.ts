@@ -15,6 +15,8 @@ export type Report =
   | { type: "threads"; count: number; isolated: boolean }
   /** The CT for the viewer, as soon as it is read. */
   | { type: "scan"; nifti: ArrayBuffer; shape: Triple; warnings: string[] }
+  /** What a person should know of the result. */
+  | { type: "remark"; text: string }
   | { type: "progress"; done: number; total: number; secondsLeft: number | null }
   | {
       type: "done";

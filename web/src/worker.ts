@@ -35,6 +35,7 @@ async function segmentFile({ file, base, budget }: Start) {
   say({ type: "stage", text: "Preparing the scan" });
   const prepared = prepare(volume.voxels, volume.shape, volume.spacingMm, description);
   volume.voxels = new Float32Array(0);
+  remarkSmallScan(prepared, model);
   say({ type: "threads", count: threadCount(), isolated: self.crossOriginIsolated });
   say({ type: "stage", text: "Loading the model" });
   const predict = await loadPredictor(base, model);
@@ -57,6 +58,13 @@ function showScan({ voxels, shape, affine, warnings }: Volume) {
   const shown = Int16Array.from(voxels, (hu) => Math.min(Math.max(Math.round(hu), -32768), 32767));
   const nifti = viewerNifti(shown, shape, affine, false).buffer as ArrayBuffer;
   say({ type: "scan", nifti, shape, warnings }, [nifti]);
+}
+
+/** The model has seldom seen so much air, or none in training. */
+function remarkSmallScan({ undo: { preparedShape } }: Prepared, { description: { patch } }: Model) {
+  if (preparedShape.every((n, i) => n >= patch[i]!)) return;
+  say({ type: "remark", text: `The scan is smaller than the model's window (${preparedShape.join(" x ")} of `
+    + `${patch.join(" x ")} voxels, cropped and resampled): air was put around it.` });
 }
 
 /** Progress with the time that the rest will take, by what the windows took so far. */

@@ -33,8 +33,9 @@ PATCH = (16, 32, 32)
 FILES = [
     ("RAS", "<i2", (1, 0), 1), ("LPS", "<i2", (1, -1024), 1), ("PSR", ">i2", (1, 0), 1), ("SLA", "<f4", (1, 0), 1),
     ("IPL", "<u2", (1, -1024), 2), ("ARI", "<i4", (0.5, 0), 2), ("LAS", "<f8", (1, 0), 1), ("RSA", ">f4", (2, -3), 1),
-    ("PIL", "<i8", (1, 0), 1), ("ASL", "<u2", (1.5, -1024.25), 1), ("LIA", ">i4", (1, 0), 2), ("AIR", "<u4", (1, -1024), 1),
-    ("RPI", "|u1", (8, -1024), 1), ("IAL", "|i1", (8, 0), 1), ("SPR", "<u8", (1, -1024), 1),
+    ("PIL", "<i8", (1, 0), 1), ("ASL", "<u2", (1.5, -1024.25), 1), ("LIA", ">i4", (1, 0), 2),
+    ("AIR", "<u4", (1, -1024), 1), ("RPI", "|u1", (8, -1024), 1), ("IAL", "|i1", (8, 0), 1),
+    ("SPR", "<u8", (1, -1024), 1),
 ]
 
 
@@ -122,10 +123,10 @@ def _refused() -> list[dict[str, str]]:
         "dtype": patched((70, np.array(32, "<i2").tobytes())), "bitpix": patched((72, two)),
         "offset": patched((108, np.array(np.nan, "<f4").tobytes())),
         "slope": patched((112, np.array(np.inf, "<f4").tobytes())),
-        "no_orientation": patched((252, bytes(4))), "conflict": patched((254, b"\1\0"), (280, np.diag([5.0, 4, 3]).astype("<f4").tobytes())),
+        "no_orientation": patched((252, bytes(4))), "conflict": patched((254, b"\1\0"), (280, _sform(5, 4, 3))),
         "constant": whole[:352] + bytes(len(whole) - 352),
         "damaged_gzip": gzip.compress(whole, mtime=0)[:-200] + bytes(200),
-        "spacing": patched((252, b"\0\0\1\0"), (280, np.diag([50.0, 40, 30, 1])[:3].astype("<f4").tobytes())),
+        "spacing": patched((252, b"\0\0\1\0"), (280, _sform(50, 40, 30))),
     }
     rows = []
     for name, data in broken.items():
@@ -138,10 +139,15 @@ def _refused() -> list[dict[str, str]]:
         else:
             raise AssertionError(f"{name} was read")
         path.unlink()
-        path.with_suffix(".nii.gz").write_bytes(gzip.compress(data, mtime=0)) if name != "damaged_gzip" else (
-            path.with_suffix(".nii.gz").write_bytes(data))
+        packed = data if name == "damaged_gzip" else gzip.compress(data, mtime=0)
+        path.with_suffix(".nii.gz").write_bytes(packed)
         rows[-1]["file"] += ".gz"
     return rows
+
+
+def _sform(*spacing_mm: float) -> bytes:
+    """The bytes of its three rows."""
+    return np.diag([*spacing_mm, 1.0])[:3].astype("<f4").tobytes()
 
 
 def _grids() -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ async function onReport(report: Report, name: string) {
     case "stage": return tell(`${report.text} …`);
     case "threads": return tellThreads(report.count, report.isolated);
     case "scan": return onScan(report);
+    case "remark": return addRemark(report.text);
     case "progress": return onProgress(report);
     case "done": return onDone(report, name);
     case "error": return fail(report.message);
@@ -97,14 +98,17 @@ async function onScan({ nifti, warnings }: Extract<Report, { type: "scan" }>) {
   show("drop", false);
   show("canvas", true);
   show("views", true);
-  element("warnings").replaceChildren(...warnings.map((text) => {
-    const item = document.createElement("li");
-    item.textContent = text;
-    return item;
-  }));
-  show("warnings", warnings.length > 0);
+  element("warnings").replaceChildren();
+  warnings.forEach(addRemark);
   document.querySelector<HTMLInputElement>("input[name=view][value=all]")!.checked = true;
   await viewer.showScan(nifti);
+}
+
+function addRemark(text: string) {
+  const item = document.createElement("li");
+  item.textContent = text;
+  element("warnings").append(item);
+  show("warnings", true);
 }
 
 function onProgress({ done, total, secondsLeft }: Extract<Report, { type: "progress" }>) {

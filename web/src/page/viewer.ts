@@ -1,5 +1,5 @@
 /** The CT with its organs on a canvas: NiiVue in three planes and 3D. */
-import { NVImage, Niivue, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
+import { MULTIPLANAR_TYPE, NVImage, Niivue, SHOW_RENDER, SLICE_TYPE } from "@niivue/niivue";
 import type { Organ } from "../core/model.ts";
 
 /** Where the voxels of `viewerNifti` begin. */
@@ -19,7 +19,8 @@ export class Viewer {
   constructor(private readonly canvas: HTMLCanvasElement) {
     this.nv = new Niivue({
       dragAndDropEnabled: false, isColorbar: false, backColor: [0, 0, 0, 1], crosshairColor: [0.44, 0.72, 0.88, 0.8],
-      multiplanarShowRender: SHOW_RENDER.ALWAYS, loadingText: "", show3Dcrosshair: true,
+      multiplanarShowRender: SHOW_RENDER.ALWAYS, multiplanarLayout: MULTIPLANAR_TYPE.GRID, multiplanarPadPixels: 4,
+      crosshairWidth: 0.6, crosshairWidthUnit: "mm", loadingText: "", show3Dcrosshair: true,
       isRadiologicalConvention: true, sagittalNoseLeft: false, logLevel: "silent",
     });
     canvas.addEventListener("keydown", (event) => this.onKey(event));
@@ -68,7 +69,7 @@ export class Viewer {
 
   /** The cross-hair in the middle of an organ's voxels, so that showing it also finds it. */
   goTo(label: number) {
-    const dims = this.labels?.dims;
+    const dims = this.labels?.hdr?.dims;
     if (!dims) return;
     const [nx, ny] = [dims[1]!, dims[2]!];
     let [count, x, y, z] = [0, 0, 0, 0];

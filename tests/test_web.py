@@ -1,0 +1,341 @@
+"""The browser app: its unit tests, the folder that `export-web` writes, the page in a real browser beside Python."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.export_web import MARKER, write_web_folder
+from autosam3d.exported import load_exported, open_export
+from autosam3d.inference import segment
+from autosam3d.io import read_ct, read_segmentation
+from autosam3d.io.nifti_write import write_ct
+from autosam3d.phantom import make_phantom
+
+REPO = Path(__file__).resolve().parents[1]
+WEB, APP = REPO / "web", REPO / "src/autosam3d/web_app"
+CHROMIUM = os.environ.get("AUTOSAM3D_CHROMIUM") or shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
+         "--enable-unsafe-swiftshader"]
+WAIT_MS = 240_000
+# A CT of the user's own may be named here, to show the agreement on it.
+CASES = os.environ.get("AUTOSAM3D_WEB_CTS", "")
+
+
+def test_unit_tests_of_the_page() -> None:
+    """Reading, preparing, stitching and restoring give the bits that Python gave: see web/test/make_vectors.py."""
+    if not (shutil.which("node") and (WEB / "node_modules/vitest").is_dir()):
+        pytest.skip("needs node, and npm ci in web/")
+    vitest = [WEB / "node_modules/.bin/vitest", "run"]
+    done = subprocess.run(vitest, cwd=WEB, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_built_page_forbids_requests_elsewhere() -> None:
+    page = (APP / "index.html").read_text("utf-8")
+    assert "default-src 'none'" in page and "connect-src 'self' data: blob:" in page
+    assert "http://" not in page and "https://" not in page
+    assert sum(p.stat().st_size for p in APP.rglob("*") if p.is_file()) < 20e6
+
+
+def test_the_lock_file_names_no_registry() -> None:
+    lock = json.loads((WEB / "package-lock.json").read_text("utf-8"))
+    assert len(lock["packages"]) > 20
+    assert [name for name, entry in lock["packages"].items() if "resolved" in entry] == []
+
+
+@pytest.fixture(scope="session")
+def web_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged model, exported."""
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the extra export")
+    from autosam3d.checkpoint import load_model
+    from autosam3d.export import export_model
+
+    folder = tmp_path_factory.mktemp("web") / "export"
+    export_model(load_model(REPO / "src/autosam3d/weights/openkbp_tiny"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(web_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("web") / "site"
+    write_web_folder(open_export(web_export), folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_folder_holds_the_model_and_no_scan(site: Path, web_export: Path) -> None:
+    meta = json.loads((site / "model/model.json").read_text("utf-8"))
+    assert (site / "model/model.onnx").read_bytes() == (web_export / "model.onnx").read_bytes()
+    assert [label["name"] for label in meta["use"]["labels"]][:2] == ["background", "brainstem"]
+    assert "machine" not in meta and not list(site.rglob("golden*"))
+    build = next(line for line in (site / "sw.js").read_text("utf-8").splitlines() if line.startswith("const BUILD"))
+    kept = json.loads(build.removeprefix("const BUILD = ").removesuffix(";"))["files"]
+    assert all((site / name).exists() for name in kept)
+    assert {"./", "./model/model.onnx", "./ort/ort-wasm-simd-threaded.wasm"} <= set(kept)
+
+
+@pytest.mark.slow
+def test_another_model_is_another_version(web_export: Path, tmp_path: Path) -> None:
+    export = open_export(web_export)
+    one = write_web_folder(export, tmp_path / "one")
+    again = write_web_folder(export, tmp_path / "again")
+    assert one.version == again.version
+    export.meta["use"]["overlap"] = 0.5
+    assert write_web_folder(export, tmp_path / "other").version != one.version
+
+
+@pytest.mark.slow
+def test_folders_of_others_are_left_alone(web_export: Path, tmp_path: Path) -> None:
+    export = open_export(web_export)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not a web export"):
+        write_web_folder(export, tmp_path / "mine", overwrite=True)
+    write_web_folder(export, tmp_path / "web")
+    with pytest.raises(UsageError, match="--overwrite"):
+        write_web_folder(export, tmp_path / "web")
+    write_web_folder(export, tmp_path / "web", overwrite=True)
+    assert (tmp_path / "web" / MARKER).is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "web"]
+
+
+@pytest.mark.slow
+def test_a_damaged_export_leaves_nothing(web_export: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(web_export, broken)
+    data = bytearray((broken / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (broken / "model.onnx").write_bytes(data)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        write_web_folder(open_export(broken), tmp_path / "web")
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize(("words", "code"), [(["nowhere", "out"], 4), ([".", "."], 2)])
+def test_the_command_refuses_in_one_line(words: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    done = subprocess.run([sys.executable, "-m", "autosam3d", "export-web", *words], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (code, 1), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    """What `python -m http.server` gives out, without its log."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    with api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+class _Page:
+    """A page of its own, which remembers where requests went."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.address = address
+        self.context = browser.new_context(accept_downloads=True, **options)
+        self.requests: list[str] = []
+        self.faults: list[str] = []
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.page = self.context.new_page()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        self.page.goto(address)
+        self.page.wait_for_function("document.querySelector('#model').textContent.includes('brainstem')")
+
+    def isolated(self) -> bool:
+        """After the service worker took the page over."""
+        self.page.wait_for_function("crossOriginIsolated", timeout=WAIT_MS)
+        self.page.wait_for_function("document.querySelector('#model').textContent.includes('brainstem')")
+        return True
+
+    def segment(self, scan: Path) -> str:
+        self.page.set_input_files("#file", scan)
+        return self.outcome()
+
+    def outcome(self) -> str:
+        self.page.wait_for_function("document.querySelector('#status').textContent.startsWith('Done') "
+                                    "|| !document.querySelector('#error').hidden", timeout=WAIT_MS)
+        fault = self.page.text_content("#error") if self.page.is_visible("#error") else ""
+        return fault or self.page.text_content("#status")
+
+    def download(self, button: str, to: Path) -> Path:
+        with self.page.expect_download() as download:
+            self.page.click(button)
+        download.value.save_as(to)
+        return to
+
+    def left_the_site(self) -> list[str]:
+        own = (self.address, f"blob:{self.address}", "data:")
+        return [url for url in self.requests if not url.startswith(own)]
+
+
+@pytest.fixture
+def opened(browser: Any, address: str) -> Iterator[Any]:
+    pages: list[_Page] = []
+
+    def open_page(**options: Any) -> _Page:
+        pages.append(_Page(browser, address, **options))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.context.close()
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An abdomen in an oblique grid of odd axis order; the model takes parts of it for a cord and a mandible."""
+    path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
+    write_ct(path, make_phantom(3, (40, 80, 80), (5.0, 4.0, 4.0))[0])
+    return path
+
+
+def _agreement(page: _Page, scan: Path, export: Path, to: Path) -> tuple[float, int]:
+    """Share of voxels with one label in the browser and in Python, and voxels that are any organ in either."""
+    assert page.segment(scan).startswith("Done")
+    ours = segment(read_ct(scan), load_exported(open_export(export), "onnxruntime", 1))
+    theirs = read_segmentation(page.download("#nifti", to))
+    assert np.allclose(theirs.affine, ours.affine) and theirs.labels.shape == ours.labels.shape
+    assert theirs.organs == ours.organs
+    rows = page.download("#csv", to.with_suffix(".csv")).read_text().splitlines()[1:]
+    for row in rows:
+        label, _, voxels, ml = row.split(",")
+        assert int(voxels) == np.count_nonzero(theirs.labels == int(label))
+        assert float(ml) == pytest.approx(theirs.volume_ml(int(label)), abs=1e-3)
+    equal = float(np.mean(ours.labels == theirs.labels))
+    return equal, int(np.count_nonzero((ours.labels > 0) | (theirs.labels > 0)))
+
+
+@pytest.mark.slow
+def test_the_browser_labels_as_python_does(opened: Any, web_export: Path, phantom: Path, tmp_path: Path) -> None:
+    page = opened()
+    assert page.isolated()
+    for scan in [phantom, *(Path(name) for name in CASES.split(os.pathsep) if name)]:
+        equal, organ_voxels = _agreement(page, scan, web_export, tmp_path / "seg.nii.gz")
+        print(f"{scan.name}: {100 * equal:.5f} % of the voxels equal, {organ_voxels} of organs")
+        assert organ_voxels > 50
+        assert equal >= 0.999
+    assert "thread" in page.page.text_content("#threads")
+    assert page.left_the_site() == [] and page.faults == []
+
+
+@pytest.mark.slow
+def test_without_threads_it_says_so_and_works(opened: Any, phantom: Path) -> None:
+    page = opened(service_workers="block")
+    assert page.page.evaluate("crossOriginIsolated") is False
+    assert page.segment(phantom).startswith("Done")
+    assert "one thread" in page.page.text_content("#threads")
+
+
+@pytest.mark.slow
+def test_it_works_offline_after_the_first_visit(opened: Any, phantom: Path) -> None:
+    page = opened()
+    assert page.isolated()
+    page.context.set_offline(True)
+    page.page.reload()
+    assert page.isolated()
+    assert page.segment(phantom).startswith("Done")
+
+
+@pytest.mark.slow
+def test_nothing_reaches_another_address(opened: Any) -> None:
+    """Neither the page nor the worker of the runtime may ask elsewhere, whoever's code runs in them."""
+    page = opened()
+    assert page.isolated()
+    ask = "fetch('http://127.0.0.1:9/').then(() => 'sent', (error) => 'refused')"
+    assert page.page.evaluate(ask) == "refused"
+    policies = page.page.evaluate("""async () => {
+        const name = performance.getEntriesByType('resource').map((e) => e.name).find((n) => n.endsWith('.js'));
+        return (await fetch(name)).headers.get('Content-Security-Policy'); }""")
+    assert "connect-src 'self'" in policies
+    assert any("Content Security Policy" in fault for fault in page.faults)
+    assert page.left_the_site() == []
+
+
+@pytest.mark.slow
+def test_organs_hide_by_keyboard_and_cancel_stops(opened: Any, phantom: Path) -> None:
+    page = opened(viewport={"width": 390, "height": 844})
+    assert page.isolated()
+    page.page.set_input_files("#file", phantom)
+    page.page.wait_for_selector("#cancel", state="visible")
+    page.page.focus("#cancel")
+    page.page.keyboard.press("Enter")
+    assert page.page.text_content("#status") == "Cancelled."
+    assert not page.page.is_visible("#work")
+    assert page.segment(phantom).startswith("Done")
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.page.locator("#organs input:enabled").first
+    before = page.page.screenshot(clip=_clip(page))
+    box.focus()
+    page.page.keyboard.press("Space")
+    page.page.wait_for_timeout(500)
+    assert not box.is_checked()
+    assert page.page.screenshot(clip=_clip(page)) != before
+    unnamed = page.page.evaluate("""[...document.querySelectorAll('button, input, canvas, progress')].filter((e) =>
+        !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length)).map((e) => e.id)""")
+    assert unnamed == []
+
+
+def _clip(page: _Page) -> dict[str, float]:
+    page.page.evaluate("scrollTo(0, 0)")
+    box = page.page.locator("#canvas").bounding_box()
+    assert box is not None
+    return box
+
+
+@pytest.mark.slow
+def test_bad_scans_are_refused_in_words(opened: Any, phantom: Path, tmp_path: Path) -> None:
+    page = opened()
+    cut = tmp_path / "cut.nii.gz"
+    cut.write_bytes(phantom.read_bytes()[:-500])
+    assert "cut or damaged" in page.segment(cut)
+    text = tmp_path / "notes.nii"
+    text.write_text("no scan " * 100)
+    assert "expected a NIfTI file" in page.segment(text)
+    large = tmp_path / "large.nii"
+    header = nib.Nifti1Header()
+    header.set_data_shape((1024, 1024, 1500))
+    header.set_data_dtype(np.int16)
+    header.set_sform(np.diag([0.5, 0.5, 0.5, 1]), code=1)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    with large.open("wb") as file:  # sparse: it takes no room on the disk
+        file.write(header.binaryblock)
+        file.truncate(352 + 2 * 1024 * 1024 * 1500)
+    refusal = page.segment(large)
+    assert "needs about" in refusal and "this device can give" in refusal
+    assert page.segment(phantom).startswith("Done")
