@@ -67,13 +67,14 @@ def _in_browser(address: str, scans: list[Path], folder: Path) -> list[dict[str,
             executable_path=os.environ.get("AUTOSAM3D_CHROMIUM") or shutil.which("chromium"), args=FLAGS)
         page = browser.new_context(accept_downloads=True).new_page()
         page.goto(address)
-        page.wait_for_function("crossOriginIsolated", timeout=WAIT_MS)
-        page.wait_for_timeout(1000)
+        page.wait_for_timeout(5000)
+        if not page.evaluate("crossOriginIsolated"):
+            sys.exit("the page got no threads: is the service worker there?")
         for scan in scans:
             page.set_input_files("#file", scan)
             page.wait_for_selector("#left:has-text('window 1 of')", state="attached", timeout=WAIT_MS)
             started = time.perf_counter()
-            page.wait_for_function("document.querySelector('#status').textContent.startsWith('Done')", timeout=WAIT_MS)
+            page.wait_for_selector("#status:has-text('Done')", timeout=WAIT_MS)
             after_first = time.perf_counter() - started
             windows = int(re.findall(r"of (\d+)", page.text_content("#left") or "")[0])
             with page.expect_download() as download:

@@ -17,7 +17,7 @@ const HEADERS = {
 self.addEventListener("install", (event) => {
   event.waitUntil((async () => {
     const cache = await caches.open(CACHE);
-    await cache.addAll(BUILD.files.map((file) => new Request(file, { cache: "reload" })));
+    await cache.addAll(BUILD.files.map((file) => new Request(file, { cache: "no-cache" })));
     await self.skipWaiting();
   })());
 });
