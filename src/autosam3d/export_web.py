@@ -87,13 +87,13 @@ def _description(export: Export) -> dict[str, Any]:
 
 def _seal(stage: Path) -> str:
     """Tell the service worker which files to keep, and under which version."""
-    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "sw.js")
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file())
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode() + b"\0" + hashlib.sha256((stage / name).read_bytes()).digest())
     version = digest.hexdigest()[:16]
     # "./" is the page itself, as people type it.
-    kept = ["./", *(f"./{name}" for name in names if name not in ("index.html", "licenses.txt"))]
+    kept = ["./", *(f"./{name}" for name in names if name not in ("index.html", "licenses.txt", "sw.js"))]
     script = stage / "sw.js"
     line = f"const BUILD = {json.dumps({'version': version, 'files': kept})};"
     text, count = _BUILD_LINE.subn(lambda _: line, script.read_text("utf-8"))
