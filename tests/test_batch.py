@@ -384,7 +384,8 @@ def segment_of(source: Path, model: Model) -> np.ndarray:
     return begin_segment(read_ct(source), model, SegmentOptions())(None).labels
 
 
-def test_output_formats_that_cannot_be(tmp_path, monkeypatch) -> None:
+def test_output_formats_that_cannot_be(tmp_path) -> None:
+    pytest.importorskip("highdicom", reason="the dicom extra is not installed")
     write_scan(tmp_path / "a.nii.gz")
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "slice").touch()
@@ -395,6 +396,9 @@ def test_output_formats_that_cannot_be(tmp_path, monkeypatch) -> None:
         with pytest.raises(UsageError) as caught:
             check_inputs(tmp_path / source, tmp_path / output, output_formats.output_format(name, tmp_path / output))
         assert (caught.value.code, caught.value.exit_code) == (code, 2)
+
+
+def test_a_missing_extra_is_said_before_the_work(tmp_path, monkeypatch) -> None:
     for module in ("autosam3d.io.dicom_seg", "autosam3d.io.dicom_rtstruct"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "highdicom", None)

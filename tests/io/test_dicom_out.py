@@ -238,6 +238,7 @@ SERIES_FAULTS = {
     "no study": (lambda ds, i: delattr(ds, "StudyInstanceUID"), "TAG_MISSING"),
     "no frame of reference": (lambda ds, i: delattr(ds, "FrameOfReferenceUID"), "TAG_MISSING"),
     "hostile UID": (lambda ds, i: setattr(ds, "StudyInstanceUID", "../Doe"), "TAG_INVALID"),
+    "two studies": (lambda ds, i: setattr(ds, "StudyInstanceUID", f"1.2.{i}"), "TAG_INVALID"),
     "one UID twice": (lambda ds, i: setattr(ds, "SOPInstanceUID", "1.2.3.4"), "TAG_INVALID"),
 }
 

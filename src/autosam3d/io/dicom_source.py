@@ -96,6 +96,9 @@ def read_source_series(folder: str | Path, grid: SourceGrid | None, options: Rea
     if len({image.SOPInstanceUID for image in images}) != len(images):
         raise VolumeError("TAG_INVALID", folder, "several slices have one SOPInstanceUID, so none can be referred to",
                           "export the series again")
+    if len({(image.StudyInstanceUID, image.SeriesInstanceUID) for image in images}) > 1:
+        raise VolumeError("TAG_INVALID", folder, "its slices name different studies, so the result belongs to none",
+                          "export the series again")
     return SourceSeries(str(folder), identity, images, tuple(warnings))
 
 
