@@ -6,7 +6,7 @@ PIP = PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install -q --disable-pip-version-
 TORCH_INDEX ?=
 NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 
-.PHONY: demo test test-mobile lint bench clean
+.PHONY: demo test test-mobile lint bench web clean
 
 # torch comes first and alone: a machine that has only the CPU build must not be handed the CUDA one by
 # another package's requirement. Where pip would take a CUDA build that is not wanted, name the index of PyTorch's
@@ -47,6 +47,10 @@ lint: $(VENV)/.ok
 
 bench: $(VENV)/.ok
 	for script in benchmarks/bench_*.py; do $(PY) $$script || exit 1; done
+
+# The browser app: its tests, and the built page into src/autosam3d/web_app. Needs node 20 or newer.
+web:
+	cd web && npm ci --no-audit --no-fund && npm test && npm run build
 
 clean:
 	rm -rf $(VENV) $(VENV)-mobile demo build dist

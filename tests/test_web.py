@@ -48,6 +48,18 @@ def test_unit_tests_of_the_page() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_the_built_page_is_that_of_the_source(tmp_path: Path) -> None:
+    if not (shutil.which("node") and (WEB / "node_modules/vite").is_dir()):
+        pytest.skip("needs node, and npm ci in web/")
+    build = [WEB / "node_modules/.bin/vite", "build", "--outDir", tmp_path / "app", "--logLevel", "error"]
+    done = subprocess.run(build, cwd=WEB, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fresh, kept = ({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+                   for folder in (tmp_path / "app", APP))
+    assert sorted(fresh) == sorted(kept)
+    assert [name for name in kept if fresh[name] != kept[name]] == [], "run npm run build in web/"
+
+
 def test_the_built_page_forbids_requests_elsewhere() -> None:
     page = (APP / "index.html").read_text("utf-8")
     assert "default-src 'none'" in page and "connect-src 'self' data: blob:" in page

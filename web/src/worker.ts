@@ -55,7 +55,9 @@ async function fetchedModel(base: string): Promise<Model> {
 }
 
 function showScan({ voxels, shape, affine, warnings }: Volume) {
-  const shown = Int16Array.from(voxels, (hu) => Math.min(Math.max(Math.round(hu), -32768), 32767));
+  // Not Int16Array.from, which makes a list of all numbers first.
+  const shown = new Int16Array(voxels.length);
+  for (let i = 0; i < shown.length; i++) shown[i] = Math.min(Math.max(Math.round(voxels[i]!), -32768), 32767);
   const nifti = viewerNifti(shown, shape, affine, false).buffer as ArrayBuffer;
   say({ type: "scan", nifti, shape, warnings }, [nifti]);
 }

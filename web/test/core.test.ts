@@ -90,6 +90,19 @@ describe("the whole way", () => {
   });
 });
 
+describe("the body", () => {
+  it("is found among more parts than a call takes arguments", () => {
+    const shape: [number, number, number] = [200, 200, 200];
+    const voxels = new Float32Array(200 ** 3).fill(-1000);
+    // Crosses of seven voxels survive the opening, each a part of its own.
+    for (let z = 1; z < 199; z += 3) for (let y = 1; y < 199; y += 3) for (let x = 1; x < 199; x += 3) {
+      const i = (z * 200 + y) * 200 + x;
+      for (const step of [0, 1, -1, 200, -200, 40000, -40000]) voxels[i + step] = 0;
+    }
+    expect(findBody(voxels, shape, [4, 4, 4])).toEqual({ start: [0, 0, 0], stop: [200, 200, 200] });
+  });
+});
+
 describe("memory", () => {
   const model = describedModel(vectors.cases[0].model);
 

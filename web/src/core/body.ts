@@ -29,7 +29,8 @@ export function findBody(voxels: Float32Array, shape: Triple, spacingMm: Triple)
   const whole: Box = { start: [0, 0, 0], stop: [...shape] };
   if (parts.sizes.length === 0) return whole;
   const voxelMm3 = steps.reduce((product, step, i) => product * (step * spacingMm[i]!), 1);
-  const smallest = Math.min(Math.max(...parts.sizes), PART_MM3 / voxelMm3);
+  const largest = parts.sizes.reduce((a, b) => Math.max(a, b));
+  const smallest = Math.min(largest, PART_MM3 / voxelMm3);
   const { start, stop } = cuboidOf(parts, smallest, coarseShape);
   const margins = spacingMm.map((mm) => Math.ceil(MARGIN_MM / mm));
   return {
