@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,8 @@ WRITERS = {
     "labelmap": lambda *args: dicom_seg.write_dicom_seg(*args, "labelmap"),
     "rtstruct": dicom_rtstruct.write_rtstruct,
 }
+# Beside this Python, where pip puts it, or on the path.
+DCMQI = shutil.which("segimage2itkimage", path=str(Path(sys.executable).parent)) or shutil.which("segimage2itkimage")
 _AXIAL = np.array([[1.0, 0, 0], [0, 1, 0]])
 
 
@@ -304,6 +308,28 @@ def test_plastimatch_fills_the_same_voxels(how: list[str], tmp_path: Path) -> No
     for organ, value in NAMES.items():
         (mask,) = (tmp_path / "masks").glob(f"{organ.replace(' ', '?')}.nii.gz")
         assert np.count_nonzero(np.asarray(nib.load(mask).dataobj)) == np.count_nonzero(_organs() == value)
+
+
+@pytest.mark.skipif(DCMQI is None, reason="dcmqi is not installed")
+@pytest.mark.parametrize("kind", ["seg", "labelmap"])
+def test_dcmqi_reads_the_same_voxels(kind: str, tmp_path: Path) -> None:
+    """dcmqi is what 3D Slicer's extension QuantitativeReporting reads DICOM SEG with."""
+    import nibabel as nib
+
+    organs = _organs()
+    _, segmentation, series = _read(_series(tmp_path / "ct", organs))
+    WRITERS[kind](tmp_path / "x.dcm", segmentation, series, LABELS, ALGORITHM)
+    (tmp_path / "out").mkdir()
+    subprocess.run([str(DCMQI), "--inputDICOM", str(tmp_path / "x.dcm"), "--outputDirectory", str(tmp_path / "out"),
+                    "-t", "nii", "--mergeSegments"], check=True, capture_output=True)
+    image = nib.load(tmp_path / "out" / "1.nii.gz")
+    told = json.loads((tmp_path / "out" / "meta.json").read_text())["segmentAttributes"]
+    values = {one["SegmentLabel"]: one["labelID"] for group in told for one in group}
+    assert {name: values[name] for name in NAMES} == NAMES
+    read = np.asarray(image.dataobj)
+    for value in NAMES.values():
+        ras = np.argwhere(read == value) @ image.affine[:3, :3].T + image.affine[:3, 3]
+        _same_points(ras * (-1, -1, 1), _lps(organs, value, _AXIAL))
 
 
 def test_colours_are_those_of_highdicom() -> None:
