@@ -284,6 +284,7 @@ class _Run:
             "shape_zyx": list(segmentation.shape),
             "spacing_mm_zyx": [round(mm, 6) for mm in segmentation.spacing_mm],
             "volumes_ml": {name: round(float(counts[index]) * voxel_ml, 3) for index, name in organs.items()},
+            "confidence": {organs[k]: round(v, 4) for k, v in segmentation.confidence.items()},
             "warnings": list(segmentation.warnings),
         }
 

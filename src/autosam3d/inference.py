@@ -19,7 +19,7 @@ from autosam3d.memory import MemoryPlan, estimate_ram_bytes, fit_memory
 from autosam3d.patches import Size, Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
 from autosam3d.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.recipe import Recipe
-from autosam3d.restore import restore_labels
+from autosam3d.restore import SlabRestorer, restore_labels
 from autosam3d.runtime import Predictor
 from autosam3d.volume import Segmentation, Volume, told
 
@@ -114,8 +114,11 @@ def begin_segment(volume: Volume, model: Model, options: SegmentOptions) -> Call
     affine, source, warnings = volume.affine, volume.source, (*volume.warnings, *found)
 
     def finish(progress: Progress | None) -> Segmentation:
-        labels = restore_labels(walk.slabs(voxels, progress), undo, predictor.num_outputs)
-        return Segmentation(labels, affine, source, dict(recipe.labels.by_index), warnings)
+        restorer = SlabRestorer(undo, predictor.num_outputs)
+        for slab in walk.slabs(voxels, progress):
+            restorer.add(slab)
+        organs = dict(recipe.labels.by_index)
+        return Segmentation(restorer.finish(), affine, source, organs, warnings, restorer.confidence())
 
     return finish
 

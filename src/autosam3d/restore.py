@@ -41,6 +41,8 @@ class SlabRestorer:
             raise ValueError(f"num_outputs: expected 1 to 256, got {num_outputs}")
         self._undo, self._num_outputs = undo, num_outputs
         self._labels = np.zeros(undo.native_shape, np.uint8)
+        # Of each label's voxels: their number, and the sum of the probabilities that won.
+        self._counts, self._winning = np.zeros(num_outputs), np.zeros(num_outputs)
         self._z, self._y, self._x = (
             Taps.between(m, n) for n, m in zip(undo.box.shape, undo.prepared_shape, strict=True)
         )
@@ -76,6 +78,10 @@ class SlabRestorer:
             raise ValueError(f"expected {self._undo.prepared_shape[0]} slices in all, got {self._next_prepared}")
         return self._labels
 
+    def confidence(self) -> dict[int, float]:
+        """Label to the mean probability of its voxels, 0 to 1; organs without a voxel are left out."""
+        return {k: float(self._winning[k] / self._counts[k]) for k in range(1, self._num_outputs) if self._counts[k]}
+
     def _restore_slice(self, native_z: int) -> None:
         below, above, weight = (a[native_z] for a in (self._z.below, self._z.above, self._z.weight))
         for old in [z for z in self._slices if z < below]:
@@ -96,6 +102,8 @@ class SlabRestorer:
             wins = probs > best[here]
             labels[here][wins] = k
             np.maximum(best[here], probs, out=best[here])
+        self._counts += np.bincount(labels.ravel(), minlength=self._num_outputs)
+        self._winning += np.bincount(labels.ravel(), best.ravel(), self._num_outputs)
         corner = self._undo.box.start
         self._labels[
             corner[0] + native_z, corner[1] + y0 : corner[1] + y1, corner[2] + x0 : corner[2] + x1

@@ -80,6 +80,8 @@ class Segmentation:
         affine: as in `Volume`.
         source: as in `Volume`.
         organs: label value to organ name, where the file or the model says so.
+        confidence: of a model's result, label value to the mean probability that the model gave the voxels which it
+            won, 0 to 1; not a chance of being right.
     """
 
     labels: np.ndarray
@@ -87,6 +89,7 @@ class Segmentation:
     source: SourceGrid | None = None
     organs: dict[int, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    confidence: dict[int, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,21 +1,24 @@
 /** The worker: one scan from file to labels, then it is ended. All that is heavy happens here. */
 import { AppError } from "./core/errors.ts";
-import { inflatedNifti } from "./core/inflate.ts";
-import { demandFits } from "./core/memory.ts";
+import { dicomSeg } from "./core/dicomSeg.ts";
+import { ChoiceError, type DicomScan } from "./core/dicomSeries.ts";
+import { sourceSeries, type SourceSeries } from "./core/dicomSource.ts";
 import { describedModel } from "./core/model.ts";
-import { readNifti, type Volume } from "./core/nifti.ts";
+import type { Volume } from "./core/nifti.ts";
 import { labelsNifti, viewerNifti } from "./core/niftiWrite.ts";
-import { prepare, segmentPrepared, type Prepared, type Progress } from "./core/segment.ts";
+import { readGiven } from "./core/scanInput.ts";
+import { prepare, segmentPrepared, type Prepared, type Progress, type Segmented } from "./core/segment.ts";
 import type { Report, Start } from "./protocol.ts";
 import { loadPredictor, threadCount, type Model } from "./runtime.ts";
 
 self.onmessage = (event: MessageEvent<Start>) => {
-  segmentFile(event.data).catch((error: unknown) => {
+  segmentScan(event.data).catch((error: unknown) => {
+    if (error instanceof ChoiceError) return say({ type: "choose", choices: error.choices });
     const known = error instanceof AppError ? error
       : error instanceof RangeError && /allocation|length/i.test(error.message)
-        ? new AppError("MEMORY", event.data.file.name, "this browser has no memory for the scan",
+        ? new AppError("MEMORY", event.data.name, "this browser has no memory for the scan",
           "close other tabs, or use a machine with more memory")
-        : new AppError("INTERNAL", event.data.file.name, String(error), "report it, without the scan");
+        : new AppError("INTERNAL", event.data.name, String(error), "report it, without the scan");
     say({ type: "error", code: known.code, message: known.message });
   });
 };
@@ -24,24 +27,24 @@ function say(report: Report, transfer: Transferable[] = []) {
   self.postMessage(report, { transfer });
 }
 
-async function segmentFile({ file, base, budget }: Start) {
+async function segmentScan({ files, name, base, budget, series }: Start) {
   const started = performance.now();
   say({ type: "stage", text: "Reading the scan" });
   const model = await fetchedModel(base);
   const { description } = model;
-  const bytes = await inflatedNifti(file, file.name, (header) => demandFits(header, description, budget, file.name));
-  const volume = readNifti(bytes, file.name);
+  const volume = await readGiven(files, name, description, budget, { series, progress: readingProgress() });
   showScan(volume);
   say({ type: "stage", text: "Preparing the scan" });
   const prepared = prepare(volume.voxels, volume.shape, volume.spacingMm, description);
   volume.voxels = new Float32Array(0);
+  const dicom = await referredSeries(volume, name);
   remarkSmallScan(prepared, model);
   say({ type: "threads", count: threadCount(), isolated: self.crossOriginIsolated });
   say({ type: "stage", text: "Loading the model" });
   const predict = await loadPredictor(base, model);
   say({ type: "stage", text: "Segmenting" });
-  const labels = await segmentPrepared(prepared, description, predict, withTimeLeft());
-  finish(labels, volume, prepared, model, started);
+  const result = await segmentPrepared(prepared, description, predict, withTimeLeft());
+  finish(result, volume, dicom, prepared, model, started);
 }
 
 async function fetchedModel(base: string): Promise<Model> {
@@ -78,11 +81,40 @@ function withTimeLeft(): Progress {
   };
 }
 
-function finish(labels: Uint8Array, volume: Volume, { undo }: Prepared, { description }: Model, started: number) {
+/** What a DICOM SEG would refer to; null with a remark where none can be made. */
+async function referredSeries(volume: Volume | DicomScan, name: string): Promise<SourceSeries | null> {
+  if (!("images" in volume)) return null;
+  try {
+    const first = await volume.images[0]!.source.read(volume.images[0]!.source.size);
+    const found = sourceSeries(volume.images.map((image) => image.slice), first, volume.source, name);
+    found.warnings.forEach((text) => say({ type: "remark", text }));
+    return found;
+  } catch (error) {
+    if (!(error instanceof AppError)) throw error;
+    say({ type: "remark", text: `No DICOM SEG can be made: ${error.fault}.` });
+    return null;
+  }
+}
+
+/** At most ten reports a second: a series has many files. */
+function readingProgress(): Progress {
+  let last = 0;
+  return (done, total) => {
+    if (performance.now() - last < 100 && done < total) return;
+    last = performance.now();
+    say({ type: "reading", done, total });
+  };
+}
+
+function finish({ labels, confidence }: Segmented, volume: Volume, dicom: SourceSeries | null, { undo }: Prepared,
+  { description, sha256 }: Model, started: number) {
   const counts = Array<number>(description.numOutputs).fill(0);
   for (const label of labels) counts[label]!++;
   const file = labelsNifti(labels, volume.source, volume.raw, description.organs).buffer as ArrayBuffer;
+  const by = { name: `autosam3d ${description.name}`, version: description.version, sha256 };
+  const seg = (dicom && dicomSeg(labels, volume.source, dicom, description.organs, by, new Date())?.buffer) ?? null;
   const shown = viewerNifti(labels, undo.nativeShape, volume.affine, true).buffer as ArrayBuffer;
-  say({ type: "done", shown, file, counts, voxelMl: volume.spacingMm.reduce((a, b) => a * b, 1) / 1000,
-    seconds: (performance.now() - started) / 1000 }, [shown, file]);
+  say({ type: "done", shown, file, seg: seg as ArrayBuffer | null, counts, confidence, voxelMl: volume.spacingMm.reduce((a, b) => a * b, 1) / 1000,
+    seconds: (performance.now() - started) / 1000 },
+    [shown, file, ...(seg ? [seg as ArrayBuffer] : [])]);
 }

@@ -32,7 +32,7 @@ describe("reading", () => {
     expect(digest(volume.voxels)).toBe(row.voxels);
     expect(volume.warnings.length).toBe(row.warnings.length);
     const labels = Uint8Array.from(volume.voxels, (hu) => (hu > 0 ? 1 : 0));
-    const organs = ["one", 'Größe "2"'].map((name, i) => ({ value: i + 1, name, rgb: [0, 0, 0] as [0, 0, 0] }));
+    const organs = ["one", 'Größe "2"'].map((name, i) => ({ value: i + 1, name, rgb: [0, 0, 0] as [0, 0, 0], snomed: null }));
     expect(digest(labelsNifti(labels, volume.source, volume.raw, organs))).toBe(row.written);
   });
 
@@ -72,11 +72,12 @@ describe("the whole way", () => {
     expect(undo.preparedShape).toEqual(row.prepared_shape);
     expect(digest(prepareCt(volume.voxels, undo, model))).toBe(row.prepared);
     const steps: number[] = [];
-    const labels = await segmentPrepared(prepare(volume.voxels, volume.shape, volume.spacingMm, model), model,
+    const { labels, confidence } = await segmentPrepared(prepare(volume.voxels, volume.shape, volume.spacingMm, model), model,
       async (window) => bands(window, model.patch[2]), (done) => steps.push(done));
     const counts = [0, 1, 2, 3].map((k) => labels.reduce((n, v) => n + (v === k ? 1 : 0), 0));
     expect(counts).toEqual(row.counts);
     expect(digest(labels)).toBe(row.labels);
+    [0, 1, 2, 3].forEach((k) => expect(confidence[k]).toBeCloseTo(row.confidence[k], 6));
     expect(steps).toEqual(steps.map((_, i) => i + 1));
   });
 
@@ -109,7 +110,7 @@ describe("memory", () => {
   it("is refused in words before anything is allocated", async () => {
     const whole = new Uint8Array(await inflatedNifti(await openAsBlob(new URL("RAS_int16.nii.gz", folder)), "x",
       () => undefined));
-    const header = parseHeader(whole, "x");
+    const header = { ...parseHeader(whole, "x"), fileBytes: whole.length };
     demandFits(header, model, budgetBytes(4), "small.nii");
     const large = { ...header, shape: [1024, 1024, 1500] as [number, number, number] };
     expect(estimateBytes(large, model)).toBeGreaterThan(8e9);

@@ -41,7 +41,7 @@ FILES = [
 
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    for old in OUT.iterdir():
+    for old in (p for p in OUT.iterdir() if not p.name.startswith("dicom.")):
         old.unlink()
     vectors = {"reading": [_reading(*file, seed=i) for i, file in enumerate(FILES)], "refused": _refused(),
                "grids": _grids(), "importance": _importance(), "cases": [_case(seed) for seed in range(4)]}
@@ -202,11 +202,13 @@ def _case(seed: int) -> dict[str, Any]:
     volume = read_ct(OUT / name)
     undo = plan_grid(volume, recipe.preprocess)
     box = find_body(volume.voxels_hu, volume.spacing_mm)
-    labels = segment(volume, _Model(recipe)).labels
+    result = segment(volume, _Model(recipe))
+    labels = result.labels
     use = {**describe_use(recipe, 18), "patch": list(PATCH)}
     return {"file": name, "model": {"recipe": {"name": recipe.name}, "use": use}, "box": [box.start, box.stop],
             "prepared_shape": undo.prepared_shape, "prepared": _digest(prepare_ct(volume, recipe.preprocess).voxels),
-            "labels": _digest(labels), "counts": np.bincount(labels.ravel(), minlength=4).tolist()}
+            "labels": _digest(labels), "counts": np.bincount(labels.ravel(), minlength=4).tolist(),
+            "confidence": [result.confidence.get(k, 0) for k in range(4)]}
 
 
 if __name__ == "__main__":

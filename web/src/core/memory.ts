@@ -1,8 +1,7 @@
 /** How much memory a scan will need in the browser, and how much it may take: said before the start. */
 import { AppError, sizeText } from "./errors.ts";
 import type { ModelDescription } from "./model.ts";
-import { claimedBytes, type NiftiHeader } from "./nifti.ts";
-import { columnLengths } from "./grid.ts";
+import { columnLengths, type Affine, type Triple } from "./grid.ts";
 
 const MARGIN = 1.1;
 /** Page, viewer and the runtime's own code, as the renderer process of Chromium showed it. */
@@ -10,8 +9,16 @@ const BASE_BYTES = 280 << 20;
 /** Where a browser does not say what the device has. */
 const UNKNOWN_DEVICE_GB = 4;
 
+/** What is known of a scan before it is read; both in the file's own axis order. */
+export interface ScanSize {
+  shape: Triple;
+  affine: Affine;
+  /** Of the file, or of what exists of the files at once. */
+  fileBytes: number;
+}
+
 /** Bytes at the moment when most exists together: either the file is being read, or windows are being worked through. */
-export function estimateBytes(header: NiftiHeader, model: ModelDescription): number {
+export function estimateBytes(header: ScanSize, model: ModelDescription): number {
   const voxels = header.shape.reduce((a, b) => a * b, 1);
   const spacing = columnLengths(header.affine);
   // The prepared grid in the file's own axis order: the crop can only make it smaller.
@@ -22,7 +29,7 @@ export function estimateBytes(header: NiftiHeader, model: ModelDescription): num
   const sums = 4 * (model.numOutputs + 1) * model.patch[0] * plane;
   // The viewer's own: 16-bit CT and labels, on this side and on the graphics card.
   const shown = 2 * 3 * voxels;
-  const reading = claimedBytes(header) + 4 * voxels + shown;
+  const reading = header.fileBytes + 4 * voxels + shown;
   const working = 4 * prepared + sums + voxels + shown + runtimeBytes(model);
   return BASE_BYTES + MARGIN * Math.max(reading, working);
 }
@@ -38,7 +45,7 @@ export function budgetBytes(deviceGb: number | undefined): number {
 }
 
 /** Refuses a scan that will not fit, before anything large is allocated. */
-export function demandFits(header: NiftiHeader, model: ModelDescription, budget: number, where: string) {
+export function demandFits(header: ScanSize, model: ModelDescription, budget: number, where: string) {
   const need = estimateBytes(header, model);
   if (need <= budget) return;
   throw new AppError("MEMORY", where, `the scan (${header.shape.join(" x ")} voxels) needs about ${sizeText(need)}, `

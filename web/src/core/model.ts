@@ -6,10 +6,14 @@ export interface Organ {
   value: number;
   name: string;
   rgb: Triple;
+  /** SNOMED CT concept, null where none is known. */
+  snomed: string | null;
 }
 
 export interface ModelDescription {
   name: string;
+  /** Of the program that exported it. */
+  version: string;
   patch: Triple;
   /** (z, y, x); null keeps the scan's own. */
   spacingMm: Triple | null;
@@ -42,11 +46,13 @@ export function describedModel(json: unknown): ModelDescription {
   if (!Array.isArray(use.labels) || use.labels.length < 2) throw fault("labels");
   const organs = use.labels.slice(1).map((label: any, i: number): Organ => {
     if (label?.value !== i + 1 || typeof label.name !== "string") throw fault("labels counted from 0");
-    return { value: label.value, name: label.name, rgb: numbers(label.rgb, 3, "a colour of each organ") as Triple };
+    return { value: label.value, name: label.name, rgb: numbers(label.rgb, 3, "a colour of each organ") as Triple,
+      snomed: typeof label.snomed === "string" && /^\d{1,16}$/.test(label.snomed) ? label.snomed : null };
   });
   const memory = meta.memory?.onnxruntime;
   return {
     name: String(meta.recipe?.name ?? "model"),
+    version: String(meta.autosam3d ?? "").slice(0, 16),
     patch,
     spacingMm: use.spacing_mm === null ? null : numbers(use.spacing_mm, 3, "spacing_mm") as Triple,
     cropToBody: use.crop_to_body === true,

@@ -34,7 +34,8 @@ export interface Volume {
   /** (z, y, x). */
   spacingMm: Triple;
   source: SourceGrid;
-  raw: Uint8Array;
+  /** A NIfTI file's own header; null for other kinds. */
+  raw: Uint8Array | null;
   warnings: string[];
 }
 

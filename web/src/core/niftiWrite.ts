@@ -8,13 +8,16 @@ const UINT8 = [2, 8] as const;
 const INT16 = [4, 16] as const;
 
 /** Labels [z, y, x] as a .nii whose transforms and axis order are the scan's; organ names go in as a comment. */
-export function labelsNifti(labels: Uint8Array, source: SourceGrid, raw: Uint8Array, organs: Organ[]): Uint8Array {
+export function labelsNifti(labels: Uint8Array, source: SourceGrid, raw: Uint8Array | null, organs: Organ[]
+): Uint8Array {
   const names = organs.map(({ value, name }) => `${asciiJson(String(value))}: ${asciiJson(name)}`);
   const extension = commentExtension(`{"autosam3d_organs": {${names.join(", ")}}}`);
-  const scan = new HeaderFields(raw);
-  const writer = new HeaderWriter(scan.length);
-  writer.begin(source.shape, UINT8, scan.length + extension.length);
-  writer.placeAs(scan);
+  const scan = raw && new HeaderFields(raw);
+  const length = scan?.length ?? 348;
+  const writer = new HeaderWriter(length);
+  writer.begin(source.shape, UINT8, length + extension.length);
+  if (scan) writer.placeAs(scan);
+  else writer.place(source.affine);
   return joined(writer.bytes, extension, fromCanonical(labels, source));
 }
 

@@ -24,6 +24,9 @@ interface Slice {
  */
 export class SlabRestorer {
   private readonly labels: Uint8Array;
+  /** Of the winner at each label's voxels, summed. */
+  private readonly winning: Float64Array;
+  private readonly counts: Float64Array;
   private readonly kept: Triple;
   private readonly z: Taps;
   private readonly y: Taps;
@@ -35,6 +38,8 @@ export class SlabRestorer {
 
   constructor(private readonly undo: Undo, private readonly numOutputs: number) {
     this.labels = new Uint8Array(undo.nativeShape.reduce((a, b) => a * b, 1));
+    this.winning = new Float64Array(numOutputs);
+    this.counts = new Float64Array(numOutputs);
     this.kept = boxShape(undo.box);
     [this.z, this.y, this.x] = this.kept.map((n, i) => Taps.between(undo.preparedShape[i]!, n)) as [Taps, Taps, Taps];
     this.yBeforeX = rowsFirst(undo.preparedShape, this.kept);
@@ -62,6 +67,11 @@ export class SlabRestorer {
       throw new RangeError(`expected ${this.undo.preparedShape[0]} slices in all, got ${this.nextPrepared}`);
     }
     return this.labels;
+  }
+
+  /** Mean probability of each label's voxels, 0 where it has none. */
+  confidence(): number[] {
+    return Array.from(this.winning, (sum, label) => (label && this.counts[label]! ? sum / this.counts[label]! : 0));
   }
 
   private contested(probs: Float32Array): Rectangle[] {
@@ -103,6 +113,10 @@ export class SlabRestorer {
           labels[at] = organ + 1;
         }
       }
+    });
+    labels.forEach((label, i) => {
+      this.winning[label]! += best.values[i]!;
+      this.counts[label]!++;
     });
     this.place(labels, best, nativeZ, rows[0], columns[0]);
   }

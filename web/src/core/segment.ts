@@ -21,9 +21,16 @@ export function prepare(voxels: Float32Array, shape: Triple, spacingMm: Triple, 
   return { voxels: prepareCt(voxels, undo, model), undo };
 }
 
+export interface Segmented {
+  /** On the scan's own grid. */
+  labels: Uint8Array;
+  /** Mean probability of each label's voxels, background first as 0. */
+  confidence: number[];
+}
+
 /** Labels on the scan's own grid. */
 export async function segmentPrepared({ voxels, undo }: Prepared, model: ModelDescription, predict: Predict,
-  progress: Progress): Promise<Uint8Array> {
+  progress: Progress): Promise<Segmented> {
   const { patch, numOutputs } = model;
   const padded = padTo(voxels, undo.preparedShape, patch, model.air);
   const starts = gridStarts(padded.shape, patch, model.overlap);
@@ -46,7 +53,7 @@ export async function segmentPrepared({ voxels, undo }: Prepared, model: ModelDe
     progress(i + 1, starts.length);
   }
   takeOut(padded.shape[0]);
-  return restorer.finish();
+  return { labels: restorer.finish(), confidence: restorer.confidence() };
 }
 
 function cut({ values, shape: [, ny, nx] }: Padded, [z0, y0, x0]: Triple, [depth, height, width]: Triple

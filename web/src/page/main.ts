@@ -1,9 +1,11 @@
 /** The page: a file in, organs over the CT out. Nothing leaves the device. */
+import type { SeriesChoice } from "../core/dicomSeries.ts";
 import { budgetBytes } from "../core/memory.ts";
 import { describedModel, type ModelDescription } from "../core/model.ts";
 import { gzipped } from "../core/niftiWrite.ts";
 import type { Report, Start } from "../protocol.ts";
 import { keepOffline } from "./offline.ts";
+import { droppedFiles, givenName, listedFiles, type Given } from "./givenFiles.ts";
 import { OrganList, volumesCsv, type FoundOrgan } from "./organList.ts";
 import { Viewer, type View } from "./viewer.ts";
 
@@ -18,7 +20,7 @@ const base = new URL("./", document.baseURI).href;
 let worker: Worker | null = null;
 let description: ModelDescription | null = null;
 let found: FoundOrgan[] = [];
-let result: { nifti: ArrayBuffer; stem: string } | null = null;
+let result: { nifti: ArrayBuffer; seg: ArrayBuffer | null; stem: string } | null = null;
 let used = false;
 
 function show(id: string, shown: boolean) {
@@ -43,20 +45,17 @@ function endWork() {
   show("cancel", false);
 }
 
-function open(files: FileList | null | undefined) {
-  if (!files?.length) return;
+function open(files: Given[]) {
+  if (!files.length) return;
   used = true;
   endWork();
   result = null;
-  for (const id of ["error", "result", "warnings"]) show(id, false);
-  if (files.length > 1) {
-    fail("Expected one file, got several; a DICOM series is not read here yet: convert it to one .nii.gz file");
-    return;
-  }
-  start(files[0]!);
+  for (const id of ["error", "result", "warnings", "choice"]) show(id, false);
+  start(files);
 }
 
-function start(file: File) {
+function start(files: Given[], series?: string) {
+  const name = givenName(files);
   element<HTMLProgressElement>("bar").removeAttribute("value");
   element("left").textContent = "";
   show("work", true);
@@ -67,23 +66,25 @@ function start(file: File) {
   let line = Promise.resolve();
   const mine = worker;
   worker.onmessage = ({ data }: MessageEvent<Report>) => {
-    line = line.then(() => (mine === worker ? onReport(data, file.name) : undefined))
+    line = line.then(() => (mine === worker ? onReport(data, files) : undefined))
       .catch((error: unknown) => fail(`The viewer failed (${String(error)}); reload the page`));
   };
   worker.onerror = (event) => fail(`The worker failed (${event.message || "no reason given"}); reload the page`);
   const device = (navigator as { deviceMemory?: number }).deviceMemory;
-  const order: Start = { file, base, budget: budgetBytes(device) };
+  const order: Start = { files, name, base, budget: budgetBytes(device), series };
   worker.postMessage(order);
 }
 
-async function onReport(report: Report, name: string) {
+async function onReport(report: Report, files: Given[]) {
   switch (report.type) {
     case "stage": return tell(`${report.text} …`);
     case "threads": return tellThreads(report.count, report.isolated);
     case "scan": return onScan(report);
     case "remark": return addRemark(report.text);
+    case "choose": return onChoose(report.choices, files);
+    case "reading": return onReading(report);
     case "progress": return onProgress(report);
-    case "done": return onDone(report, name);
+    case "done": return onDone(report, givenName(files));
     case "error": return fail(report.message);
   }
 }
@@ -117,6 +118,31 @@ function onProgress({ done, total, secondsLeft }: Extract<Report, { type: "progr
   element("left").textContent = `${percent} %, window ${done} of ${total}, ${timeText(secondsLeft)} left`;
 }
 
+function onReading({ done, total }: Extract<Report, { type: "reading" }>) {
+  element<HTMLProgressElement>("bar").value = Math.floor((100 * done) / total);
+  element("left").textContent = `${Math.floor((100 * done) / total)} % of the slices read`;
+}
+
+/** Several series: a button each, and the chosen one is read. */
+function onChoose(choices: SeriesChoice[], files: Given[]) {
+  endWork();
+  tell(`Found ${choices.length} CT series. Choose one.`);
+  element("series").replaceChildren(...choices.map(({ key, title, slices, rows, columns }) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = `${title || `series ${key}`}: ${slices} slices of ${columns} x ${rows}`;
+    button.addEventListener("click", () => {
+      show("choice", false);
+      start(files, key);
+    });
+    const row = document.createElement("li");
+    row.append(button);
+    return row;
+  }));
+  show("choice", true);
+  element("series").querySelector("button")?.focus();
+}
+
 function timeText(seconds: number | null): string {
   if (seconds === null) return "some time";
   return seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
@@ -126,8 +152,9 @@ async function onDone(report: Extract<Report, { type: "done" }>, name: string) {
   endWork();
   if (!description) return;
   found = description.organs.map((organ) => ({ ...organ, voxels: report.counts[organ.value]!,
-    ml: report.counts[organ.value]! * report.voxelMl }));
-  result = { nifti: report.file, stem: name.replace(/\.nii(\.gz)?$/i, "") || "scan" };
+    ml: report.counts[organ.value]! * report.voxelMl, confidence: report.confidence[organ.value]! }));
+  result = { nifti: report.file, seg: report.seg, stem: name.replace(/\.(nii(\.gz)?|zip|dcm|ima)$/i, "") || "scan" };
+  show("seg", report.seg !== null);
   await viewer.showLabels(report.shown, description.organs, element<HTMLInputElement>("opacity").valueAsNumber / 100);
   list.fill(found);
   const largest = [...found].sort((a, b) => b.voxels - a.voxels)[0];
@@ -161,8 +188,13 @@ async function describe() {
 
 function wire() {
   fileInput.addEventListener("change", () => {
-    open(fileInput.files);
+    open(listedFiles(fileInput.files));
     fileInput.value = "";
+  });
+  const folderInput = element<HTMLInputElement>("folder");
+  folderInput.addEventListener("change", () => {
+    open(listedFiles(folderInput.files));
+    folderInput.value = "";
   });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
@@ -172,9 +204,7 @@ function wire() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     stage.classList.remove("over");
-    const item = event.dataTransfer?.items[0]?.webkitGetAsEntry?.();
-    if (item?.isDirectory) fail("A folder of DICOM slices is not read here yet: convert it to one .nii.gz file");
-    else open(event.dataTransfer?.files);
+    if (event.dataTransfer) droppedFiles(event.dataTransfer).then(open, (error: unknown) => fail(String(error)));
   });
   element("cancel").addEventListener("click", () => {
     endWork();
@@ -188,6 +218,9 @@ function wire() {
     viewer.setView((event.target as HTMLInputElement).value as View));
   element("nifti").addEventListener("click", async () => {
     if (result) download(await gzipped(new Uint8Array(result.nifti)), `${result.stem}_seg.nii.gz`);
+  });
+  element("seg").addEventListener("click", () => {
+    if (result?.seg) download(new Blob([result.seg], { type: "application/dicom" }), `${result.stem}.seg.dcm`);
   });
   element("csv").addEventListener("click", () => {
     if (result) download(new Blob([volumesCsv(found)], { type: "text/csv" }), `${result.stem}_volumes.csv`);

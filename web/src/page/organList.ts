@@ -4,6 +4,8 @@ import type { Organ } from "../core/model.ts";
 export interface FoundOrgan extends Organ {
   voxels: number;
   ml: number;
+  /** Mean probability of its voxels, 0 to 1. */
+  confidence: number;
 }
 
 export class OrganList {
@@ -22,7 +24,7 @@ export class OrganList {
     this.changed();
   }
 
-  private row({ value, name, rgb, voxels, ml }: FoundOrgan): HTMLLIElement {
+  private row({ value, name, rgb, voxels, ml, confidence }: FoundOrgan): HTMLLIElement {
     const box = document.createElement("input");
     Object.assign(box, { type: "checkbox", checked: voxels > 0, disabled: voxels === 0 });
     box.addEventListener("change", () => {
@@ -35,8 +37,11 @@ export class OrganList {
     text.textContent = name.replaceAll("_", " ");
     const volume = document.createElement("b");
     volume.textContent = voxels ? `${ml.toFixed(1)} ml` : "not found";
+    const sure = document.createElement("small");
+    sure.textContent = voxels ? `${(100 * confidence).toFixed(0)} % sure` : "";
+    sure.title = "Mean probability that the model gives its voxels; not a chance of being right";
     const label = document.createElement("label");
-    label.append(box, swatch, text, volume);
+    label.append(box, swatch, text, volume, sure);
     const item = document.createElement("li");
     item.append(label);
     this.boxes.set(value, box);
@@ -51,6 +56,7 @@ export class OrganList {
 /** The list as comma-separated values. */
 export function volumesCsv(organs: FoundOrgan[]): string {
   const quoted = (text: string) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  const rows = organs.map(({ value, name, voxels, ml }) => `${value},${quoted(name)},${voxels},${ml.toFixed(3)}`);
-  return ["label,organ,voxels,volume_ml", ...rows, ""].join("\n");
+  const rows = organs.map(({ value, name, voxels, ml, confidence }) =>
+    `${value},${quoted(name)},${voxels},${ml.toFixed(3)},${voxels ? confidence.toFixed(4) : ""}`);
+  return ["label,organ,voxels,volume_ml,confidence", ...rows, ""].join("\n");
 }

@@ -1,0 +1,218 @@
+/** DICOM series and every orientation, against what Python wrote (`make_dicom_vectors.py`). */
+import { createHash } from "node:crypto";
+import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { deflateRawSync, gunzipSync } from "node:zlib";
+import { describe, expect, it } from "vitest";
+import { cielab } from "../src/core/dicomCodes.ts";
+import { dicomSeg } from "../src/core/dicomSeg.ts";
+import { ChoiceError, readSeries, type DicomScan, type Source } from "../src/core/dicomSeries.ts";
+import { sourceSeries } from "../src/core/dicomSource.ts";
+import { AppError } from "../src/core/errors.ts";
+import { readNifti } from "../src/core/nifti.ts";
+import { labelsNifti } from "../src/core/niftiWrite.ts";
+import type { Organ } from "../src/core/model.ts";
+import { sha256Hex } from "../src/core/sha256.ts";
+import { zipMembers } from "../src/core/zip.ts";
+
+const folder = new URL("./vectors/", import.meta.url);
+const pool = new Uint8Array(gunzipSync(readFileSync(new URL("dicom.bin.gz", folder))));
+const vectors = JSON.parse(readFileSync(new URL("dicom.json", folder), "utf8"));
+/** Where the objects go that Python then reads (tests/test_web.py). */
+const OUT = process.env.AUTOSAM3D_WEB_OUT;
+const digest = (array: Float32Array | Uint8Array) =>
+  createHash("sha256").update(new Uint8Array(array.buffer, array.byteOffset, array.byteLength)).digest("hex");
+
+type Row = { name: string; files: [string, number, number][]; code?: string; shape: number[]; affine: number[];
+  voxels: string; warnings: string[] };
+const bytesOf = ([, at, size]: [string, number, number]) => pool.slice(at, at + size);
+const row = (name: string): Row => vectors.series.find((r: Row) => r.name === name);
+
+function sources({ files }: Row): Source[] {
+  return files.map((file) => ({ name: file[0], size: file[2], isLink: false,
+    read: async (limit) => bytesOf(file).subarray(0, limit) }));
+}
+
+function read(given: Source[], series?: string): Promise<DicomScan> {
+  return readSeries(given, { where: "scan", series, admit: () => undefined, progress: () => undefined });
+}
+
+const refused = vectors.series.filter((r: Row) => r.code);
+const sound = vectors.series.filter((r: Row) => !r.code);
+
+describe("series", () => {
+  it.each(sound as Row[])("$name as Python reads it", async (r) => {
+    const scan = await read(sources(r));
+    expect(scan.shape).toEqual(r.shape);
+    scan.affine.forEach((v, i) => expect(v).toBeCloseTo(r.affine[i]!, 6));
+    expect(digest(scan.voxels)).toBe(r.voxels);
+    // Python sees links; here only a zip has any.
+    expect(scan.warnings).toEqual(r.warnings.filter((text) => !text.includes("link")));
+  });
+
+  it.each(refused as Row[])("$name is refused as $code", async (r) => {
+    const error = await read(sources(r)).then(() => null, (e: unknown) => e);
+    expect(error).toBeInstanceOf(AppError);
+    // JPEG is not decoded here at all, so it is not found to be broken.
+    expect((error as AppError).code).toBe(r.name === "60_broken_jpeg2000" ? "CODEC" : r.code);
+    expect((error as AppError).message).not.toMatch(/Doe|4711|\n/);
+  });
+
+  it("are listed to choose from, and the chosen one is read", async () => {
+    const given = sources(row("50_two_series"));
+    const error = (await read(given).catch((e: unknown) => e)) as ChoiceError;
+    expect(error).toBeInstanceOf(ChoiceError);
+    expect(error.choices.map((c) => [c.slices, c.rows, c.columns, c.title]).sort())
+      .toEqual([[10, 20, 24, "Doe series"], [12, 20, 24, "Doe series"]]);
+    const key = error.choices.find((c) => c.slices === 12)!.key;
+    expect(digest((await read(given, key)).voxels)).toBe(row("00_good").voxels);
+    await expect(read(given, "nowhere")).rejects.toMatchObject({ code: "SERIES_CHOICE" });
+  });
+
+  it("with spoiled bytes are read or refused, and never crash", async () => {
+    let [seed, refusals] = [1, 0];
+    const random = (n: number) => (seed = (seed * 48271) % 2147483647) % n;
+    for (let i = 0; i < 300; i++) {
+      const given = sources(row("00_good"));
+      const hurt = await given[5]!.read(1e9);
+      for (let k = 0; k < 3; k++) hurt[132 + random(hurt.length - 132 - 960)] = random(256);
+      given[5] = { ...given[5]!, read: async (limit) => hurt.subarray(0, limit) };
+      const error = await read(given).then(() => null, (e: unknown) => e);
+      if (error === null) continue;
+      expect(error, String(error)).toBeInstanceOf(AppError);
+      refusals++;
+    }
+    expect(refusals).toBeGreaterThan(50);
+  });
+});
+
+describe("all orientations of NIfTI", () => {
+  it.each(vectors.niftis as Row[])("$name as Python reads it", (r) => {
+    const volume = readNifti(bytesOf(r.files[0]!), r.name);
+    expect(volume.shape).toEqual(r.shape);
+    volume.affine.forEach((v, i) => expect(v).toBeCloseTo(r.affine[i]!, 9));
+    expect(digest(volume.voxels)).toBe(r.voxels);
+  });
+});
+
+/** A zip of these members as tools write it; `spoil` changes its bytes. */
+function zipped(files: [string, Uint8Array, number?][], spoil: (zip: Uint8Array) => void = () => undefined): Blob {
+  const [parts, entries]: [Buffer[], Buffer[]] = [[], []];
+  let at = 0;
+  for (const [name, bytes, mode] of files) {
+    const packed = deflateRawSync(bytes);
+    const crc = crcOf(bytes);
+    const head = Buffer.alloc(30);
+    [[0, 0x04034b50], [14, crc], [18, packed.length], [22, bytes.length]].forEach(([p, v]) => head.writeUInt32LE(v!, p!));
+    head.writeUInt16LE(8, 8);
+    head.writeUInt16LE(Buffer.byteLength(name), 26);
+    const entry = Buffer.alloc(46);
+    [[0, 0x02014b50], [16, crc], [20, packed.length], [24, bytes.length], [38, (mode ?? 0) * 65536], [42, at]]
+      .forEach(([p, v]) => entry.writeUInt32LE(v! >>> 0, p!));
+    entry.writeUInt16LE(8, 10);
+    entry.writeUInt16LE(Buffer.byteLength(name), 28);
+    parts.push(head, Buffer.from(name), packed);
+    entries.push(entry, Buffer.from(name));
+    at += 30 + Buffer.byteLength(name) + packed.length;
+  }
+  const directory = Buffer.concat(entries);
+  const end = Buffer.alloc(22);
+  end.writeUInt32LE(0x06054b50, 0);
+  end.writeUInt16LE(files.length, 10);
+  end.writeUInt32LE(directory.length, 12);
+  end.writeUInt32LE(at, 16);
+  const whole = new Uint8Array(Buffer.concat([...parts, directory, end]));
+  spoil(whole);
+  return new Blob([whole]);
+}
+
+function crcOf(bytes: Uint8Array): number {
+  let crc = ~0;
+  for (const byte of bytes) {
+    crc ^= byte;
+    for (let k = 0; k < 8; k++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0);
+  }
+  return ~crc >>> 0;
+}
+
+describe("zip files", () => {
+  const good = row("00_good").files.map((f): [string, Uint8Array, number?] => [`../../ct/${f[0]}`, bytesOf(f)]);
+  const at = (zip: Uint8Array, magic: number) => {
+    const view = new DataView(zip.buffer);
+    for (let i = 0; ; i++) if (view.getUint32(i, true) === magic) return i;
+  };
+  const code = (blob: Blob) => zipMembers(blob, "x.zip").then((members) => read(members))
+    .then(() => "read", (e: unknown) => (e as AppError).code);
+
+  it("hold series, whatever their names climb to; links are left out", async () => {
+    const link: [string, Uint8Array, number] = ["link", new TextEncoder().encode("/etc/passwd"), 0o120777];
+    const scan = await read(await zipMembers(zipped([...good, link]), "x.zip"));
+    expect(digest(scan.voxels)).toBe(row("00_good").voxels);
+    expect(scan.warnings).toEqual(["left out: 1 link"]);
+  });
+
+  it("are refused where they are cut, damaged, encrypted, bombs or too many files", async () => {
+    expect(await code(zipped(good).slice(0, 5000))).toBe("CORRUPT");
+    expect(await code(zipped(good, (z) => z.fill(0x55, 60, 300)))).toBe("CORRUPT");
+    expect(await code(zipped(good, (z) => new DataView(z.buffer).setUint32(at(z, 0x02014b50) + 16, 1, true)))).toBe("CORRUPT");
+    expect(await code(zipped(good, (z) => { z[at(z, 0x02014b50) + 8] = 1; }))).toBe("ENCRYPTED");
+    expect(await code(zipped(good, (z) => z.fill(0xff, at(z, 0x06054b50) + 10, at(z, 0x06054b50) + 12)))).toBe("CORRUPT");
+    // Claims of 4 GiB a member; and a member that is larger than it claims.
+    const claim = (size: number) => (z: Uint8Array) => new DataView(z.buffer).setUint32(at(z, 0x02014b50) + 24, size, true);
+    expect(await code(zipped(good, claim(0xfffffff0)))).toBe("LENGTH");
+    expect(await code(zipped(good, claim(700)))).toBe("CORRUPT");
+    const bomb: [string, Uint8Array] = ["bomb.dcm", new Uint8Array(1 << 24)];
+    expect(await code(zipped([...good, bomb]))).toBe("read");
+    expect(await code(zipped([["notes.txt", new TextEncoder().encode("no scan")]]))).toBe("NO_DICOM");
+  });
+});
+
+describe("SHA-256", () => {
+  it.each([0, 3, 55, 56, 63, 64, 65, 119, 120, 1000])("of %i bytes", (n) => {
+    const bytes = Uint8Array.from({ length: n }, (_, i) => i * 7);
+    expect(sha256Hex(bytes)).toBe(createHash("sha256").update(bytes).digest("hex"));
+  });
+});
+
+describe("DICOM SEG", () => {
+  const organs: Organ[] = [
+    { value: 1, name: "liver", rgb: [165, 85, 50], snomed: "10200004" },
+    { value: 2, name: "parotid_left", rgb: [89, 196, 120], snomed: "45289007" },
+    { value: 3, name: "my^own\\organ", rgb: [1, 2, 3], snomed: null },
+    { value: 4, name: "aorta", rgb: [230, 20, 30], snomed: "15825003" },
+  ];
+  const by = { name: "autosam3d test", version: "1.2.3", sha256: "ab".repeat(32) };
+  const labelled = ({ voxels }: DicomScan) => Uint8Array.from(voxels, (hu) => (hu > 900 ? 3 : hu > 100 ? 2 : hu > 0 ? 1 : 0));
+
+  it.each((sound as Row[]).filter((r) => !/uneven/.test(r.name)))("of $name", async (r) => {
+    const scan = await read(sources(r));
+    const labels = labelled(scan);
+    const first = await scan.images[0]!.source.read(1e9);
+    const series = sourceSeries(scan.images.map((i) => i.slice), first, scan.source, "scan");
+    const made = () => dicomSeg(labels, scan.source, series, organs, by, new Date(0))!;
+    expect(digest(made())).toBe(digest(made()));
+    expect(series.warnings.length).toBe(r.name === "69_wrong_texts" ? 1 : 0);
+    if (!OUT) return;
+    const to = `${OUT}/${r.name}`;
+    mkdirSync(`${to}/ct`, { recursive: true });
+    for (const file of r.files) {
+      if (file[0].includes("/") || file[0] === "DICOMDIR") continue;
+      writeFileSync(`${to}/ct/${file[0]}`, bytesOf(file));
+    }
+    writeFileSync(`${to}/seg.dcm`, made());
+    writeFileSync(`${to}/seg.nii`, labelsNifti(labels, scan.source, null, organs));
+  });
+
+  it("is not made of a scan that was resampled, nor of none", async () => {
+    const scan = await read(sources(row("53_uneven")));
+    const slices = scan.images.map((i) => i.slice);
+    const first = await scan.images[0]!.source.read(1e9);
+    expect(() => sourceSeries(slices, first, scan.source, "scan")).toThrow(/resampled/);
+    const good = await read(sources(row("00_good")));
+    const series = sourceSeries(good.images.map((i) => i.slice), first, good.source, "scan");
+    expect(dicomSeg(new Uint8Array(good.voxels.length), good.source, series, organs, by, new Date(0))).toBeNull();
+  });
+
+  it("has the colours of Python", () => {
+    expect(cielab([165, 85, 50])).toEqual([29976, 41025, 42019]);
+  });
+});

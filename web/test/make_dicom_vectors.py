@@ -1,0 +1,134 @@
+"""Writes what web/test/dicom.test.ts compares with: DICOM series, sound and broken, and what this package makes of them.
+
+``python web/test/make_dicom_vectors.py`` from the repository's root. Files that are alike are kept once:
+`dicom.bin.gz` holds them one behind the other, `dicom.json` says which part is which.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autosam3d.errors import AutoSam3dError
+from autosam3d.io import read_ct
+from autosam3d.io.grid import grid_stored_as
+from autosam3d.io.nifti_write import write_ct
+from autosam3d.phantom import make_phantom
+from autosam3d.volume import Volume
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO / "tests/badinput")]
+import make_dicom as bad  # noqa: E402
+
+OUT = Path(__file__).parent / "vectors"
+
+
+class _Pool:
+    """Every file once, in the order of its name, so that slices which are alike lie near each other."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, tuple[str, bytes]] = {}
+
+    def add(self, path: Path) -> str:
+        content = path.read_bytes()
+        key = hashlib.sha256(content).hexdigest()
+        self.contents.setdefault(key, (path.name, content))
+        return key
+
+    def write(self) -> dict[str, list[int]]:
+        places, parts, at = {}, [], 0
+        for key, (_, content) in sorted(self.contents.items(), key=lambda entry: (entry[1][0], entry[0])):
+            places[key] = [at, len(content)]
+            parts.append(content)
+            at += len(content)
+        (OUT / "dicom.bin.gz").write_bytes(gzip.compress(b"".join(parts), 9, mtime=0))
+        return places
+
+
+def main() -> None:
+    pool = _Pool()
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [_row(name, maker, Path(scratch) / f"b{i}", pool)
+                for i, (name, (maker, *_)) in enumerate([*bad.BROKEN.items(), *bad.ODD.items(), ("53_uneven", (bad.UNEVEN,)),
+                                                         *_orientations()])]
+        niftis = [_nifti(codes, Path(scratch), pool) for codes in _axis_codes()]
+    places = pool.write()
+    for row in [*rows, *niftis]:
+        row["files"] = [[name, *places[key]] for name, key in row["files"]]
+    (OUT / "dicom.json").write_text(json.dumps({"series": rows, "niftis": niftis}, separators=(",", ":")) + "\n", "utf-8")
+
+
+def _row(name: str, maker: bad.Maker, folder: Path, pool: _Pool) -> dict[str, Any]:
+    folder.mkdir()
+    path = maker(folder)
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_symlink()]
+    row: dict[str, Any] = {"name": name, "files": [[p.relative_to(path).as_posix(), pool.add(p)] for p in files]}
+    try:
+        return row | _read(path)
+    except AutoSam3dError as error:
+        return row | {"code": error.code}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    volume = read_ct(path)
+    return {"shape": volume.shape, "affine": volume.affine.ravel().tolist(), "warnings": list(volume.warnings),
+            "voxels": hashlib.sha256(np.ascontiguousarray(volume.voxels_hu).tobytes()).hexdigest()}
+
+
+def _orientations() -> list[tuple[str, tuple[bad.Maker]]]:
+    """24 ways that rows and columns can run, each in both orders of files, and two oblique ones."""
+    axes = {letter: sign * np.eye(3)[i] for i, pair in enumerate(("LR", "PA", "HF"))
+            for letter, sign in zip(pair, (1, -1), strict=True)}
+    ways = {a + b: np.stack([axes[a], axes[b]]) for a, b in itertools.permutations(axes, 2) if not axes[a] @ axes[b]}
+    found = [(f"orientation {name}{'-' if back else '+'}", (_turned(way, back),))
+             for name, way in ways.items() for back in (False, True)]
+    for angle in (0.3, 2.0):
+        c, s = np.cos(angle), np.sin(angle)
+        turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, s, -c], [0, c, s]])
+        found.append((f"orientation oblique {angle}", (_turned(turn[:, :2].T, angle > 1),)))
+    return found
+
+
+def _turned(orientation: np.ndarray, backwards: bool) -> bad.Maker:
+    normal = np.cross(*orientation)
+
+    def place(ds: Any, index: int) -> None:
+        height = (bad.NUM_SLICES - 1 - index if backwards else index) * bad.SPACING[0]
+        ds.ImageOrientationPatient = [f"{v:.12g}"[:16] for v in orientation.ravel()]
+        ds.ImagePositionPatient = [f"{v:.8f}"[:16] for v in (-20.5, -30.25, 11.0) + normal * height]
+
+    return bad.series(place)
+
+
+def _axis_codes() -> list[str]:
+    pairs = ("RL", "AP", "SI")
+    return ["".join(pairs[axis][flip] for axis, flip in zip(order, flips, strict=True))
+            for order in itertools.permutations(range(3)) for flips in itertools.product((0, 1), repeat=3)] + ["oblique1",
+                                                                                                              "oblique2"]
+
+
+def _nifti(codes: str, scratch: Path, pool: _Pool) -> dict[str, Any]:
+    """One small phantom in every orientation that a file can have, and tilted."""
+    volume, _ = make_phantom(5, (8, 9, 10), (8.0, 9.0, 7.0))
+    voxels = np.round(volume.voxels_hu / 50) * 50
+    affine = volume.affine.copy()
+    if codes.startswith("oblique"):
+        from scipy.spatial.transform import Rotation
+
+        affine[:3, :3] = Rotation.from_euler("xyz", [0.3 * int(codes[-1]), -0.2, 0.4]).as_matrix() @ affine[:3, :3]
+    stored = grid_stored_as(volume.shape, affine, "LPS" if codes.startswith("oblique") else codes)
+    path = scratch / f"{codes}.nii"
+    write_ct(path, Volume(voxels.astype(np.float32), affine, stored))
+    return {"name": codes, "files": [[path.name, pool.add(path)]]} | _read(path)
+
+
+if __name__ == "__main__":
+    main()
