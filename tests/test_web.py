@@ -78,6 +78,12 @@ def test_the_built_page_forbids_requests_elsewhere() -> None:
     assert sum(p.stat().st_size for p in APP.rglob("*") if p.is_file()) < 20e6
 
 
+def test_every_bundled_package_has_the_text_of_its_licence() -> None:
+    texts = (APP / "licenses.txt").read_text("utf-8").split(f"\n{'-' * 80}\n\n")
+    assert {text.split()[0] for text in texts} >= {"@niivue/niivue", "onnxruntime-web", "onnxruntime-common"}
+    assert [text.split()[0] for text in texts if "opyright" not in text or len(text) < 400] == []
+
+
 def test_the_lock_file_names_no_registry() -> None:
     lock = json.loads((WEB / "package-lock.json").read_text("utf-8"))
     assert len(lock["packages"]) > 20

@@ -1,21 +1,10 @@
-import { readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { defineConfig } from "vite";
+import { licences } from "./licences.js";
 
 const ORT = "node_modules/onnxruntime-web/dist/";
 // What the page loads of ONNX Runtime: the CPU build alone, with threads, as its own files beside the page's.
 const ORT_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"];
-
-/** The licences of what is bundled, as their owners ask for it. */
-function licences() {
-  const names = Object.entries(JSON.parse(readFileSync("package-lock.json", "utf8")).packages)
-    .filter(([path, entry]) => path && !entry.dev && !entry.optional).map(([path]) => path);
-  return names.map((path) => {
-    const { name, version, license } = JSON.parse(readFileSync(`${path}/package.json`, "utf8"));
-    const file = readdirSync(path).find((entry) => /^licen[cs]e/i.test(entry));
-    const text = file ? readFileSync(`${path}/${file}`, "utf8") : `Licence: ${license}\n`;
-    return `${name} ${version} (${license})\n\n${text}`;
-  }).join(`\n${"-".repeat(80)}\n\n`);
-}
 
 const besides = {
   name: "files-beside-the-page",

@@ -38,10 +38,10 @@ export class OrganList {
     const volume = document.createElement("b");
     volume.textContent = voxels ? `${ml.toFixed(1)} ml` : "not found";
     const sure = document.createElement("small");
-    sure.textContent = voxels ? `${(100 * confidence).toFixed(0)} % sure` : "";
+    sure.textContent = `${(100 * confidence).toFixed(0)} % sure`;
     sure.title = "Mean probability that the model gives its voxels; not a chance of being right";
     const label = document.createElement("label");
-    label.append(box, swatch, text, volume, sure);
+    label.append(box, swatch, text, volume, ...(voxels ? [sure] : []));
     const item = document.createElement("li");
     item.append(label);
     this.boxes.set(value, box);
