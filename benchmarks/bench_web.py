@@ -45,7 +45,8 @@ const ort = await import('./ort/ort.wasm.min.mjs');
 ort.env.wasm.wasmPaths = new URL('./ort/', location.href).href;
 window.bench = async (file, shape, threads, runs) => {
   ort.env.wasm.numThreads = threads;
-  const session = await ort.InferenceSession.create(file, {executionProviders: ['wasm'], graphOptimizationLevel: 'all'});
+  const session = await ort.InferenceSession.create(file,
+    {executionProviders: ['wasm'], graphOptimizationLevel: 'all'});
   let state = 1;
   const values = Float32Array.from({length: shape.reduce((a, b) => a * b)},
     () => (state = (state * 48271) % 2147483647) / 2147483647 - 0.5);
@@ -54,7 +55,8 @@ window.bench = async (file, shape, threads, runs) => {
     const started = performance.now();
     const {probs} = await session.run({ct: new ort.Tensor('float32', values, shape)}, ['probs']);
     times.push((performance.now() - started) / 1000);
-    if (i === runs) return {seconds: Math.min(...times.slice(1)), heap: Math.max(...memories.map((m) => m.buffer.byteLength)),
+    if (i === runs) return {seconds: Math.min(...times.slice(1)),
+      heap: Math.max(...memories.map((m) => m.buffer.byteLength)),
       sum: probs.data.reduce((a, b) => a + b, 0)};
   }
 };

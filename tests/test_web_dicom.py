@@ -1,4 +1,4 @@
-"""DICOM objects that the browser's code wrote, read by highdicom and by this package: the same voxels, the same codes."""
+"""DICOM objects that the browser's code wrote, read by highdicom and by this package: same voxels, same codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-highdicom = pytest.importorskip("highdicom", reason="the dicom extra is not installed")
+pytest.importorskip("highdicom", reason="the dicom extra is not installed")
+
+import highdicom
 
 from autosam3d.io import read_ct, read_segmentation
 from autosam3d.io.dicom_source import read_source_series

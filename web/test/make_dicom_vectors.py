@@ -1,4 +1,4 @@
-"""Writes what web/test/dicom.test.ts compares with: DICOM series, sound and broken, and what this package makes of them.
+"""Writes what web/test/dicom.test.ts compares with: DICOM series, sound and broken, and what Python makes of them.
 
 ``python web/test/make_dicom_vectors.py`` from the repository's root. Files that are alike are kept once:
 `dicom.bin.gz` holds them one behind the other, `dicom.json` says which part is which.
@@ -57,13 +57,14 @@ def main() -> None:
     pool = _Pool()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [_row(name, maker, Path(scratch) / f"b{i}", pool)
-                for i, (name, (maker, *_)) in enumerate([*bad.BROKEN.items(), *bad.ODD.items(), ("53_uneven", (bad.UNEVEN,)),
-                                                         *_orientations()])]
+                for i, (name, (maker, *_)) in enumerate([*bad.BROKEN.items(), *bad.ODD.items(),
+                                                         ("53_uneven", (bad.UNEVEN,)), *_orientations()])]
         niftis = [_nifti(codes, Path(scratch), pool) for codes in _axis_codes()]
     places = pool.write()
     for row in [*rows, *niftis]:
         row["files"] = [[name, *places[key]] for name, key in row["files"]]
-    (OUT / "dicom.json").write_text(json.dumps({"series": rows, "niftis": niftis}, separators=(",", ":")) + "\n", "utf-8")
+    text = json.dumps({"series": rows, "niftis": niftis}, separators=(",", ":")) + "\n"
+    (OUT / "dicom.json").write_text(text, "utf-8")
 
 
 def _row(name: str, maker: bad.Maker, folder: Path, pool: _Pool) -> dict[str, Any]:
@@ -110,9 +111,9 @@ def _turned(orientation: np.ndarray, backwards: bool) -> bad.Maker:
 
 def _axis_codes() -> list[str]:
     pairs = ("RL", "AP", "SI")
-    return ["".join(pairs[axis][flip] for axis, flip in zip(order, flips, strict=True))
-            for order in itertools.permutations(range(3)) for flips in itertools.product((0, 1), repeat=3)] + ["oblique1",
-                                                                                                              "oblique2"]
+    straight = ["".join(pairs[axis][flip] for axis, flip in zip(order, flips, strict=True))
+                for order in itertools.permutations(range(3)) for flips in itertools.product((0, 1), repeat=3)]
+    return [*straight, "oblique1", "oblique2"]
 
 
 def _nifti(codes: str, scratch: Path, pool: _Pool) -> dict[str, Any]:
