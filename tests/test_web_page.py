@@ -1,5 +1,6 @@
 """The page as a person uses it: DICOM folders, zips, drops, a choice of series, keyboard, phone, dark and light."""
 
+# ruff: noqa: E402  the makers of slices lie beside
 from __future__ import annotations
 
 import io
