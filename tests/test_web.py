@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import functools
 import http.server
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,33 +22,18 @@ from autosam3d.export_web import MARKER, write_web_folder
 from autosam3d.exported import load_exported, open_export
 from autosam3d.inference import segment
 from autosam3d.io import read_ct, read_segmentation
-from autosam3d.io.nifti_write import write_ct
-from autosam3d.phantom import make_phantom
+from web_browser import Page, absent
 
 REPO = Path(__file__).resolve().parents[1]
 WEB, APP = REPO / "web", REPO / "src/autosam3d/web_app"
-CHROMIUM = os.environ.get("AUTOSAM3D_CHROMIUM") or shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
-         "--enable-unsafe-swiftshader"]
-WAIT_S = 240
 # A CT of the user's own may be named here, to show the agreement on it.
-# Where everything can be installed, nothing may be passed over.
-CI = bool(os.environ.get("AUTOSAM3D_CI"))
 CASES = os.environ.get("AUTOSAM3D_WEB_CTS", "")
-
-
-def _absent(what: str) -> None:
-    """Skips, but where all can be installed: there it fails."""
-    if CI:
-        pytest.fail(f"{what} is absent")
-    pytest.skip(f"needs {what}")
 
 
 def test_unit_tests_of_the_page() -> None:
     """Reading, preparing, stitching and restoring give the bits that Python gave: see web/test/make_vectors.py."""
     if not (shutil.which("node") and (WEB / "node_modules/vitest").is_dir()):
-        _absent("node, and npm ci in web/")
+        absent("node, and npm ci in web/")
     vitest = [WEB / "node_modules/.bin/vitest", "run"]
     done = subprocess.run(vitest, cwd=WEB, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -61,7 +41,7 @@ def test_unit_tests_of_the_page() -> None:
 
 def test_the_built_page_is_that_of_the_source(tmp_path: Path) -> None:
     if not (shutil.which("node") and (WEB / "node_modules/vite").is_dir()):
-        _absent("node, and npm ci in web/")
+        absent("node, and npm ci in web/")
     build = [WEB / "node_modules/.bin/vite", "build", "--outDir", tmp_path / "app", "--logLevel", "error"]
     done = subprocess.run(build, cwd=WEB, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -88,28 +68,6 @@ def test_the_lock_file_names_no_registry() -> None:
     lock = json.loads((WEB / "package-lock.json").read_text("utf-8"))
     assert len(lock["packages"]) > 20
     assert [name for name, entry in lock["packages"].items() if "resolved" in entry] == []
-
-
-@pytest.fixture(scope="session")
-def web_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packaged model, exported; AUTOSAM3D_WEB_EXPORT names a folder where that was done before."""
-    if ready := os.environ.get("AUTOSAM3D_WEB_EXPORT"):
-        return Path(ready)
-    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-        pytest.importorskip(package, reason="needs the extra export")
-    from autosam3d.checkpoint import load_model
-    from autosam3d.export import export_model
-
-    folder = tmp_path_factory.mktemp("web") / "export"
-    export_model(load_model(REPO / "src/autosam3d/weights/openkbp_tiny"), folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def site(web_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("web") / "site"
-    write_web_folder(open_export(web_export), folder)
-    return folder
 
 
 @pytest.mark.slow
@@ -170,120 +128,7 @@ def test_the_command_refuses_in_one_line(words: list[str], code: int, tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-class _Silent(http.server.SimpleHTTPRequestHandler):
-    """What `python -m http.server` gives out, without its log."""
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture(scope="session")
-def address(site: Path) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    if importlib.util.find_spec("playwright") is None:
-        _absent("the package playwright")
-    if CHROMIUM is None:
-        _absent("chromium")
-    import playwright.sync_api as api
-
-    with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-
-class _Page:
-    """A page of its own, which remembers where requests went."""
-
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
-        self.address = address
-        self._errors = pytest.importorskip("playwright.sync_api").Error
-        self.context = browser.new_context(accept_downloads=True, **options)
-        self.requests: list[str] = []
-        self.faults: list[str] = []
-        self.context.on("request", lambda request: self.requests.append(request.url))
-        self.page = self.context.new_page()
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
-        self.page.goto(address)
-        self.until("document.querySelector('#model').textContent.includes('brainstem')")
-
-    def until(self, true: str) -> None:
-        """Asked again and again from outside: the page's policy forbids what Playwright waits with."""
-        late = time.monotonic() + WAIT_S
-        while True:
-            # The page may be just loading once more, under its service worker.
-            with contextlib.suppress(self._errors):
-                if self.page.evaluate(true):
-                    return
-            assert time.monotonic() < late, f"{true}; the page says: {self.page.inner_text('#panel')}"
-            self.page.wait_for_timeout(100)
-
-    def isolated(self) -> bool:
-        """After the service worker took the page over."""
-        self.until("crossOriginIsolated && document.querySelector('#model').textContent.includes('brainstem')")
-        return True
-
-    def segment(self, scan: Path) -> str:
-        self.page.set_input_files("#folder" if scan.is_dir() else "#file", scan)
-        return self.outcome()
-
-    def drop(self, files: dict[str, bytes]) -> str:
-        """Drops files on the page as a person does; Chromium gives a test no folder to drop."""
-        data = self.page.evaluate_handle("""(files) => {
-            const data = new DataTransfer();
-            for (const [name, text] of files)
-                data.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name));
-            return data;
-        }""", [(name, base64.b64encode(content).decode()) for name, content in files.items()])
-        self.page.dispatch_event("#drop", "drop", {"dataTransfer": data})
-        return self.outcome()
-
-    def outcome(self) -> str:
-        self.until("document.querySelector('#status').textContent.startsWith('Done') "
-                   "|| !document.querySelector('#error').hidden")
-        fault = self.page.text_content("#error") if self.page.is_visible("#error") else ""
-        return fault or self.page.text_content("#status")
-
-    def download(self, button: str, to: Path) -> Path:
-        with self.page.expect_download() as download:
-            self.page.click(button)
-        download.value.save_as(to)
-        return to
-
-    def left_the_site(self) -> list[str]:
-        own = (self.address, f"blob:{self.address}", "data:")
-        return [url for url in self.requests if not url.startswith(own)]
-
-
-@pytest.fixture
-def opened(browser: Any, address: str) -> Iterator[Any]:
-    pages: list[_Page] = []
-
-    def open_page(**options: Any) -> _Page:
-        pages.append(_Page(browser, address, **options))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.context.close()
-
-
-@pytest.fixture(scope="session")
-def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An abdomen in an oblique grid of odd axis order; the model takes parts of it for a cord and a mandible."""
-    path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
-    write_ct(path, make_phantom(3, (40, 80, 80), (5.0, 4.0, 4.0))[0])
-    return path
-
-
-def _agreement(page: _Page, scan: Path, export: Path, to: Path) -> tuple[float, int]:
+def _agreement(page: Page, scan: Path, export: Path, to: Path) -> tuple[float, int]:
     """Share of voxels with one label in the browser and in Python, and voxels that are any organ in either."""
     assert page.segment(scan).startswith("Done")
     ours = segment(read_ct(scan), load_exported(open_export(export), "onnxruntime", 1))
@@ -389,7 +234,7 @@ def test_organs_hide_by_keyboard_and_cancel_stops(opened: Any, phantom: Path) ->
     assert unnamed == []
 
 
-def _clip(page: _Page) -> dict[str, float]:
+def _clip(page: Page) -> dict[str, float]:
     page.page.evaluate("scrollTo(0, 0)")
     box = page.page.locator("#canvas").bounding_box()
     assert box is not None

@@ -24,7 +24,7 @@ from autosam3d.inference import segment
 from autosam3d.io import read_ct, read_segmentation
 from autosam3d.io.nifti_write import write_ct
 from autosam3d.phantom import make_phantom
-from test_web import _Page, address, browser, opened, phantom, site, web_export  # noqa: F401  fixtures
+from web_browser import Page
 
 pytestmark = pytest.mark.slow
 SHOTS = os.environ.get("AUTOSAM3D_WEB_SHOTS")
@@ -51,7 +51,7 @@ def write_series(folder: Path, scan: Path, series_uid: str = bad.SERIES_UID, fir
 
 
 @pytest.fixture(scope="module")
-def ct_folder(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def ct_folder(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_series(tmp_path_factory.mktemp("series") / "ct", phantom)
 
 
@@ -63,14 +63,14 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _shot(page: _Page, name: str) -> None:
+def _shot(page: Page, name: str) -> None:
     if SHOTS:
         page.page.wait_for_timeout(800)
         page.page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
 def test_a_folder_of_slices_becomes_nifti_and_dicom_seg(
-    opened: Any, web_export: Path, ct_folder: Path, tmp_path: Path,  # noqa: F811
+    opened: Any, web_export: Path, ct_folder: Path, tmp_path: Path,
 ) -> None:
     page = opened(color_scheme="dark")
     assert page.isolated()
@@ -93,7 +93,7 @@ def test_a_folder_of_slices_becomes_nifti_and_dicom_seg(
 
 
 def test_zips_and_drops_and_a_choice_of_series(
-    opened: Any, flat: Path, tmp_path: Path,  # noqa: F811
+    opened: Any, flat: Path, tmp_path: Path,
 ) -> None:
     page = opened()
     assert page.isolated()
@@ -137,7 +137,7 @@ def _as_jpeg2000(content: bytes) -> bytes:
     return out.getvalue()
 
 
-def test_by_keyboard_alone_on_a_phone(opened: Any, phantom: Path) -> None:  # noqa: F811
+def test_by_keyboard_alone_on_a_phone(opened: Any, phantom: Path) -> None:
     page = opened(viewport={"width": 390, "height": 844}, color_scheme="light")
     assert page.isolated()
     page.page.keyboard.press("Tab")
@@ -164,7 +164,7 @@ def test_by_keyboard_alone_on_a_phone(opened: Any, phantom: Path) -> None:  # no
     assert small == []
 
 
-def test_names_for_a_screen_reader_and_contrast(opened: Any, phantom: Path) -> None:  # noqa: F811
+def test_names_for_a_screen_reader_and_contrast(opened: Any, phantom: Path) -> None:
     page = opened()
     assert page.isolated() and page.segment(phantom).startswith("Done")
     for scheme in ("light", "dark"):
