@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 import autosam3d
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.inference import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.io.output_formats import NIFTI, OutputFormat, WriteLabels, label_writer
+from autosam3d.io.volume_table import organ_volumes
 from autosam3d.volume import Segmentation, Volume
 
 _log = logging.getLogger(__name__)
@@ -272,19 +271,16 @@ class _Run:
         }
 
     def _findings(self, segmentation: Segmentation) -> dict[str, Any]:
-        counts = np.zeros(max(256, self.model.recipe.labels.num_outputs), np.int64)
-        for plane in segmentation.labels:  # bincount takes eight bytes for each voxel that it is given
-            counts += np.bincount(plane.ravel(), minlength=len(counts))
-        voxel_ml = float(np.prod(segmentation.spacing_mm)) / 1000
-        organs = self.model.recipe.labels.by_index
+        labels = self.model.recipe.labels
+        organs = organ_volumes(segmentation, labels)
         return {
             "autosam3d": autosam3d.__version__,
             "recipe": self.model.recipe.name,
             "runtime": self.model.runtime,
             "shape_zyx": list(segmentation.shape),
             "spacing_mm_zyx": [round(mm, 6) for mm in segmentation.spacing_mm],
-            "volumes_ml": {name: round(float(counts[index]) * voxel_ml, 3) for index, name in organs.items()},
-            "confidence": {organs[k]: round(v, 4) for k, v in segmentation.confidence.items()},
+            "volumes_ml": {organ.organ: organ.volume_ml for organ in organs},
+            "confidence": {labels.by_index[k]: round(v, 4) for k, v in segmentation.confidence.items()},
             "warnings": list(segmentation.warnings),
         }
 

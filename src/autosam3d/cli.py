@@ -147,8 +147,8 @@ def _report_training(folder: Path, result: Any) -> None:
 def segment(
     paths: Annotated[list[Path], typer.Argument(
         metavar="[MODEL] INPUT OUTPUT", help="MODEL: run folder, checkpoint's .json, packed model or export; default: "
-        "the model of the package. INPUT: NIfTI file, DICOM series, or a folder of scans. OUTPUT: NIfTI file (.nii.gz) "
-        "or DICOM object (.dcm), or a folder when INPUT is a folder of scans.")],
+        "the model of the package. INPUT: NIfTI file, DICOM series or a zip of it, or a folder of scans. OUTPUT: NIfTI "
+        "file (.nii.gz) or DICOM object (.dcm), or a folder when INPUT is a folder of scans.")],
     output_form: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="nifti (default); of a DICOM "
                                                     "series also seg, seg-labelmap (smaller, for new viewers) or "
                                                     "rtstruct.")] = None,
@@ -175,6 +175,7 @@ def segment(
     from autosam3d.batch import check_inputs, segment_batch
     from autosam3d.inference import SegmentOptions
     from autosam3d.io import ReadOptions
+    from autosam3d.io.archive import unpacked_scan
     from autosam3d.io.output_formats import output_format
     from autosam3d.patches import Tiling
 
@@ -189,21 +190,22 @@ def segment(
                           volume_index=volume, series=series, force=force)
     model, source, output = _model_and_scans(paths)
     form = output_format(output_form, output)
-    jobs = check_inputs(source, output, form)
-    from autosam3d.model_choice import ModelWish, open_model
+    with unpacked_scan(source) as scan:
+        jobs = check_inputs(scan, output, form)
+        from autosam3d.model_choice import ModelWish, open_model
 
-    max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
-    loaded = open_model(model, ModelWish(backend=backend, device=device, threads=cores(threads), sam=sam,
-                                         max_ram_bytes=max_ram_bytes))
-    tiling = loaded.recipe.inference
-    if overlap is not None:
-        tiling = Tiling(overlap=overlap, importance=tiling.importance)
-    how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
-    with progress_bars() as bars:
-        result = segment_batch(
-            jobs, loaded, options=options, how=how, form=form, overwrite=overwrite, preview=preview,
-            progress=BatchView(bars),
-        )
+        max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
+        loaded = open_model(model, ModelWish(backend=backend, device=device, threads=cores(threads), sam=sam,
+                                             max_ram_bytes=max_ram_bytes))
+        tiling = loaded.recipe.inference
+        if overlap is not None:
+            tiling = Tiling(overlap=overlap, importance=tiling.importance)
+        how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
+        with progress_bars() as bars:
+            result = segment_batch(
+                jobs, loaded, options=options, how=how, form=form, overwrite=overwrite, preview=preview,
+                progress=BatchView(bars),
+            )
     _report_batch(result)
 
 

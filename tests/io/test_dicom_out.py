@@ -238,6 +238,21 @@ def test_a_segmentation_without_organs_is_refused(kind: str, tmp_path: Path) -> 
     assert caught.value.code == "NO_ORGANS" and not (tmp_path / "x.dcm").exists()
 
 
+@pytest.mark.parametrize("slices", [slice(0, 12), slice(2, 3)])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_one_organ_alone(kind: str, slices: slice, tmp_path: Path) -> None:
+    """What all frames share stands elsewhere in a SEG."""
+    _, segmentation, series = _read(_series(tmp_path / "ct", _organs()))
+    kept = np.zeros_like(segmentation.labels)
+    kept[slices] = np.where(segmentation.labels[slices] == 1, 1, 0)
+    segmentation.labels[:] = kept
+    assert kept.any()
+    WRITERS[kind](tmp_path / "x.dcm", segmentation, series, LABELS, ALGORITHM)
+    if kind == "seg":
+        (points,) = _seg_points(tmp_path / "x.dcm").values()
+        assert len(points) == np.count_nonzero(kept)
+
+
 SERIES_FAULTS = {
     "no study": (lambda ds, i: delattr(ds, "StudyInstanceUID"), "TAG_MISSING"),
     "no frame of reference": (lambda ds, i: delattr(ds, "FrameOfReferenceUID"), "TAG_MISSING"),

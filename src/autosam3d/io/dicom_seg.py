@@ -209,20 +209,25 @@ def _frames(dataset: Any) -> Iterator[tuple[np.ndarray, int, int | None]]:
     for index in range(num_frames):  # frames follow each other bit by bit. *Source*: DICOM PS3.5 section 8.1.1
         first, last = index * size // 8, -(-(index + 1) * size // 8)
         bits = np.unpackbits(packed[first:last], bitorder="little")[index * size % 8 :][:size]
-        group = dataset.PerFrameFunctionalGroupsSequence[index]
-        yield bits.reshape(shape), index, int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+        segment = _of_frame(dataset, index, "SegmentIdentificationSequence")
+        yield bits.reshape(shape), index, int(segment.ReferencedSegmentNumber)
 
 
 def _frame_affine(dataset: Any, index: int) -> np.ndarray:
     """3x3: column, row and 1 of a frame to RAS+ mm. *Source*: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1."""
-    own = dataset.PerFrameFunctionalGroupsSequence[index]
-    shared = dataset.SharedFunctionalGroupsSequence[0]
-    directions = np.array((shared if "PlaneOrientationSequence" in shared else own).PlaneOrientationSequence[0]
-                          .ImageOrientationPatient, float).reshape(2, 3)
-    spacing = (shared if "PixelMeasuresSequence" in shared else own).PixelMeasuresSequence[0].PixelSpacing
-    position = np.array(own.PlanePositionSequence[0].ImagePositionPatient, float)
+    orientation = _of_frame(dataset, index, "PlaneOrientationSequence").ImageOrientationPatient
+    directions = np.array(orientation, float).reshape(2, 3)
+    spacing = _of_frame(dataset, index, "PixelMeasuresSequence").PixelSpacing
+    position = np.array(_of_frame(dataset, index, "PlanePositionSequence").ImagePositionPatient, float)
     return np.stack([directions[0] * float(spacing[1]) * _LPS, directions[1] * float(spacing[0]) * _LPS,
                      position * _LPS], axis=1)
+
+
+def _of_frame(dataset: Any, index: int, name: str) -> Any:
+    """The one item of a frame's functional group `name`, which stands among the shared ones where all frames have the
+    same: the segment, too, of a scan with one organ."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    return getattr(shared if name in shared else dataset.PerFrameFunctionalGroupsSequence[index], name)[0]
 
 
 def _plane_of(to_ras: np.ndarray, source: SourceGrid, path: Path) -> int:
