@@ -29,6 +29,7 @@ from autosam3d.cli_options import (
     set_threads,
 )
 from autosam3d.cli_reproduce import reproduce
+from autosam3d.cli_serve import serve
 from autosam3d.cli_web import export_web
 from autosam3d.console import BatchView, LogToStderr, TrainingView, on_task, one_line, progress_bars
 from autosam3d.errors import AutoSam3dError, BatchError, CheckpointError, RecipeError, ResourceError, UsageError
@@ -490,6 +491,7 @@ def demo(
 app.command()(reproduce)
 app.command()(nnunet)
 app.command("export-web")(export_web)
+app.command()(serve)
 
 
 def main() -> None:

@@ -78,6 +78,16 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     return _run_export(_cached_export(json_path, wish), backend, wish)
 
 
+def kept_export(path: Path | None) -> Export | None:
+    """The exported form of a model, where it is one or where `open_model` has made it one; nothing is made now.
+
+    Raises:
+        CheckpointError: NO_MODEL, or a broken model.
+    """
+    json_path = find_checkpoint(path) if path is not None else packaged_model()
+    return open_export(json_path) if read_meta(json_path).get("kind") == "export" else _kept_export(json_path)
+
+
 def _run_export(export: Export, backend: str, wish: ModelWish) -> SourcedModel:
     _demand_cpu(wish)
     return load_exported(export, fastest_backend(export, wish.threads) if backend == "auto" else backend, wish.threads)

@@ -61,8 +61,8 @@ def unpacked_scan(path: Path, scratch: Path | None = None, limits: ZipLimits | N
 
     Args:
         path: of a scan in any form.
-        scratch: the folder for the files, new, removed at the end; None takes one where the system has temporaries. Either
-            way nobody else may look into it.
+        scratch: the folder for the files, new, removed at the end; None takes one where the system has temporaries.
+            Nobody else may look into it.
 
     Raises:
         VolumeError: ARCHIVE_DAMAGED, ARCHIVE_ENCRYPTED, ARCHIVE_LINK, ARCHIVE_PATH, ARCHIVE_SIZE; NO_SCANS.

@@ -1,0 +1,58 @@
+"""What goes wrong, as the service says it: a status, a word for programs, a sentence, and no place or name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autosam3d.errors import AutoSam3dError
+
+_STATUS_OF_CODE = {"NO_SPACE": 507, "DISK": 507, "IO": 507, "NOT_WRITABLE": 507, "WORKER_DIED": 503, "TIMEOUT": 503,
+                   "MEMORY": 422}
+_STATUS_OF_EXIT = {2: 422, 3: 422, 4: 500, 5: 503}
+_CODE_OF_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD", 406: "NOT_ACCEPTABLE", 413: "TOO_LARGE",
+                   415: "CONTENT_TYPE"}
+
+
+class ServiceFault(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: of HTTP.
+        code: stable upper-case word.
+        message: one sentence for people; it goes to the client, so it holds nothing of the scan.
+        retry_after: seconds, where trying again may help.
+    """
+
+    def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
+        super().__init__(code)
+        self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def body(self, request_id: str) -> dict[str, str]:
+        return {"code": self.code, "message": self.message, "request_id": request_id}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"status": self.status, "code": self.code, "message": self.message}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> ServiceFault:
+        return cls(told["status"], told["code"], told["message"], 30 if told["status"] == 503 else None)
+
+    @classmethod
+    def of(cls, error: AutoSam3dError) -> ServiceFault:
+        """An error of the library; `where` stays behind."""
+        status = _STATUS_OF_CODE.get(error.code, _STATUS_OF_EXIT.get(error.exit_code, 500))
+        return cls(status, error.code, f"{error.fault}; {error.remedy}", 30 if status in (503, 507) else None)
+
+    @classmethod
+    def of_status(cls, status: int) -> ServiceFault:
+        """What the framework refused by itself."""
+        words = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        return cls(status, _CODE_OF_STATUS.get(status, "REFUSED"), words.get(status, "the request was refused"))
+
+
+NO_SUCH_JOB = ServiceFault(404, "NO_SUCH_JOB", "there is no such job, or it was deleted")
