@@ -60,6 +60,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
     """
     demand_token_off_loopback(settings.host, settings.token)
     with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o077))  # whatever is written is its owner's alone
         stack.enter_context(_own_folder(settings.folder))
         listening = stack.enter_context(contextlib.closing(_bind(settings.host, settings.port)))
         store = JobStore(settings.folder / _STATE)

@@ -67,13 +67,18 @@ def _listen(orders: queue.SimpleQueue[dict[str, Any]], stdin: BinaryIO) -> None:
 
 
 def _work(settings: WorkerSettings, orders: queue.SimpleQueue[dict[str, Any]], tell: Tell) -> None:
+    from autosam3d.exported import ExportedModel
     from autosam3d.model_choice import ModelWish, open_model
 
     try:
+        # Without the limit: it would forbid the one export by which a student is run faster ever after.
         model = open_model(settings.model, ModelWish(backend=settings.backend, device=settings.device, sam=settings.sam,
-                                                     threads=settings.threads, max_ram_bytes=settings.max_ram_bytes))
+                                                     threads=settings.threads))
     except AutoSam3dError as error:
         tell({"error": error_message(error, [])})
+        return
+    if "torch" in sys.modules and isinstance(model, ExportedModel):
+        tell({"again": True})  # the export was made just now, by libraries whose memory would stay
         return
     model.predictor.activation_bytes(1)
     if settings.max_ram_bytes is not None:

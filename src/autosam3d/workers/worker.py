@@ -79,15 +79,10 @@ class Worker:
         """
         if self.pid is not None and self._facts is not None:
             return self._facts
-        self._facts = None
-        with self._lock:
-            if self._closed or self._ended_by == "cancel":
-                raise JobCancelled
-            self._ended_by = ""
-            self._process = self._spawn()
-        self._send(self.settings.as_dict())
-        with self._deadline(self.settings.start_seconds):
-            message = self._answer("it loaded its model")
+        message = self._begin()
+        if "again" in message:
+            self._end()
+            message = self._begin()
         if "error" in message:
             self._end()
             raise error_from(message["error"])
@@ -156,6 +151,18 @@ class Worker:
         if "error" in message:
             raise error_from(message["error"])
         return result_from(message["done"], job.folder)
+
+    def _begin(self) -> dict[str, Any]:
+        """A new process, and what it says of its model: `ready`, `error`, or `again` where it is to be started anew."""
+        self._facts = None
+        with self._lock:
+            if self._closed or self._ended_by == "cancel":
+                raise JobCancelled
+            self._ended_by = ""
+            self._process = self._spawn()
+        self._send(self.settings.as_dict())
+        with self._deadline(self.settings.start_seconds):
+            return self._answer("it loaded its model")
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C at the terminal is the owner's to answer.
