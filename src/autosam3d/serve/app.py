@@ -72,7 +72,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         assume_ras: bool = False, force: bool = False,
         intensity_offset: Annotated[float, Query(ge=-1e5, le=1e5)] = 0.0,
         volume: Annotated[int | None, Query(ge=0, le=100_000)] = None,
-        series: Annotated[str | None, Query(max_length=64, pattern=r"[0-9A-Za-z.]+")] = None,
+        series: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9A-Za-z.]+$")] = None,
     ) -> JSONResponse:
         read = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, intensity_offset=intensity_offset,
                            volume_index=volume, series=series)
