@@ -49,7 +49,14 @@ class Guard:
             return
         request_id = secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status = time.monotonic(), 0
+        began, status, body_is_whole = time.monotonic(), 0, not _has_body(scope)
+
+        async def take() -> Message:
+            nonlocal body_is_whole
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                body_is_whole = True
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -59,6 +66,8 @@ class Guard:
                 for name, value in _PAGE.items():
                     headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
+                if not body_is_whole:
+                    headers["connection"] = "close"  # uvicorn else goes on to take what is sent, for ever
                 if self._settings.token is not None or not _is_static(scope):
                     headers["cache-control"] = "no-store"
             await send(message)
@@ -68,7 +77,7 @@ class Guard:
             await refuse(fault, request_id, answer, _challenge(fault))
         else:
             _drop_many_ranges(scope)
-            await self._app(scope, receive, answer)
+            await self._app(scope, take, answer)
         # Neither path nor query: a job's id in it is all that it takes to see its result.
         route = getattr(scope.get("route"), "path", "-")
         _log.info("request %s: %s %s %d in %.0f ms", request_id, scope["method"], route, status,
@@ -147,6 +156,11 @@ def _without_port(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return host.partition(":")[0]
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _is_static(scope: Scope) -> bool:

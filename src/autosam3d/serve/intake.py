@@ -92,8 +92,8 @@ class Service:
                     "request_id": request_id_of(request)}
             await self._add(job_id, state, told, once)
         except BaseException:
-            # Also where the client has gone and this task is cancelled; quick enough to be done here.
-            shutil.rmtree(folder, ignore_errors=True)
+            # Also where the client has gone and this task is cancelled, so nothing is waited for.
+            self.threads.submit(shutil.rmtree, folder, True)
             raise
         finally:
             self.receiving -= 1
@@ -116,7 +116,7 @@ class Service:
             await self._add(job_id, QUEUED, session.request | {"forms": list(forms),
                                                                "request_id": request_id_of(request)}, None)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.threads.submit(shutil.rmtree, folder, True)
             raise
         self.runner.wake()
         return job_id

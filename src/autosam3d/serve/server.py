@@ -84,6 +84,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
             timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), backlog=_BACKLOG,
         )
         server = _Server(config, runner, deadline)
+        listening.listen(_BACKLOG)  # from here on nobody is turned away
         host, port = listening.getsockname()[:2]
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
         asyncio.run(server.serve(sockets=[listening]))

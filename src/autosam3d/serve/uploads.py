@@ -133,26 +133,30 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
     window_began, window_bytes = began, 0
     expected = int(request.headers.get("content-length") or -1)
     slow = ServiceFault(408, "SLOW", "the body came too slowly; try again over a better connection")
-    try:
-        async with asyncio.timeout(settings.chunk_seconds) as silence:
-            async for chunk in request.stream():
-                now = time.monotonic()
-                silence.reschedule(asyncio.get_running_loop().time() + settings.chunk_seconds)
-                total += len(chunk)
-                window_bytes += len(chunk)
-                if total > settings.max_upload_bytes:
-                    raise _too_large(settings)
-                if now - began > settings.upload_seconds:
-                    raise slow
-                if now - window_began > settings.rate_seconds:
-                    if window_bytes < settings.min_rate * (now - window_began):
-                        raise slow
-                    window_began, window_bytes = now, 0
-                yield chunk
-    except TimeoutError:
-        raise slow from None
-    except ClientDisconnect:
-        raise ServiceFault(400, "BODY_CUT", "the body ended before its end") from None
+    stream = request.stream()
+    while True:
+        try:
+            # Only the sender is timed, not what is done with a chunk.
+            async with asyncio.timeout(settings.chunk_seconds):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise slow from None
+        except ClientDisconnect:
+            raise ServiceFault(400, "BODY_CUT", "the body ended before its end") from None
+        if chunk is None:
+            break
+        now = time.monotonic()
+        total += len(chunk)
+        window_bytes += len(chunk)
+        if total > settings.max_upload_bytes:
+            raise _too_large(settings)
+        if now - began > settings.upload_seconds:
+            raise slow
+        if now - window_began > settings.rate_seconds:
+            if window_bytes < settings.min_rate * (now - window_began):
+                raise slow
+            window_began, window_bytes = now, 0
+        yield chunk
     if 0 <= expected != total:
         raise ServiceFault(400, "BODY_CUT", "the body ended before its end")
 
@@ -218,7 +222,7 @@ class _Form:
         self._header = [bytearray(), bytearray()]
         self._disposition = b""
         self._name, self._text = "", bytearray()
-        self._is_file, self._ended, self._num_parts = False, False, 0
+        self._is_file, self._ended, self._num_files, self._num_fields = False, False, 0, 0
         self._parser = MultipartParser(boundary, {
             "on_part_begin": self._begin, "on_header_field": self._on_header(0), "on_header_value": self._on_header(1),
             "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
@@ -236,9 +240,6 @@ class _Form:
             raise _bad_form()
 
     def _begin(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > _MAX_FILES + _MAX_FIELDS:
-            raise ServiceFault(413, "PARTS", f"expected at most {_MAX_FILES} files")
         self._disposition = b""
 
     def _on_header(self, which: int) -> Callable[[bytes, int, int], None]:
@@ -258,10 +259,12 @@ class _Form:
         self._name = options.get(b"name", b"").decode("utf-8", errors="replace")
         self._is_file = self._name in self._file_fields
         self._text = bytearray()
+        self._num_files += self._is_file
+        self._num_fields += not self._is_file
+        if self._num_files > _MAX_FILES or self._num_fields > _MAX_FIELDS:
+            raise ServiceFault(413, "PARTS", f"expected at most {_MAX_FILES} files and {_MAX_FIELDS} fields")
         if self._is_file:
             self._sink.begin()
-        elif len(self._fields) >= _MAX_FIELDS:
-            raise _bad_form()
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
