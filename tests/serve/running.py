@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ FORMS = {"nifti", "seg", "seg-labelmap", "rtstruct", "json", "csv"}
 
 
 class Running:
-    """``autosam3d serve`` with the small export."""
+    """``autosam3d serve``, with the small export unless told otherwise."""
 
-    def __init__(self, folder: Path, *args: object, env: Mapping[str, str] | None = None, wait: bool = True) -> None:
+    def __init__(self, folder: Path, *args: object, env: Mapping[str, str] | None = None,
+                 model: Sequence[object] | None = ()) -> None:
         self.folder = folder / "state"
         self.log = folder / "log.txt"
         told = os.environ | {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder)} | dict(env or {})
-        words = [sys.executable, "-m", "autosam3d", "-v", "serve", mini_export(), "--backend", "onnxruntime", "--threads",
-                 1, "--port", 0, "--folder", self.folder, *args]
+        small = () if model is None else model or (mini_export(), "--backend", "onnxruntime", "--threads", 1)
+        words = [sys.executable, "-m", "autosam3d", "-v", "serve", *small, "--port", 0, "--folder", self.folder, *args]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=log, env=told, text=True)
-        self.url = self._ready() if wait else ""
+        self.url = self._ready()
 
     def _ready(self) -> str:
         assert self.process.stdout is not None

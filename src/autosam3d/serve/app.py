@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,8 @@ from autosam3d.serve.uploads import MULTIPART, RAW, discard
 from autosam3d.workers.scan import FILE_OF, FORMS
 
 _log = logging.getLogger(__name__)
+
+_DISCARDING = 8
 
 Format = Literal["nifti", "seg", "seg-labelmap", "rtstruct", "json", "csv"]
 JobId = Annotated[str, Path(description="As POST /jobs gave it. Who knows it may see the job.", max_length=64)]
@@ -147,11 +150,12 @@ def _forms(wished: str | None) -> tuple[str, ...]:
 
 def _answer_faults(app: FastAPI) -> None:
     """Errors are JSON without anything of the request in it."""
+    places = asyncio.Semaphore(_DISCARDING)
 
     async def answer(request: Request, fault: ServiceFault) -> JSONResponse:
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if has_body and not request.scope["state"].get("body_begun"):
-            await discard(request)
+            await discard(request, places)
         return JSONResponse(fault.body(request_id_of(request)), fault.status, fault.headers)
 
     @app.exception_handler(ServiceFault)

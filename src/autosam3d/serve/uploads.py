@@ -27,7 +27,7 @@ _WRITE_BYTES = 1 << 18
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ROOM_LEFT_BYTES = 256 << 20
 """Of the disk, which an upload leaves free for results."""
-_DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 5.0
+_DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 15.0
 
 
 @dataclass
@@ -62,14 +62,18 @@ def demand_body(request: Request, settings: ServeSettings) -> None:
         raise _no_room()
 
 
-async def discard(request: Request) -> None:
-    """Take in a small body that is refused, so that its sender gets to read why."""
+async def discard(request: Request, places: asyncio.Semaphore) -> None:
+    """Take in a small body that is refused, so that its sender gets to read why.
+
+    Args:
+        places: how many may be at it together: hundreds would leave the others waiting.
+    """
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > _DISCARD_BYTES:
         return
     taken = 0
     try:
-        async with asyncio.timeout(_DISCARD_SECONDS):
+        async with asyncio.timeout(_DISCARD_SECONDS), places:
             async for chunk in request.stream():
                 taken += len(chunk)
                 if taken > _DISCARD_BYTES:

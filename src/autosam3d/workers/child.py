@@ -36,6 +36,8 @@ Tell = Callable[[dict[str, Any]], None]
 _ADDRESS_SLACK = 1 << 30
 # The order of the kernel's killer when memory is short: a worker before the service.
 _KILL_FIRST = "900"
+# Whoever asks the service how far a scan is gets an answer while the scan takes all cores.
+_NICE = 5
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment|"
                             r"bad_alloc|Failed to allocate")
 
@@ -53,6 +55,8 @@ def main() -> None:
 
     # A log line may name a scan.
     logging.disable(logging.CRITICAL)
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_KILL_FIRST, "ascii")
     with contextlib.suppress(BrokenPipeError):
