@@ -17,9 +17,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "tests/serve"), str(REPO / "tests")]
 
-from autosam3d.certificate import cpu_name  # noqa: E402
 from load import Held, Load, burst  # noqa: E402
 from running import Running, running, until  # noqa: E402
+
+from autosam3d.certificate import cpu_name  # noqa: E402
 from serving import phantom_ct  # noqa: E402
 
 COUNT, RESULT = 200, REPO / "benchmarks/results/serve.md"
@@ -65,11 +66,11 @@ def main() -> None:
                         f"{before.temp_bytes} / {after.temp_bytes} | {before.rss / 1e6:.0f} / {after.rss / 1e6:.0f} |")
     text = f"""# {COUNT} uploads of {len(content) / 1e6:.1f} MB at once
 
-`python benchmarks/bench_serve.py`, {time.strftime("%Y-%m-%d")}, {os.cpu_count()} cores of {cpu_name()}. The senders are {COUNT} connections of one
-process on the same machine; the packaged model segments what was accepted, with all cores, all along. Limits
-(reliability, T11): {LIMITS}.
+`python benchmarks/bench_serve.py`, {time.strftime("%Y-%m-%d")}, {os.cpu_count()} cores of {cpu_name()}.
+The senders are {COUNT} connections of one process on the same machine; the packaged model segments what was accepted,
+with all cores, all along. Each service is warmed by one such burst. Limits (reliability, T11): {LIMITS}.
 
-| service | answers | without one | without Retry-After | seconds | growth of the server, MB | /health p50 / p99 / most, ms |
+| service | answers | without one | without Retry-After | seconds | growth, MB | /health p50 / p99 / most, ms |
 |---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 

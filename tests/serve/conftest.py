@@ -9,6 +9,7 @@ for package in ("fastapi", "uvicorn", "python_multipart", "httpx", "onnxruntime"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "badinput")]
 
 from running import Running, running  # noqa: E402
+
 from serving import dicom_zip, phantom_ct  # noqa: E402
 
 

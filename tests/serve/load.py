@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import os
 import subprocess
 import sys
 import time
@@ -60,7 +59,8 @@ class Held:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         temp = sum(p.stat().st_size for name in ("jobs", "tmp") for p in (folder / name).rglob("*")
                    if p.is_file() and p.name != ".ses")
-        return cls(len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), int(status["VmRSS"].split()[0]) * 1024,
+        files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+        return cls(files, int(status["Threads"]), int(status["VmRSS"].split()[0]) * 1024,
                    temp)
 
 

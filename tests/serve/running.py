@@ -32,7 +32,8 @@ class Running:
         small = () if model is None else model or (mini_export(), "--backend", "onnxruntime", "--threads", 1)
         words = [sys.executable, "-m", "autosam3d", "-v", "serve", *small, "--port", 0, "--folder", self.folder, *args]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=log, env=told, text=True)
+            self.process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=log, env=told,
+                                            text=True)
         self.url = self._ready()
 
     def _ready(self) -> str:
@@ -132,7 +133,8 @@ def answer_of(raw: socket.socket) -> bytes:
         while chunk := raw.recv(1 << 16):
             content += chunk
             before, found, after = content.partition(b"\r\n\r\n")
-            sizes = [line.split(b":")[1] for line in before.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+            sizes = [line.split(b":")[1] for line in before.lower().split(b"\r\n")
+                     if line.startswith(b"content-length:")]
             if found and sizes and len(after) >= int(sizes[0]):
                 break
     return content

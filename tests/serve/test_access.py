@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from running import Running, fault, outcome, running
 
 from autosam3d.errors import UsageError
 from autosam3d.serve.settings import demand_token_off_loopback, is_loopback, read_token
 from command_line import run
 from exports import mini_export
-from running import Running, fault, outcome, running
 
 TOKEN = secrets.token_urlsafe(24)
 ROUTES = [("GET", "/"), ("GET", "/docs"), ("GET", "/docs.css"), ("GET", "/openapi.json"), ("POST", "/jobs"),
@@ -45,7 +45,8 @@ def closed(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_every_route_asks_for_the_token(closed: Running) -> None:
-    wrong = [None, "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Token {TOKEN}", "Basic x", f"Bearer {TOKEN.upper()}",
+    wrong = [None, "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", f"Token {TOKEN}", "Basic x",
+             f"Bearer {TOKEN.upper()}",
              "Basic " + base64.b64encode(f"{TOKEN}:x".encode()).decode(), "Bearer é".encode().decode("latin-1")]
     right = [f"Bearer {TOKEN}", f"bearer {TOKEN}", "Basic " + base64.b64encode(f"any:{TOKEN}".encode()).decode()]
     with closed.client() as client:
@@ -90,8 +91,9 @@ def test_only_its_own_names(closed: Running, host: str, status: int) -> None:
 
 
 @pytest.mark.parametrize(("headers", "status"), [
-    ({}, 404), ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403), ({"origin": "https://localhost"}, 403),
-    ({"origin": "file://"}, 403), ({"sec-fetch-site": "cross-site"}, 403), ({"sec-fetch-site": "same-site"}, 403),
+    ({}, 404), ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403),
+    ({"origin": "https://localhost"}, 403), ({"origin": "file://"}, 403),
+    ({"sec-fetch-site": "cross-site"}, 403), ({"sec-fetch-site": "same-site"}, 403),
     ({"sec-fetch-site": "same-origin"}, 404), ({"origin": ""}, 403),
 ])
 def test_pages_of_others_may_not_ask(service: Running, headers: dict[str, str], status: int) -> None:
@@ -144,8 +146,9 @@ def test_nobody_outside_is_asked(ct: Path, tmp_path: Path) -> None:
     (hook / "sitecustomize.py").write_text(
         "import sys\ndef seen(event, args):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto'):\n"
-        f"        with open({str(told)!r}, 'a') as file: file.write(f'{{event}} {{args[-1] if event != \"socket.getaddrinfo\""
-        " else args[0]}\\n')\nsys.addaudithook(seen)\n")
+        "        where = args[0] if event == 'socket.getaddrinfo' else args[-1]\n"
+        f"        with open({str(told)!r}, 'a') as file: file.write(f'{{event}} {{where}}\\n')\n"
+        "sys.addaudithook(seen)\n")
     path = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])
     probe = "import socket\ntry: socket.create_connection(('192.0.2.1', 9), 0.01)\nexcept OSError: pass\n"
     subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": path}, check=True)

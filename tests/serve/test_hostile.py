@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from running import FORMS, Running, answer_of, connected, fault, head, outcome, running, send, until
 
 from command_line import contents
-from running import FORMS, Running, answer_of, connected, fault, head, outcome, running, send, until
 from serving import dicom_folder, zipped
 
 CANARY = "canary-4711-doe"
@@ -29,7 +29,7 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def service(tmp_path_factory: pytest.TempPathFactory):
     """Upload deadlines as they are are half a minute; here they are short, and everything is logged."""
     hook = tmp_path_factory.mktemp("hook")
     (hook / "sitecustomize.py").write_text(
@@ -43,7 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(service: Running):  # noqa: ANN202
+def _nothing_left(service: Running):
     """After each test the server is the same process, and files of uploads are gone."""
     pid = service.process.pid
     yield
@@ -148,7 +148,8 @@ def test_ten_thousand_ranges_are_one_answer(service: Running, ct: Path) -> None:
         assert client.get("/index.html", headers={"range": "bytes=0-9"}).content == page[:10]
 
 
-@pytest.mark.parametrize("raw_head", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00" * 50, b"GET / HTTP/9.9\r\n\r\n",
+@pytest.mark.parametrize("raw_head", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00" * 50,
+                                      b"GET / HTTP/9.9\r\n\r\n",
                                       b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"A" * 200_000,
                                       b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n"])
 def test_what_is_no_request(service: Running, raw_head: bytes) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from running import FORMS, Running, answer_of, connected, fault, head, outcome, running, send, until
 
 from autosam3d.exported import load_exported
 from autosam3d.inference import segment
 from autosam3d.io import read_ct, read_segmentation
 from exports import mini_export
-from running import FORMS, Running, answer_of, connected, fault, head, outcome, running, send, until
 
 
 def test_a_nifti_comes_back_as_segment_makes_it(service: Running, ct: Path, tmp_path: Path) -> None:
@@ -112,7 +112,8 @@ def test_bad_scans_fail_in_words_and_the_next_is_done(service: Running, ct: Path
     ("application/x-www-form-urlencoded", b"x", 415, "CONTENT_TYPE"),
     ("multipart/form-data", b"x", 400, "MULTIPART"),
     ("multipart/form-data; boundary=b", b"no form", 400, "MULTIPART"),
-    ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx', 400, "MULTIPART"),
+    ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx', 400,
+     "MULTIPART"),
     ("multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\nx\r\n--b--\r\n', 400,
      "NO_FILE"),
     ("multipart/form-data; boundary=b", b"--b\r\n" + b"A: " + b"x" * (1 << 20) + b"\r\n\r\nx\r\n--b--\r\n", 400,
@@ -199,12 +200,12 @@ def test_a_full_disk_is_507(ct: Path, tmp_path: Path) -> None:
 
 
     path = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])
-    with running(folder, "--no-app", env={"PYTHONPATH": path, "AUTOSAM3D_FULL": "1"}) as service:
-        with service.client() as client:
-            answer = client.post("/jobs", files={"file": bytes(3 << 20)})
-            fault(answer, 507, "NO_SPACE")
-            assert int(answer.headers["retry-after"]) > 0 and service.files() == []
-            assert outcome(client, send(client, ct))["state"] == "done"
+    env = {"PYTHONPATH": path, "AUTOSAM3D_FULL": "1"}
+    with running(folder, "--no-app", env=env) as service, service.client() as client:
+        answer = client.post("/jobs", files={"file": bytes(3 << 20)})
+        fault(answer, 507, "NO_SPACE")
+        assert int(answer.headers["retry-after"]) > 0 and service.files() == []
+        assert outcome(client, send(client, ct))["state"] == "done"
 
 
 def test_answers_are_fast_while_a_scan_is_segmented(service: Running, long_ct: Path) -> None:

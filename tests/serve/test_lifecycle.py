@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from running import Running, fault, outcome, running, send, until
 
 from autosam3d.errors import ResourceError
 from autosam3d.serve.settings import SteadyClock
 from autosam3d.serve.store import DONE, FAILED, MAX_ATTEMPTS, QUEUED, RUNNING, JobStore, SentTwice
 from command_line import run
 from exports import mini_export
-from running import Running, fault, outcome, running, send, until
 
 
 def _gone(pid: int) -> bool:
@@ -77,7 +77,7 @@ def test_a_killed_service_begins_its_job_once_more_and_then_no_more(long_ct: Pat
         service = Running(folder, "--no-app")
         with service.client() as client:
             job_id = job_id or send(client, long_ct, overlap=0.9)
-            until(lambda c=client: c.get(f"/jobs/{job_id}").json()["percent"] > 0)
+            until(lambda c=client, j=job_id: c.get(f"/jobs/{j}").json()["percent"] > 0)
             workers = service.workers()
         (service.folder / "jobs" / ("B" * 22) / "upload").mkdir(parents=True)  # an upload that was cut by the kill
         assert service.stop(signal.SIGKILL) == -9
@@ -116,7 +116,7 @@ def test_two_of_a_kind_and_other_bad_places(service: Running, tmp_path: Path) ->
         assert client.get("/health").status_code == 200
 
 
-def _refusal(done, code: str, exit_code: int) -> str:  # noqa: ANN001
+def _refusal(done, code: str, exit_code: int) -> str:
     """One error line; before it may stand that the model was being loaded."""
     lines = [line for line in done.err.splitlines() if line != "loading the model"]
     assert done.code == exit_code and len(lines) == 1 and lines[0].startswith(f"error[{code}] "), done.err

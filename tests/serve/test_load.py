@@ -1,4 +1,4 @@
-"""T11, small: every sender is answered, memory stays bounded, and everything is given back. Times are the benchmark's."""
+"""T11, small: every sender is answered, memory stays bounded, and everything is given back."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ from urllib.parse import quote_plus
 
 import numpy as np
 import pytest
+from running import Running, connected, fault, head, running, send, until
 
 from autosam3d.exported import load_exported
 from autosam3d.inference import segment
 from autosam3d.io import read_ct, read_segmentation
 from exports import LABELS, mini_export
-from running import Running, connected, fault, head, running, send, until
 
 
 @pytest.fixture(scope="module")
