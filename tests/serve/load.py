@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -57,11 +59,13 @@ class Held:
     @classmethod
     def by(cls, pid: int, folder: Path) -> Held:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        temp = sum(p.stat().st_size for name in ("jobs", "tmp") for p in (folder / name).rglob("*")
-                   if p.is_file() and p.name != ".ses")
+        temp = 0
+        for place, _, names in os.walk(folder):
+            for name in names if Path(place) != folder and "web" not in Path(place).parts else ():
+                with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+                    temp += (Path(place) / name).stat().st_size if name != ".ses" else 0
         files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-        return cls(files, int(status["Threads"]), int(status["VmRSS"].split()[0]) * 1024,
-                   temp)
+        return cls(files, int(status["Threads"]), int(status["VmRSS"].split()[0]) * 1024, temp)
 
 
 async def burst(url: str, pid: int, folder: Path, count: int, content: bytes) -> Load:

@@ -65,9 +65,11 @@ class Running:
         return [int(pid) for path in children for pid in path.read_text().split()]
 
     def files(self) -> list[str]:
-        """What lies in the folders of jobs and temporaries."""
-        return sorted(str(p.relative_to(self.folder)) for name in ("jobs", "tmp") for p in
-                      (self.folder / name).rglob("*") if p.is_file() and p.name != ".ses")
+        """What lies in the folders of jobs and temporaries; ".ses" is ONNX Runtime's."""
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+                return sorted(str(p.relative_to(self.folder)) for name in ("jobs", "tmp") for p in
+                              (self.folder / name).rglob("*") if p.is_file() and p.name != ".ses")
 
 
 @contextlib.contextmanager

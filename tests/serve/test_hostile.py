@@ -50,7 +50,7 @@ def _nothing_left(service: Running):
     assert service.process.poll() is None and service.process.pid == pid
     until(lambda: [name for name in service.files() if "/upload/" in name] == [], seconds=8)
     with service.client() as client:
-        assert client.get("/health").json()["receiving"] == 0
+        until(lambda: client.get("/health").json()["receiving"] == 0, seconds=15)
 
 
 def test_ten_gigabytes_are_refused_before_the_body(service: Running) -> None:

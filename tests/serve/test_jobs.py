@@ -101,7 +101,7 @@ def test_bad_scans_fail_in_words_and_the_next_is_done(service: Running, ct: Path
             assert job["state"] == "failed" and (job["error"]["code"], job["error"]["status"]) == (code, 422)
             answer = client.get(f"/jobs/{job_id}/result")
             assert "doe" not in fault(answer, 422, code).lower() and "doe" not in str(job).lower()
-            assert not [name for name in service.files() if job_id in name]
+            until(lambda j=job_id: not [name for name in service.files() if j in name], seconds=5)
         job_id = client.post("/jobs", files={"file": ct.read_bytes()}, params={"format": "seg"}).json()["id"]
         assert outcome(client, job_id)["error"]["code"] == "FORMAT"
         assert outcome(client, send(client, ct))["state"] == "done"
@@ -123,7 +123,7 @@ def test_bad_scans_fail_in_words_and_the_next_is_done(service: Running, ct: Path
 def test_bodies_that_are_none(service: Running, kind: str, content: bytes, status: int, code: str) -> None:
     with service.client() as client:
         fault(client.post("/jobs", content=content, headers={"content-type": kind}), status, code)
-    assert not [name for name in service.files() if "upload" in name]
+    until(lambda: not [name for name in service.files() if "upload" in name], seconds=5)
 
 
 @pytest.mark.parametrize("query", ["format=dicom", "format=", "overlap=1", "overlap=x", "prefer=best", "volume=-1",
@@ -173,7 +173,7 @@ def test_a_sender_who_leaves_leaves_nothing(service: Running) -> None:
         until(lambda: service.files() != before or _folders(service), seconds=5)
     until(lambda: service.files() == before, seconds=5)
     with service.client() as client:
-        assert client.get("/health").json()["receiving"] == 0
+        until(lambda: client.get("/health").json()["receiving"] == 0, seconds=5)
 
 
 def _folders(service: Running) -> list[Path]:
@@ -204,7 +204,8 @@ def test_a_full_disk_is_507(ct: Path, tmp_path: Path) -> None:
     with running(folder, "--no-app", env=env) as service, service.client() as client:
         answer = client.post("/jobs", files={"file": bytes(3 << 20)})
         fault(answer, 507, "NO_SPACE")
-        assert int(answer.headers["retry-after"]) > 0 and service.files() == []
+        assert int(answer.headers["retry-after"]) > 0
+        until(lambda: service.files() == [], seconds=5)
         assert outcome(client, send(client, ct))["state"] == "done"
 
 
