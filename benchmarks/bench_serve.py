@@ -68,7 +68,8 @@ def main() -> None:
 
 `python benchmarks/bench_serve.py`, {time.strftime("%Y-%m-%d")}, {os.cpu_count()} cores of {cpu_name()}.
 The senders are {COUNT} connections of one process on the same machine; the packaged model segments what was accepted,
-with all cores, all along. Each service is warmed by one such burst. Limits (reliability, T11): {LIMITS}.
+with all cores, all along. Each service is warmed by one such burst. Limits (reliability, T11):
+{LIMITS}.
 
 | service | answers | without one | without Retry-After | seconds | growth, MB | /health p50 / p99 / most, ms |
 |---|---|---|---|---|---|---|

@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -111,11 +112,11 @@ class Guard:
             return False
 
 
-async def refuse(fault: ServiceFault, request_id: str, send: Send, more: dict[str, str] | None = None) -> None:
+async def refuse(fault: ServiceFault, request_id: str, send: Send, more: Sequence[tuple[str, str]] = ()) -> None:
     """Answer with a fault, without an application."""
     body = json.dumps(fault.body(request_id)).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **fault.headers, **(more or {})}
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    headers = [("content-type", "application/json"), ("content-length", str(len(body))), *fault.headers.items(), *more]
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers]
     await send({"type": "http.response.start", "status": fault.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
@@ -138,9 +139,12 @@ def is_token(shown: str, token: str) -> bool:
     return secrets.compare_digest(shown.encode("utf-8", errors="replace"), token.encode())
 
 
-def _challenge(fault: ServiceFault) -> dict[str, str]:
-    return {"www-authenticate": 'Basic realm="autosam3d: any name, and the token as password", Bearer'
-            } if fault.status == 401 else {}
+def _challenge(fault: ServiceFault) -> Sequence[tuple[str, str]]:
+    """Two headers: browsers do not find Basic in one that names other schemes, too."""
+    if fault.status != 401:
+        return ()
+    return (("www-authenticate", 'Basic realm="autosam3d: any name, and the token as password"'),
+            ("www-authenticate", "Bearer"))
 
 
 def _is_our_page(headers: Headers, method: str) -> bool:

@@ -116,6 +116,7 @@ def _add_login(app: FastAPI, service: Service) -> None:
     @app.post("/auth/token", tags=["MONAI Label"], summary="The service's token against itself, given as the password")
     async def login(request: Request) -> JSONResponse:
         token = service.settings.token
+        request.scope["state"]["body_begun"] = True
         body = b""
         async for chunk in request.stream():
             body += chunk

@@ -190,6 +190,9 @@ class Runner:
             (folder / RESULT).mkdir(mode=0o700)
             scan = ScanJob(source=source, folder=folder / RESULT, forms=tuple(job.request["forms"]),
                            read=ReadOptions(**job.request["read"]), overlap=job.request.get("overlap"))
+            with self._lock:
+                if job.id in self._deleted:
+                    raise JobCancelled
             result = worker.segment(scan, progress.told)
         except AutoSam3dError as error:
             return FAILED, ServiceFault.of(error).as_dict()
