@@ -15,8 +15,8 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	@test -x $(PY) || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch, then the rest, into $(VENV) (once)"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(PIP) -c constraints.txt -e ".[dicom,sam,export,int8,serve,dev]"
-	@$(PY) -W ignore -c "import autosam3d, torch, pydicom, highdicom, transformers, onnxruntime, openvino, fastapi, uvicorn, pytest"
+	@$(PIP) -c constraints.txt -e ".[dicom,pacs,sam,export,int8,serve,dev]"
+	@$(PY) -W ignore -c "import autosam3d, torch, pydicom, highdicom, transformers, onnxruntime, openvino, fastapi, uvicorn, requests, pytest"
 	@touch $@
 
 demo: $(VENV)/.ok

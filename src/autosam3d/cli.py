@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from autosam3d import __version__, cli_slicewise
+from autosam3d import __version__, cli_pacs, cli_slicewise
 from autosam3d.cli_nnunet import nnunet
 from autosam3d.cli_options import (
     AssumeRas,
@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_slicewise.app)
+app.add_typer(cli_pacs.app)
 
 # Typer's own name for it differs between versions: click's class, or one of a copy inside Typer.
 _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

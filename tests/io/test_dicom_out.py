@@ -108,7 +108,7 @@ def _seg_points(path: Path) -> dict[str, np.ndarray]:
     found = {}
     for number in seg.segment_numbers:
         volume = seg.get_volume(segment_numbers=[number])
-        indexes = np.argwhere(np.squeeze(volume.array) != 0)
+        indexes = np.argwhere(volume.array.reshape(volume.array.shape[:3]) != 0)
         found[seg.get_segment_description(number).segment_label] = volume.map_indices_to_reference(indexes)
     return found
 

@@ -51,6 +51,9 @@ class Algorithm:
     """Of the program."""
     sha256: str
     """Of the model: equal models, labels and scans make objects of equal UIDs."""
+    settings: str | None = None
+    """Of the run. With it UIDs follow from scan, model and settings alone: who segments a scan twice has one object,
+    even where another machine's rounding gave one voxel another label."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def derived_uid(kind: str, source: SourceSeries, algorithm: Algorithm, content: 
     """A UID that is the same for the same scan, model, program and labels, so that an archive that is sent a result
     twice has it once. *Source* of the form: DICOM PS3.5 annex B.2, with a hash in the place of the UUID."""
     told = [kind, *(str(image.SOPInstanceUID) for image in source.images), algorithm.name, algorithm.version,
-            algorithm.sha256, content.hex()]
+            algorithm.sha256, content.hex() if algorithm.settings is None else f"settings {algorithm.settings}"]
     digest = hashlib.sha256("\n".join(told).encode()).digest()
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"
 

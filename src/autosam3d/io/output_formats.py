@@ -66,13 +66,14 @@ def output_format(name: str | None, output: Path) -> OutputFormat:
 
 
 def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, options: ReadOptions,
-                 algorithm: tuple[str, str, str]) -> WriteLabels:
+                 algorithm: tuple[str, str, str], settings: str | None = None) -> WriteLabels:
     """What will write the segmentation of the scan at `source`; whatever a series lacks is said now.
 
     Args:
         grid: of the scan as it was read.
         options: it was read with.
         algorithm: name, version, SHA-256 of the model; see `dicom_source.Algorithm`.
+        settings: of the run, where UIDs are to follow from them.
 
     Raises:
         VolumeError: as `dicom_source.read_source_series`. MissingExtraError.
@@ -81,7 +82,7 @@ def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, opti
         return _write_nifti
     from autosam3d.io.dicom_source import Algorithm, read_source_series  # pydicom is optional and slow to import
 
-    made_by: Algorithm = Algorithm(*algorithm)
+    made_by: Algorithm = Algorithm(*algorithm, settings)
     series = read_source_series(source, grid, options)
     if form is RTSTRUCT:
         from autosam3d.io.dicom_rtstruct import write_rtstruct

@@ -53,6 +53,8 @@ class ScanJob:
     overlap: float | None = None
     """Of the windows; None takes the recipe's."""
     tta: bool = False
+    uid_settings: str | None = None
+    """Text that the UIDs of DICOM objects follow from, in the place of the labels; see `dicom_source.Algorithm`."""
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FILE_OF]
@@ -67,7 +69,8 @@ class ScanJob:
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> ScanJob:
         return cls(source=Path(told["source"]), folder=Path(told["folder"]), forms=tuple(told["forms"]),
-                   read=ReadOptions(**told["read"]), overlap=told["overlap"], tta=told["tta"])
+                   read=ReadOptions(**told["read"]), overlap=told["overlap"], tta=told["tta"],
+                   uid_settings=told["uid_settings"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ def _writers(job: ScanJob, source: Path, volume: Volume, read: ReadOptions, mode
         try:
             form = output_format(name, job.folder)
             _demand_series(form, source)
-            writers[name] = label_writer(form, source, volume.source, read, by)
+            writers[name] = label_writer(form, source, volume.source, read, by, job.uid_settings)
         except AutoSam3dError as error:
             refused[name] = error
     if len(refused) == len(job.forms):

@@ -1,0 +1,174 @@
+"""``autosam3d pacs``: a service beside an archive: CT series in, SEG and RTSTRUCT back, each once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autosam3d.cli_options import Threads, cores
+from autosam3d.errors import BatchError, MissingExtraError, UsageError
+
+app = typer.Typer(name="pacs", help="Beside an archive: CT series in, DICOM SEG and RTSTRUCT back, each once.",
+                  rich_markup_mode=None)
+
+State = Annotated[Path | None, typer.Option("--state", help="Folder for the ledger and for scans at work; one process "
+                                            "at a time.")]
+
+
+@app.callback(invoke_without_command=True)
+def watch(
+    context: typer.Context,
+    dicomweb: Annotated[str | None, typer.Option(metavar="URL", help="Root of the archive's DICOMweb service.")] = None,
+    state: State = None,
+    model: Annotated[Path | None, typer.Option(help="Run folder, checkpoint's .json, packed model or export; default: "
+                                               "the model of the package.")] = None,
+    rule: Annotated[Path | None, typer.Option(help="YAML file that says which series are segmented.")] = None,
+    body_part: Annotated[list[str] | None, typer.Option(help="BodyPartExamined; repeat it for several.")] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="Default CT.")] = None,
+    description: Annotated[str | None, typer.Option(metavar="REGEX", help="Found in SeriesDescription.")] = None,
+    every: Annotated[bool, typer.Option("--every", help="All series of the modality; else a rule is needed.")] = False,
+    poll: Annotated[float, typer.Option(min=1, max=86400, help="Seconds between two looks.")] = 60.0,
+    settle: Annotated[float, typer.Option(min=0, max=86400, help="Seconds that a study must not have grown.")] = 60.0,
+    days: Annotated[int | None, typer.Option(min=0, max=36500, help="Look at studies of N days alone.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Look, work, and leave.")] = False,
+    tries: Annotated[int, typer.Option(min=1, max=1000, help="Failures of a series until it is given up.")] = 10,
+    auth_file: Annotated[Path | None, typer.Option(help="One line, USER:PASSWORD or Bearer TOKEN, that you alone can "
+                                                   "read; or the variable AUTOSAM3D_PACS_AUTH.")] = None,
+    ca_file: Annotated[Path | None, typer.Option(help="Certificates of the authorities to believe.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Take any certificate, and send credentials over plain "
+                                           "http.")] = False,
+    overlap: Annotated[float | None, typer.Option(min=0, max=0.9, help="Window overlap, default the model's.")] = None,
+    max_ram: Annotated[float | None, typer.Option(min=0.25, max=4096, help="GiB that the worker may take.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Watch an archive by DICOMweb: new CT series that meet a rule are fetched, segmented and stored back."""
+    if context.invoked_subcommand is not None:
+        return
+    if dicomweb is None or state is None:
+        raise UsageError("USAGE", "pacs", "expected --dicomweb URL and --state FOLDER", "see autosam3d pacs --help")
+    _demand_extra("requests", "pydicom", "highdicom")
+    from autosam3d.pacs.credentials import demand_safe_transport, read_credentials
+    from autosam3d.pacs.dicomweb import DicomWeb
+
+    chosen = _rule(rule, modality, body_part, description, every)
+    credentials = read_credentials(auth_file)
+    demand_safe_transport(dicomweb, credentials, insecure)
+    if ca_file is not None and not ca_file.is_file():
+        raise UsageError("CA_FILE", ca_file, "expected a file of certificates", "check the path")
+    from autosam3d.pacs.ledger import Retry
+    from autosam3d.pacs.service import Service
+    from autosam3d.pacs.sinks import DicomWebSink
+    from autosam3d.pacs.watch import Watch, run_forever, run_once
+
+    verify: Any = False if insecure else str(ca_file) if ca_file is not None else True
+    archive = DicomWeb(dicomweb, credentials, verify)
+    with contextlib.closing(archive), _at_work(state, model, overlap, max_ram, threads) as (folder, ledger, segmenter,
+                                                                                            sha256):
+        service = Service(folder, ledger, segmenter, DicomWebSink(archive), archive, Retry(tries=tries), tell=_tell)
+        service.sweep()
+        how = Watch(rule=chosen, model=sha256, settings=segmenter.settings, poll_seconds=poll, settle_seconds=settle,
+                    days=days)
+        if not once:
+            run_forever(service, archive, how)
+        run_once(service, archive, how)
+        if service.num_failed:
+            raise BatchError("FAILED_CASES", state, f"{service.num_failed} series failed, {service.num_done} are done",
+                             "see the lines above, and autosam3d pacs status; what may succeed later is tried again")
+        typer.echo(f"{service.num_done} series done")
+
+
+@app.command()
+def status(
+    state: Annotated[Path, typer.Option("--state", help="Folder that was given to autosam3d pacs.")],
+) -> None:
+    """What became of each series; neither names nor numbers of patients."""
+    from autosam3d.pacs.ledger import Ledger
+
+    with contextlib.closing(Ledger(_state_of(state), read_only=True)) as ledger:
+        jobs, unsettled = ledger.jobs(), ledger.unsettled()
+    typer.echo(f"{'series':16}  {'state':9}  {'slices':>6}  {'tries':>5}  {'changed':19}  reason")
+    for job in jobs:
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.changed))
+        reason = f"{job.code}: {job.fault}" if job.fault else job.code
+        typer.echo(f"{job.id:16}  {job.state:9}  {job.num:6}  {job.attempts:5}  {changed:19}  {reason}".rstrip())
+    typer.echo(f"{len(jobs)} series; {unsettled} studies may still grow")
+
+
+@app.command()
+def retry(
+    state: Annotated[Path, typer.Option("--state", help="Folder that was given to autosam3d pacs.")],
+    series: Annotated[str | None, typer.Argument(help="As status names it; default: all that were given up.")] = None,
+) -> None:
+    """Begin series anew that were given up; the service must not run meanwhile."""
+    from autosam3d.pacs.ledger import Ledger
+    from autosam3d.pacs.state_folder import hold_state_folder
+
+    _state_of(state)
+    with hold_state_folder(state) as folder, contextlib.closing(Ledger(folder.ledger)) as ledger:
+        typer.echo(f"{ledger.requeue(series, time.time())} series will be tried again")
+
+
+@contextlib.contextmanager
+def _at_work(state: Path, model: Path | None, overlap: float | None, max_ram: float | None, threads: int
+             ) -> Iterator[tuple[Any, Any, Any, str]]:
+    """(state folder, ledger, segmenter, SHA-256 of the model), all ours until the end."""
+    from autosam3d.pacs.ledger import Ledger
+    from autosam3d.pacs.service import RESULTS, WorkerSegmenter
+    from autosam3d.pacs.state_folder import hold_state_folder
+    from autosam3d.workers.messages import WorkerSettings
+    from autosam3d.workers.worker import Worker
+
+    settings = json.dumps({"overlap": overlap, "results": RESULTS}, sort_keys=True)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(hold_state_folder(state.absolute()))
+        ledger = stack.enter_context(contextlib.closing(Ledger(folder.ledger)))
+        folder.fresh(folder.scratch)
+        worker = stack.enter_context(contextlib.closing(Worker(WorkerSettings(
+            model=model.absolute() if model is not None else None, threads=cores(threads), scratch=folder.scratch,
+            max_ram_bytes=int(max_ram * 2**30) if max_ram is not None else None))))
+        yield folder, ledger, WorkerSegmenter(worker, settings, overlap), worker.start().sha256
+
+
+def _rule(path: Path | None, modality: list[str] | None, body_part: list[str] | None, description: str | None,
+          every: bool) -> Any:
+    from autosam3d.pacs.rule import Rule, read_rule
+
+    said = bool(modality or body_part or description or every)
+    if path is not None:
+        if said:
+            raise UsageError("USAGE", "--rule", "expected a rule or single options, got both", "put all into the file")
+        return read_rule(path)
+    if not (body_part or description or every):
+        raise UsageError("USAGE", "pacs", "expected a rule, since no model is made for every CT",
+                         "add --rule FILE, --body-part or --description, or --every")
+    return Rule(modality=tuple(modality or ("CT",)), body_part=tuple(body_part or ()), description=description)
+
+
+def _state_of(state: Path) -> Path:
+    from autosam3d.pacs.state_folder import StateFolder
+
+    ledger = StateFolder(state).ledger
+    if not ledger.is_file():
+        raise UsageError("NO_LEDGER", state, "expected the state folder of autosam3d pacs, found no ledger",
+                         "name the folder that was given to --state")
+    return ledger
+
+
+def _tell(text: str) -> None:
+    typer.echo(text)
+    sys.stdout.flush()
+
+
+def _demand_extra(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError("MISSING_EXTRA", "pacs", f"expected the packages {', '.join(missing)}, got none",
+                                'pip install "autosam3d[pacs]"')
