@@ -146,10 +146,11 @@ def _agreement(page: Page, scan: Path, export: Path, to: Path) -> tuple[float, i
 
 
 @pytest.mark.slow
-def test_the_browser_labels_as_python_does(opened: Any, web_export: Path, phantom: Path, tmp_path: Path) -> None:
+def test_the_browser_labels_as_python_does(opened: Any, web_export: Path, larger_phantom: Path,
+                                           tmp_path: Path) -> None:
     page = opened()
     assert page.isolated()
-    for scan in [phantom, *(Path(name) for name in CASES.split(os.pathsep) if name)]:
+    for scan in [larger_phantom, *(Path(name) for name in CASES.split(os.pathsep) if name)]:
         equal, organ_voxels = _agreement(page, scan, web_export, tmp_path / "seg.nii.gz")
         print(f"{scan.name}: {100 * equal:.5f} % of the voxels equal, {organ_voxels} of organs")
         assert organ_voxels > 50
@@ -211,16 +212,16 @@ def elsewhere() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_organs_hide_by_keyboard_and_cancel_stops(opened: Any, phantom: Path) -> None:
+def test_organs_hide_by_keyboard_and_cancel_stops(opened: Any, larger_phantom: Path) -> None:
     page = opened(viewport={"width": 390, "height": 844})
     assert page.isolated()
-    page.page.set_input_files("#file", phantom)
+    page.page.set_input_files("#file", larger_phantom)
     page.page.wait_for_selector("#cancel", state="visible")
     page.page.focus("#cancel")
     page.page.keyboard.press("Enter")
     assert page.page.text_content("#status") == "Cancelled."
     assert not page.page.is_visible("#work")
-    assert page.segment(phantom).startswith("Done")
+    assert page.segment(larger_phantom).startswith("Done")
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
     box = page.page.locator("#organs input:enabled").first
     before = page.page.screenshot(clip=_clip(page))

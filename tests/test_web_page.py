@@ -57,9 +57,9 @@ def ct_folder(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scan of few windows, where it matters how it was given and not what is found in it."""
+    """A scan of one window, where it matters how it was given and not what is found in it."""
     path = tmp_path_factory.mktemp("flat") / "flat.nii.gz"
-    write_ct(path, make_phantom(3, (10, 40, 40), (5.0, 8.0, 8.0))[0])
+    write_ct(path, make_phantom(3, (10, 30, 30), (5.0, 8.0, 8.0))[0])
     return path
 
 
@@ -113,7 +113,7 @@ def test_zips_and_drops_and_a_choice_of_series(
     write_series(tmp_path / "two" / "b", flat, f"{bad.SERIES_UID}.7", first=500)
     page.page.set_input_files("#folder", tmp_path / "two")
     page.until("!document.querySelector('#choice').hidden")
-    assert "10 slices of 40 x 40" in page.page.inner_text("#series")
+    assert "10 slices of 30 x 30" in page.page.inner_text("#series")
     _shot(page, "choice")
     page.page.keyboard.press("Enter")  # the first of them has the focus
     assert page.outcome().startswith("Done")

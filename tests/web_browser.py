@@ -168,7 +168,17 @@ def opened(browser: Any, address: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An abdomen in an oblique grid of odd axis order; the model takes parts of it for a cord and a mandible."""
-    path = tmp_path_factory.mktemp("scan") / "phantom.nii.gz"
-    write_ct(path, make_phantom(3, (40, 80, 80), (5.0, 4.0, 4.0))[0])
-    return path
+    """An abdomen in an oblique grid of odd axis order; the model takes parts of it for a cord and a mandible. Cropped
+    and resampled it fits into one window."""
+    return _phantom(tmp_path_factory.mktemp("scan"), (16, 48, 48))
+
+
+@pytest.fixture(scope="session")
+def larger_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same over several windows."""
+    return _phantom(tmp_path_factory.mktemp("scan"), (22, 60, 60))
+
+
+def _phantom(folder: Path, shape: tuple[int, int, int]) -> Path:
+    write_ct(folder / "phantom.nii.gz", make_phantom(3, shape, (4.0, 5.0, 5.0))[0])
+    return folder / "phantom.nii.gz"
