@@ -5,6 +5,7 @@
  */
 import { ANATOMICAL_STRUCTURE, cielab, organCode, organSide, organText, type Code } from "./dicomCodes.ts";
 import type { SourceSeries } from "./dicomSource.ts";
+import { AppError } from "./errors.ts";
 import { decimal, dicomFile, item, type DicomItem } from "./dicomWrite.ts";
 import { fromCanonical, columnLengths, type SourceGrid } from "./grid.ts";
 import type { Organ } from "./model.ts";
@@ -38,12 +39,14 @@ export function dicomSeg(labels: Uint8Array, grid: SourceGrid, series: SourceSer
   const present = organs.filter(({ value }) => found.has(value));
   if (present.length === 0) return null;
   const { frames, bits } = packedFrames(planes, size, grid.shape[2], present);
+  demandSame(bits, frames, planes, size, present);
   const told = [...series.slices.map((s) => s.uids.SOPInstanceUID), by.name, by.version, by.sha256, hex(sha256(planes)),
     ...present.map((o) => o.name)];
   const own = uid(["seg web", ...told]);
   const dataset = joinedItems(common(series, by, own, uid(["seg web series", ...told]), now), series.identity,
     pixelModule(grid, frames.length, bits), references(series), groups(frames, series, grid, uid(["dimensions", ...told])),
-    item([0x00620001, "CS", "BINARY"], [0x00620002, "SQ", present.map((organ, i) => segment(organ, i + 1, by))]));
+    item([0x00620001, "CS", "BINARY"], [0x00620013, "CS", "NO"], [0x20500020, "CS", "IDENTITY"],
+      [0x00620002, "SQ", present.map((organ, i) => segment(organ, i + 1, by))]));
   return dicomFile(item([0x00020001, "OB", Uint8Array.of(0, 1)], [0x00020002, "UI", SEGMENTATION_STORAGE],
     [0x00020003, "UI", own], [0x00020010, "UI", "1.2.840.10008.1.2.1"], [0x00020012, "UI", IMPLEMENTATION],
     [0x00020013, "SH", "AUTOSAM3D_WEB"]), dataset);
@@ -66,6 +69,21 @@ function packedFrames(planes: Uint8Array, size: number, depth: number, present: 
     }
   });
   return { frames, bits };
+}
+
+/** The labels once more out of the bits: what differs from the segmentation is not handed out. */
+function demandSame(bits: Uint8Array, frames: Frame[], planes: Uint8Array, size: number, present: Organ[]) {
+  const found = new Uint8Array(planes.length);
+  frames.forEach(({ segment: number, plane }, index) => {
+    const { value } = present[number - 1]!;
+    for (let i = 0, bit = index * size; i < size; i++, bit++) {
+      // Added, so that two segments in one voxel show as another label.
+      if (bits[bit >> 3]! & (1 << (bit & 7))) found[plane * size + i]! += value;
+    }
+  });
+  if (found.every((label, i) => label === planes[i])) return;
+  throw new AppError("READ_BACK", "DICOM SEG", "what was written differs from the segmentation",
+    "download NIfTI, and report this as a bug");
 }
 
 function common({ slices, seriesNumber, positionReference }: SourceSeries, by: Algorithm, own: string, seriesUid: string,
