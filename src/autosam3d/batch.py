@@ -252,9 +252,8 @@ class _Run:
         _write_report(job.report, identity | findings | {"status": "finished"})
 
     def _writer(self, job: Job, volume: Volume) -> WriteLabels:
-        recipe = self.model.recipe
-        by = (f"autosam3d {recipe.name}", autosam3d.__version__, self.model.sha256)
-        return label_writer(self.form, job.source, volume.source, self.options, by)
+        return label_writer(self.form, job.source, volume.source, self.options, self.model.recipe.name,
+                            self.model.sha256)
 
     def _identity(self, job: Job) -> dict[str, Any]:
         """What makes an output this one: equal values, equal labels."""

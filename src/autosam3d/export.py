@@ -20,13 +20,13 @@ from torch import nn
 
 from autosam3d.certificate import certificate_text, cpu_name, make_certificate
 from autosam3d.checkpoint import LoadedModel
-from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
+from autosam3d.errors import CheckpointError, MissingExtraError
 from autosam3d.export_targets import MOBILE, demand_exportable, demand_mobile
 from autosam3d.exported import BACKENDS, INT8, NOT_RUN_HERE, PACKAGE_OF, RUNTIMES, Export, is_export, load_exported
 from autosam3d.golden import Golden, golden_windows, make_golden, save_golden
 from autosam3d.int8 import Int8, Scans, demand_bounds, write_int8
+from autosam3d.io import folders
 from autosam3d.io.files import sha256_of
-from autosam3d.io.folders import staged_folder
 from autosam3d.model_description import describe_use
 from autosam3d.model_file import meta_text, sealed
 from autosam3d.onnx_file import labels_note
@@ -105,7 +105,7 @@ def export_model(
 
     trained = model.network.to("cpu").float().eval()
     stored = with_half_weights(trained)
-    with staged_folder(folder) as stage:
+    with folders.staged_folder(folder) as stage:
         _write_graphs(stored, recipe, stage)
         step()
         for target in targets:
@@ -285,14 +285,7 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
     Raises:
         UsageError: EXISTS.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not is_export(folder):
-        raise UsageError("EXISTS", folder, "the folder holds files that are not an export", "name another folder")
-    if not overwrite:
-        raise UsageError("EXISTS", folder, "the folder holds an export", "name another folder or allow --overwrite")
+    folders.demand_replaceable(folder, overwrite, is_export, "an export")
 
 
 def _phantom() -> tuple[Volume, str]:

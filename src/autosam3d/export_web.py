@@ -11,9 +11,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.errors import CheckpointError
 from autosam3d.exported import Export
-from autosam3d.io.folders import staged_folder
+from autosam3d.io import folders
 
 MARKER = "autosam3d-web.json"
 """Says that a folder is one of ours, and what is in it."""
@@ -51,7 +51,7 @@ def write_web_folder(export: Export, folder: Path, *, overwrite: bool = False) -
     """
     demand_replaceable(folder, overwrite)
     onnx = export.path("model.onnx")
-    with staged_folder(folder) as stage, as_file(files("autosam3d") / "web_app") as app:
+    with folders.staged_folder(folder) as stage, as_file(files("autosam3d") / "web_app") as app:
         if not (app / "index.html").is_file():
             raise CheckpointError("NO_APP", app, "expected the built page, got none", "run npm run build in web/")
         shutil.copytree(app, stage, dirs_exist_ok=True)
@@ -70,14 +70,7 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
     Raises:
         UsageError: EXISTS.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / MARKER).is_file():
-        raise UsageError("EXISTS", folder, "the folder holds files that are not a web export", "name another folder")
-    if not overwrite:
-        raise UsageError("EXISTS", folder, "the folder holds a web export", "name another folder or allow --overwrite")
+    folders.demand_replaceable(folder, overwrite, lambda there: (there / MARKER).is_file(), "a web export")
 
 
 def _description(export: Export) -> dict[str, Any]:

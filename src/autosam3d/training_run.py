@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +15,6 @@ from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 import torch
 from lightning_fabric import Fabric
@@ -36,6 +30,7 @@ from autosam3d.checkpoint import (
 )
 from autosam3d.errors import CheckpointError, RecipeError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
+from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
 from autosam3d.io.memory import size_text
 from autosam3d.models.build import build_network
 from autosam3d.models.sam_weights import frozen_names
@@ -190,22 +185,15 @@ def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    if fcntl is None:
-        return
     try:
-        # Not flock: processes that load crops would inherit it, and keep it a while where the training is killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = file.read(200).strip() or "unknown"
+        take_lock(file)
+    except HeldError as owner:
         raise UsageError("RUNNING", folder, f"expected a run folder that nobody trains in, another process does "
                          f"({owner})", "wait for its end, or name another folder with --out") from None
     except OSError as error:  # some network file systems have none
         log.info("%s: cannot be locked (%s)", folder, error.strerror)
     with _demand_writable(folder):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        sign_lock(file)
 
 
 @contextmanager

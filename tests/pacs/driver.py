@@ -42,7 +42,7 @@ class FromHu:
         organs = Segmentation(labels, volume.affine, volume.source)
         paths = []
         for form, name in ((SEG, "a.seg.dcm"), (RTSTRUCT, "a.rtstruct.dcm")):
-            write = label_writer(form, series, volume.source, ReadOptions(), ("autosam3d test", "1", MODEL), "{}")
+            write = label_writer(form, series, volume.source, ReadOptions(), "test", MODEL, "{}")
             write(folder / name, organs, LABELS)
             paths.append(folder / name)
         return paths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -107,7 +106,7 @@ def test_two_of_a_kind_and_other_bad_places(service: Running, tmp_path: Path) ->
     _refusal(run("serve", tmp_path / "no_model", "--folder", tmp_path / "b", "--port", 0), "NO_MODEL", 4)
     other = tmp_path / "c"
     other.mkdir()
-    (other / "serve.lock").write_text(json.dumps({"pid": 7, "host": "another.example"}))
+    (other / "serve.lock").write_text("process 7 on another.example\n")
     _refusal(run("serve", mini_export(), "--folder", other, "--port", 0), "LOCKED", 2)
     (other / "serve.lock").unlink()
     (other / "jobs.sqlite").write_bytes(b"no table" * 100)

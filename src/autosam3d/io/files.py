@@ -152,6 +152,21 @@ def open_regular(path: str | Path) -> BinaryIO:
             raise
 
 
+def read_private(path: str | Path, max_bytes: int, code: str) -> bytes:
+    """At most `max_bytes` of a file with a secret in it, which its owner alone may read.
+
+    Raises:
+        UsageError: `code`, others may read it.
+        VolumeError: NOT_A_FILE or UNREADABLE.
+    """
+    with open_regular(path) as file, readable(path):
+        mode = os.fstat(file.fileno()).st_mode
+        if os.name == "posix" and mode & 0o077:
+            raise UsageError(code, path, f"expected a file that its owner alone can read, got mode {mode & 0o777:o}",
+                             "chmod 600 it, and change what it holds: others may have read it")
+        return file.read(max_bytes)
+
+
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
     """Turn the operating system's faults while reading `path` into VolumeError UNREADABLE."""

@@ -6,10 +6,32 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from autosam3d.errors import ResourceError, UsageError
+
+
+def demand_replaceable(folder: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Refuse a folder that holds anything but what may be replaced.
+
+    Args:
+        folder: which need not exist.
+        overwrite: what `is_ours` recognises may be replaced.
+        is_ours: whether a folder was written by the command that asks.
+        what: such a folder is called, with its article.
+
+    Raises:
+        UsageError: EXISTS.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_ours(folder):
+        raise UsageError("EXISTS", folder, f"the folder holds files that are not {what}", "name another folder")
+    if not overwrite:
+        raise UsageError("EXISTS", folder, f"the folder holds {what}", "name another folder or allow --overwrite")
 
 
 @contextlib.contextmanager

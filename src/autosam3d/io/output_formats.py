@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import autosam3d
 from autosam3d.errors import UsageError
 from autosam3d.io.nifti_write import write_segmentation
 from autosam3d.io.options import ReadOptions
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, SourceGrid
-
-if TYPE_CHECKING:
-    from autosam3d.io.dicom_source import Algorithm
 
 # Writes a segmentation to a path, and returns what there was to warn of.
 WriteLabels = Callable[[Path, Segmentation, LabelMap], tuple[str, ...]]
@@ -66,13 +63,13 @@ def output_format(name: str | None, output: Path) -> OutputFormat:
 
 
 def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, options: ReadOptions,
-                 algorithm: tuple[str, str, str], settings: str | None = None) -> WriteLabels:
+                 model: str, sha256: str, settings: str | None = None) -> WriteLabels:
     """What will write the segmentation of the scan at `source`; whatever a series lacks is said now.
 
     Args:
         grid: of the scan as it was read.
         options: it was read with.
-        algorithm: name, version, SHA-256 of the model; see `dicom_source.Algorithm`.
+        model, sha256: name and hash of what segmented it, for objects that name their maker.
         settings: of the run, where UIDs are to follow from them.
 
     Raises:
@@ -82,7 +79,7 @@ def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, opti
         return _write_nifti
     from autosam3d.io.dicom_source import Algorithm, read_source_series  # pydicom is optional and slow to import
 
-    made_by: Algorithm = Algorithm(*algorithm, settings)
+    made_by = Algorithm(f"autosam3d {model}", autosam3d.__version__, sha256, settings)
     series = read_source_series(source, grid, options)
     if form is RTSTRUCT:
         from autosam3d.io.dicom_rtstruct import write_rtstruct

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from autosam3d.errors import UsageError
-from autosam3d.io.files import open_regular, readable
+from autosam3d.io.files import read_private
 
 VARIABLE = "AUTOSAM3D_PACS_AUTH"
 _MAX_BYTES = 16384
@@ -36,12 +36,7 @@ def read_credentials(path: Path | None, environment: Mapping[str, str] = os.envi
     if path is None:
         text = environment.get(VARIABLE, "")
         return _parsed(text, VARIABLE) if text else None
-    with open_regular(path) as file, readable(path):
-        mode = os.fstat(file.fileno()).st_mode
-        if os.name == "posix" and mode & 0o077:
-            raise UsageError("AUTH_FILE", path, f"expected a file that you alone can read, got mode {mode & 0o777:o}",
-                             "chmod 600 it, and change what it holds: others may have read it")
-        content = file.read(_MAX_BYTES + 1)
+    content = read_private(path, _MAX_BYTES + 1, "AUTH_FILE")
     try:
         return _parsed(content.decode("utf-8"), path)
     except UnicodeDecodeError:

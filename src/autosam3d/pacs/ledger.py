@@ -5,7 +5,7 @@ off is done again, so at every moment a killed process can go on:
 
     waiting -> fetched -> segmented -> done
        |          |           |
-       +----------+-----------+------> dead (with the reason; `requeue` begins anew) or skipped (no rule)
+       +----------+-----------+------> dead (with the reason; `requeue` begins anew)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 
-WAITING, FETCHED, SEGMENTED, DONE, DEAD, SKIPPED = "waiting", "fetched", "segmented", "done", "dead", "skipped"
+WAITING, FETCHED, SEGMENTED, DONE, DEAD = "waiting", "fetched", "segmented", "done", "dead"
 _OPEN = (WAITING, FETCHED, SEGMENTED)
 _VERSION = 1
 _TABLES = """
@@ -179,11 +179,6 @@ class Ledger:
                 f"SELECT {_COLUMNS} FROM jobs WHERE state IN (?, ?, ?) AND (not_before <= ? OR not_before > ?) "
                 "ORDER BY not_before, changed, id LIMIT 1", (*_OPEN, now, now + most_seconds)).fetchone()
         return None if row is None else _job(row)
-
-    def next_due(self) -> float | None:
-        """The earliest time at which an open job may be tried."""
-        with self._explained():
-            return self._db.execute("SELECT MIN(not_before) FROM jobs WHERE state IN (?, ?, ?)", _OPEN).fetchone()[0]
 
     def get(self, key: str) -> Job | None:
         with self._explained():

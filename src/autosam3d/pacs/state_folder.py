@@ -5,17 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from autosam3d.errors import ResourceError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
 
 
 @dataclass(frozen=True)
@@ -79,20 +74,15 @@ def hold_state_folder(path: Path) -> Iterator[StateFolder]:
                 path.chmod(0o700)
             file = stack.enter_context((path / "lock").open("a+", encoding="utf-8"))
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read(200).strip() or "unknown"
+            take_lock(file)
+        except HeldError as owner:
             raise UsageError("RUNNING", path, f"expected a state folder that nobody works in, another process does "
                              f"({owner})", "wait for its end, or name another --state") from None
         except OSError as error:
             raise ResourceError("NO_LOCK", path, f"it cannot be locked ({error.strerror}), so two processes could do "
                                 "the same work", "name a --state folder on a local disk") from None
         with _explained(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            sign_lock(file)
             for folder in (path / "jobs", state.incoming):
                 folder.mkdir(exist_ok=True, mode=0o700)
         yield state

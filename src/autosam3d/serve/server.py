@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
-import json
 import logging
 import os
 import shutil
@@ -24,6 +22,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 from autosam3d.export_web import write_web_folder
+from autosam3d.io.lock_file import HeldError, is_of_this_machine, read_owner, sign_lock, take_lock
 from autosam3d.model_choice import kept_export
 from autosam3d.serve.app import make_app
 from autosam3d.serve.connection import patient_protocol
@@ -181,25 +180,17 @@ def _open_folder(folder: Path) -> TextIO:
 
 def _lock(lock: TextIO, folder: Path) -> None:
     """One service a folder; the file says who."""
-    host = socket.gethostname()
-    lock.seek(0)
     try:
-        holder = json.loads(lock.read(4096) or "{}")
-    except ValueError:
-        holder = {}
-    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'unknown')}"
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError("LOCKED", folder, f"another service has this folder ({who})",
+        take_lock(lock)
+    except HeldError as owner:
+        raise UsageError("LOCKED", folder, f"another service has this folder ({owner})",
                          "stop it, or name another --folder") from None
     # A lock does not reach other machines everywhere; a clean end empties the file.
-    if holder.get("host") not in (None, host):
-        raise UsageError("LOCKED", folder, f"another service has this folder, or ended without a word ({who})",
+    before = read_owner(lock)
+    if before and not is_of_this_machine(before):
+        raise UsageError("LOCKED", folder, f"another service has this folder, or ended without a word ({before})",
                          f"make sure that none runs there, then remove {folder / LOCK}")
-    lock.truncate(0)
-    lock.write(json.dumps({"pid": os.getpid(), "host": host}) + "\n")
-    lock.flush()
+    sign_lock(lock)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autosam3d.errors import UsageError
-from autosam3d.io.files import open_regular, readable
+from autosam3d.io.files import read_private
 
 _MIN_TOKEN, _MAX_TOKEN = 16, 512
-_READABLE_BY_OTHERS = 0o077
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,7 @@ def read_token(path: Path) -> str:
         VolumeError: UNREADABLE, as for every file.
     """
     remedy = "write it with: (umask 077; python -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE)"
-    with open_regular(path) as file, readable(path):
-        mode = path.stat().st_mode
-        content = file.read(_MAX_TOKEN + 2)
-    if mode & _READABLE_BY_OTHERS:
-        raise UsageError("TOKEN", path, f"expected a file that its owner alone may read, got mode {mode & 0o777:o}",
-                         f"chmod 600 {path}")
+    content = read_private(path, _MAX_TOKEN + 2, "TOKEN")
     try:
         token = content.decode("ascii").strip()
     except UnicodeDecodeError:

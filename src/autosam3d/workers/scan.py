@@ -144,7 +144,6 @@ def _options(job: ScanJob, model: SourcedModel, max_ram_bytes: int | None) -> Se
 
 def _writers(job: ScanJob, source: Path, volume: Volume, read: ReadOptions, model: SourcedModel
              ) -> tuple[dict[str, WriteLabels], dict[str, AutoSam3dError]]:
-    by = (f"autosam3d {model.recipe.name}", autosam3d.__version__, model.sha256)
     writers: dict[str, WriteLabels] = {}
     refused: dict[str, AutoSam3dError] = {}
     for name in job.forms:
@@ -153,7 +152,8 @@ def _writers(job: ScanJob, source: Path, volume: Volume, read: ReadOptions, mode
         try:
             form = output_format(name, job.folder)
             _demand_series(form, source)
-            writers[name] = label_writer(form, source, volume.source, read, by, job.uid_settings)
+            writers[name] = label_writer(form, source, volume.source, read, model.recipe.name, model.sha256,
+                                         job.uid_settings)
         except AutoSam3dError as error:
             refused[name] = error
     if len(refused) == len(job.forms):
