@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -74,21 +74,28 @@ def test_every_dataset_goes_with_every_preset(name: str, tmp_path: Path) -> None
 
 
 def test_published_training() -> None:
-    for name in ("nnunet", "nnformer", "nnunet_2core", "nnformer_2core"):
+    for name in ("nnunet", "nnformer"):
         recipe = load_recipe("btcv", model=name)
         optim = recipe.optim
         assert (optim.optimizer, optim.lr, optim.momentum, optim.nesterov) == ("sgd", 0.01, 0.99, True)
         assert (optim.weight_decay, optim.schedule, optim.clip_norm) == (3e-5, "poly", 12.0)
         assert recipe.train.deep_supervision
-    for name in ("unetr", "swinunetr", "swinunetr_small", "swinunetr_tiny", "unetr_2core", "swinunetr_2core"):
+    for name in ("unetr", "swinunetr", "swinunetr_small", "swinunetr_tiny"):
         recipe = load_recipe("btcv", model=name)
         optim = recipe.optim
-        rate = 1e-3 if name.endswith("2core") else 1e-4
-        assert (optim.optimizer, optim.lr, optim.weight_decay) == ("adamw", rate, 1e-5)
+        assert (optim.optimizer, optim.lr, optim.weight_decay) == ("adamw", 1e-4, 1e-5)
         assert optim.schedule == "warmup_cosine" and not recipe.train.deep_supervision
     for section in ("model", "optim"):
         assert load_recipe("btcv", model="autosam").as_dict()[section] == load_recipe("btcv").as_dict()[section]
     assert load_recipe("openkbp", model="autosam_2core").optim == load_recipe("openkbp").optim
+
+
+def test_small_baselines_are_trained_as_our_students_are() -> None:
+    student = load_recipe("openkbp_tiny").optim
+    for name in set(SMALL) - {"autosam_2core"}:
+        recipe = load_recipe("openkbp", model=name)
+        assert replace(recipe.optim, lr=student.lr, decay_all=student.decay_all) == student
+        assert recipe.train.deep_supervision == (name in ("nnunet_2core", "nnformer_2core"))
 
 
 def test_small_presets_take_one_crop() -> None:
@@ -112,7 +119,7 @@ def test_a_long_name_is_cut_so_that_it_stays_one() -> None:
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text((FOLDER / "nnunet_2core.yaml").read_text().replace("lr: 1e-2", "lr: 2e-2", 1))
+    path.write_text((FOLDER / "nnunet_2core.yaml").read_text().replace("lr: 2e-3", "lr: 2e-2", 1))
     recipe = load_recipe("openkbp", model=path)
     assert recipe.optim.lr == 2e-2 and recipe.name == "openkbp_mine"
 
@@ -159,7 +166,7 @@ def test_a_datasets_recipe_is_no_preset(tmp_path: Path) -> None:
     ],
 )
 def test_bad_values_name_their_keys(override: str, key: str) -> None:
-    error = refused("nnunet_2core", override)
+    error = refused("nnunet", override)
     assert error.code == "BAD_VALUE" and error.where.endswith(f": {key}")
 
 
