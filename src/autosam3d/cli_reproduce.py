@@ -7,13 +7,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autosam3d.cli_options import run_folder_outside
 from autosam3d.console import progress_bars
 from autosam3d.errors import BatchError, UsageError
+
+if TYPE_CHECKING:
+    from autosam3d.reproduce.plan import RunSpec
+    from autosam3d.reproduce.runner import Given, Worker
+    from autosam3d.reproduce.study import Study
+    from autosam3d.reproduce.tables import Provenance, Unit
 
 
 def reproduce(
@@ -62,8 +68,27 @@ def reproduce(
             return
         _embeddings(folders, sam, photographs, out, overrides or (), _seeds(seeds)[0])
         return
-    _runs(target, folders, out, size, budget, _seeds(seeds), plan_only, more, student, sam, medsam, nnunet_python,
-          by_case, overrides or (), devices, threads)
+    from autosam3d.reproduce import results
+    from autosam3d.reproduce.plan import plan_runs
+    from autosam3d.reproduce.runner import Given
+    from autosam3d.reproduce.workers import find_workers
+
+    if target == "table2" and sam is None and not plan_only:
+        raise UsageError("NO_SAM", "--sam", "expected SAM weights: two rows of Table 2 are SAM and MedSAM",
+                         "name a file with --sam, and MedSAM's with --medsam")
+    specs = plan_runs(target, size, _seeds(seeds), more_ablations=more, nnunet_v2=nnunet_python is not None,
+                      student=student)
+    workers = find_workers(devices, threads)
+    studies = _planned(folders, specs, out, budget, workers, overrides or ())
+    if plan_only:
+        return
+    failed = _brought_to_end(studies, workers, Given(sam, medsam, nnunet_python), out)
+    about = results.provenance(_command(), budget, small=size == "2core")
+    _write(target, studies, out, about, "case" if by_case else "case x organ")
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise BatchError("FAILED", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: {why}",
+                         f"read {out / name / 'log.txt'}, then give the same command again")
 
 
 def _demand_different_recipes(folders: Sequence[tuple[str, Path]], overrides: Sequence[str]) -> None:
@@ -97,23 +122,14 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _runs(
-    target: Any, folders: Sequence[tuple[str, Path]], out: Path, size: Any, budget: float | None, seeds: list[int],
-    plan_only: bool, more: bool, student: str | None, sam: str | None, medsam: str | None, nnunet_python: Path | None,
-    by_case: bool, overrides: Sequence[str], devices: str, threads: int,
-) -> None:
-    from autosam3d.reproduce import results
+def _planned(
+    folders: Sequence[tuple[str, Path]], specs: Sequence[RunSpec], out: Path, budget: float | None,
+    workers: Sequence[Worker], overrides: Sequence[str],
+) -> list[Study]:
+    """A study for each dataset; their plans are printed when none is refused."""
     from autosam3d.reproduce.guard import demand_own_runs
-    from autosam3d.reproduce.plan import plan_runs
-    from autosam3d.reproduce.runner import Given, is_finished, run_study
     from autosam3d.reproduce.study import plan_study
-    from autosam3d.reproduce.workers import find_workers
 
-    if target == "table2" and sam is None and not plan_only:
-        raise UsageError("NO_SAM", "--sam", "expected SAM weights: two rows of Table 2 are SAM and MedSAM",
-                         "name a file with --sam, and MedSAM's with --medsam")
-    specs = plan_runs(target, size, seeds, more_ablations=more, nnunet_v2=nnunet_python is not None, student=student)
-    workers = find_workers(devices, threads)
     studies = []
     for name, folder in folders:
         study = plan_study(
@@ -123,18 +139,29 @@ def _runs(
         demand_own_runs(study)
         studies.append(study)
     for study in studies:
-        typer.echo(_plan_text(study, is_finished, len(workers)))
-    if plan_only:
-        return
+        typer.echo(_plan_text(study, len(workers)))
+    return studies
+
+
+def _brought_to_end(studies: Sequence[Study], workers: Sequence[Worker], given: Given, out: Path) -> dict[str, str]:
+    """DATASET/RUN to the last line of the runs that failed."""
+    from autosam3d.reproduce.runner import run_study
+
     failed: dict[str, str] = {}
-    given = Given(sam, medsam, nnunet_python)
     for study in studies:
         outcome = run_study(study, workers, given, lambda text: typer.echo(text, err=True))
         failed |= {f"{study.dataset}/{name}": why for name, why in outcome.failed.items()}
         if outcome.stopped_by is not None:
             typer.echo(f"stopped; what was done lies in {out}, the same command goes on from here", err=True)
             raise typer.Exit(128 + outcome.stopped_by)
-    about = results.provenance(_command(), budget, small=size == "2core")
+    return failed
+
+
+def _write(target: str, studies: Sequence[Study], out: Path, about: Provenance, unit: Unit) -> None:
+    """The table, which is printed, too, or the figure, of what is finished."""
+    from autosam3d.reproduce import results
+    from autosam3d.reproduce.runner import is_finished
+
     files: Sequence[Path] = ()
     if target.startswith("fig") and not any(is_finished(run) for run in studies[0].runs):
         typer.echo(f"no run is finished: nothing to draw in {target}", err=True)
@@ -143,14 +170,10 @@ def _runs(
     elif target == "fig4":
         files = results.write_bars(studies[0], out, about)
     else:
-        files, text = results.write_table(target, studies, out, about, "case" if by_case else "case x organ")
+        files, text = results.write_table(target, studies, out, about, unit)
         typer.echo(text)
     if files:
         typer.echo(f"wrote {', '.join(str(file) for file in files)}")
-    if failed:
-        name, why = next(iter(failed.items()))
-        raise BatchError("FAILED", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: {why}",
-                         f"read {out / name / 'log.txt'}, then give the same command again")
 
 
 def _embeddings(
@@ -182,8 +205,9 @@ def _embeddings(
     typer.echo(f"wrote {', '.join(str(file) for file in files)}")
 
 
-def _plan_text(study: Any, is_finished: Any, num_workers: int) -> str:
+def _plan_text(study: Study, num_workers: int) -> str:
     """The plan as a table: what each run is, and what it will take."""
+    from autosam3d.reproduce.runner import is_finished
     from autosam3d.scores import counted
 
     lines = [f"{study.dataset}: {len(study.cases.train)} training, {len(study.cases.val)} validation and "
