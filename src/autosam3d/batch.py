@@ -215,7 +215,7 @@ class _Run:
             return "foreign"
         try:
             identity = self._identity(job)
-        except VolumeError:
+        except (VolumeError, ResourceError):
             return "unreadable"
         if any(report.get(key) != value for key, value in identity.items()):
             return "foreign"

@@ -26,6 +26,7 @@ from pydicom.uid import (
     HTJ2KLossless,
     ImplicitVRLittleEndian,
     MRImageStorage,
+    PositronEmissionTomographyImageStorage,
     RLELossless,
     RTStructureSetStorage,
     SecondaryCaptureImageStorage,
@@ -273,6 +274,10 @@ def _shuffled(ds: FileDataset, index: int) -> None:
     del ds.InstanceNumber
 
 
+def _numbered_downwards(ds: FileDataset, index: int) -> None:
+    ds.InstanceNumber = NUM_SLICES - index
+
+
 def _rename_backwards(folder: Path) -> None:
     for number, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         path.rename(folder / f"a{number:03d}.dcm")
@@ -281,6 +286,11 @@ def _rename_backwards(folder: Path) -> None:
 def _another_modality(ds: FileDataset, index: int) -> None:
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = MRImageStorage
     ds.Modality = "MR"
+
+
+def _positron_emission(ds: FileDataset, index: int) -> None:
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = PositronEmissionTomographyImageStorage
+    ds.Modality = "PT"
 
 
 def _secondary_capture(ds: FileDataset, index: int) -> None:
@@ -303,6 +313,8 @@ def _across(ds: FileDataset, index: int) -> None:
     ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
 
 
+# What an operating system would run where a DICOM file had these for its preamble (CVE-2019-11687).
+PROGRAMS = (b"MZ\x90\0Doe".ljust(128, b"\x90"), b"\x7fELF\x02\x01\x01Doe".ljust(128, b"\x90"))
 _HEIGHTS_UNEVEN = [0, 3, 6.4, 9.1, 12, 15.3, 18, 21.5, 24, 27, 30.2, 33]
 BROKEN: dict[str, tuple[Maker, str, int]] = {
     "45_empty_folder": (_empty, "NO_DICOM", 3),
@@ -314,6 +326,9 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "47_two_missing": (series(skip=(4, 5)), "MISSING_SLICES", 3),
     "47_one_missing": (series(skip=(7,)), "MISSING_SLICES", 3),
     "48_place_taken_twice": (series(after=_extra(3, -100 + 9, hu=hu_array()[5])), "DUPLICATE_SLICE", 3),
+    "49_one_uid_two_places": (series(_set(only=5, SOPInstanceUID=f"{SERIES_UID}.4")), "DUPLICATE_SLICE", 3),
+    "49_one_uid_other_pixels": (series(after=_extra(3, -100 + 9, _set(SOPInstanceUID=f"{SERIES_UID}.4"),
+                                                    hu=hu_array()[5])), "DUPLICATE_SLICE", 3),
     "50_two_series": (series(after=_second_series(10)), "SERIES_CHOICE", 2),
     "50_two_patients": (series(after=_second_series(10, "Doe-2")), "PATIENTS", 3),
     "50_patients_in_one_series": (series(_set(only=4, PatientID="Doe-3")), "PATIENTS", 3),
@@ -333,6 +348,7 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "57_no_rescale": (series(_delete("RescaleSlope")), "NOT_HU", 3),
     "57_rescale_zero": (series(_set(RescaleSlope=0)), "TAG_INVALID", 3),
     "57_rescale_forgotten": (series(_set(RescaleIntercept=0)), "NOT_HU", 3),
+    "57_iodine_map": (series(_set(RescaleType="MGML")), "NOT_HU", 3),
     "58_mixed_size": (series(_set(only=3, Rows=16, PixelData=bytes(16 * COLUMNS * 2))), "MIXED_SIZE", 3),
     "58_mixed_spacing": (series(_set(only=3, PixelSpacing=[2, 2])), "MIXED_SIZE", 3),
     "59_no_codec": (series(_unknown_codec), "CODEC", 3),
@@ -348,6 +364,7 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "64_enhanced": (series(_multiframe), "MULTIFRAME", 3),
     "64_frames_in_classic": (series(_set(NumberOfFrames=2)), "MULTIFRAME", 3),
     "65_mr": (series(_another_modality), "MODALITY", 3),
+    "65_pet": (series(_positron_emission), "MODALITY", 3),
     "65_secondary_captures": (series(_secondary_capture), "MODALITY", 3),
     "66_colour": (series(_set(SamplesPerPixel=3, PhotometricInterpretation="RGB")), "DTYPE", 3),
     "66_one_bit": (series(_set(BitsAllocated=1)), "DTYPE", 3),
@@ -367,10 +384,13 @@ def _spoil_number(folder: Path) -> None:
 ODD: dict[str, tuple[Maker, str | None]] = {
     "00_good": (series(), None),
     "48_twice_the_same": (series(after=_extra(3, -100 + 9)), "1 slices were there twice"),
+    "49_same_file_twice": (series(after=_extra(3, -100 + 9, _set(SOPInstanceUID=f"{SERIES_UID}.4"))),
+                           "1 slices were there twice"),
     "50_short_second_series": (series(after=_second_series(3)), "shorter ones are left out"),
     "51_localizer": (series(after=_extra(0, 50, _set(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))), "1 localizer"),
     "51_unmarked_localizer": (series(after=_extra(0, 50, _across)), "lie across the stack"),
     "54_no_numbers_names_reversed": (series(_shuffled, after=_rename_backwards), None),
+    "54_reversed": (series(height=lambda i: -100 + SPACING[0] * i, change=_numbered_downwards), None),
     "57_varying_rescale": (series(_varying_rescale), "vary from slice to slice"),
     "59_rle": (series(_rle), None),
     "65_structure_set_beside": (series(after=_extra(0, 0, _structure_set)), "1 RTSTRUCT"),
@@ -382,7 +402,9 @@ ODD: dict[str, tuple[Maker, str | None]] = {
     "66_big_endian": (series(_syntax(ExplicitVRBigEndian)), None),
     "66_implicit": (series(_syntax(ImplicitVRLittleEndian)), None),
     "67_directory_and_links": (series(after=_links_and_directory), "1 link"),
+    "68_program_in_preamble": (series(lambda ds, i: setattr(ds, "preamble", PROGRAMS[i % 2])), None),
     "69_wrong_texts": (series(_wrong_texts), None),
+    "69_no_uids": (series(_set(SOPInstanceUID="", StudyInstanceUID="\u00e9.1")), None),
     "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
 }
 UNEVEN: Maker = series(height=lambda i: _HEIGHTS_UNEVEN[i])

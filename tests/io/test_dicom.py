@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +20,7 @@ pytest.importorskip("pydicom", reason="the dicom extra is not installed")
 import make_dicom as bad
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
-from autosam3d.io import ReadOptions, read_ct, read_segmentation, write_segmentation
+from autosam3d.io import ReadOptions, dicom_files, read_ct, read_segmentation, write_segmentation
 from autosam3d.io.dicom_tags import hashed
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation
@@ -193,6 +194,22 @@ def test_a_mutated_slice_is_read_or_refused_but_never_crashes(tmp_path: Path) ->
         except AutoSam3dError:
             num_refused += 1
     assert num_refused > 20
+
+
+def test_a_failing_disk_names_a_slice_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bad.series()(tmp_path)
+    (path / "slice003.dcm").rename(path / "slice003-Doe.dcm")
+    opened = dicom_files.open_regular
+
+    def failing(name: Path) -> Any:
+        if "Doe" in name.name:
+            raise ResourceError("IO", name, "reading failed (input/output error)", "try again")
+        return opened(name)
+
+    monkeypatch.setattr(dicom_files, "open_regular", failing)
+    with pytest.raises(ResourceError) as caught:
+        read_ct(path)
+    assert caught.value.where == f"{path}: file 4 of 12" and caught.value.exit_code == 5
 
 
 def test_without_pydicom_the_extra_is_named(tmp_path: Path) -> None:

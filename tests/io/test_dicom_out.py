@@ -258,7 +258,7 @@ SERIES_FAULTS = {
     "no frame of reference": (lambda ds, i: delattr(ds, "FrameOfReferenceUID"), "TAG_MISSING"),
     "hostile UID": (lambda ds, i: setattr(ds, "StudyInstanceUID", "../Doe"), "TAG_INVALID"),
     "two studies": (lambda ds, i: setattr(ds, "StudyInstanceUID", f"1.2.{i}"), "TAG_INVALID"),
-    "one UID twice": (lambda ds, i: setattr(ds, "SOPInstanceUID", "1.2.3.4"), "TAG_INVALID"),
+    "one UID twice": (lambda ds, i: setattr(ds, "SOPInstanceUID", "1.2.3.4"), "DUPLICATE_SLICE"),
 }
 
 
@@ -270,6 +270,16 @@ def test_a_series_that_cannot_be_referred_to(name: str, tmp_path: Path) -> None:
         _read(_series(tmp_path / "ct", _organs(), change=change))
     assert caught.value.code == code
     assert "Doe" not in str(caught.value).replace(str(tmp_path), "")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_slices_of_one_uid_are_read_by_force_and_never_referred_to(tmp_path: Path) -> None:
+    folder = _series(tmp_path / "ct", _organs(), change=lambda ds, i: setattr(ds, "SOPInstanceUID", "1.2.3.4"))
+    volume = read_ct(folder, ReadOptions(force=True))
+    assert "accepted by force: 11 slices have the SOPInstanceUID of another one" in volume.warnings
+    with pytest.raises(VolumeError) as caught:
+        read_source_series(folder, volume.source, ReadOptions(force=True))
+    assert caught.value.code == "TAG_INVALID"
 
 
 def test_a_resampled_scan_has_no_slices_to_refer_to(tmp_path: Path) -> None:

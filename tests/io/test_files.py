@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -20,6 +21,7 @@ from autosam3d.io.files import (
     atomic_write,
     atomic_write_all,
     open_regular,
+    readable,
     remove_stale_temporaries,
     sha256_of,
     write_bytes_atomic,
@@ -218,3 +220,12 @@ def test_where_the_system_tells_less_the_peak_is_taken(monkeypatch: pytest.Monke
 
 def test_sizes_in_words() -> None:
     assert [size_text(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize("number", ["EIO", "ESTALE", "ETIMEDOUT"])
+def test_a_disk_or_network_that_fails_is_no_bad_input(number: str, tmp_path: Path) -> None:
+    """Row 92: exit code 5, so that who works by exit codes tries again."""
+    fault = getattr(errno, number)
+    with pytest.raises(ResourceError) as caught, readable(tmp_path):
+        raise OSError(fault, os.strerror(fault))
+    assert (caught.value.code, caught.value.exit_code) == ("IO", 5) and os.strerror(fault).lower() in str(caught.value)

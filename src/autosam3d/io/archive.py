@@ -50,7 +50,7 @@ class ZipLimits:
 
 def is_zip(path: Path) -> bool:
     """Whether a file begins as a zip does; False for what cannot be read, whose reader will say why."""
-    with contextlib.suppress(VolumeError), open_regular(path) as file:
+    with contextlib.suppress(VolumeError, ResourceError), open_regular(path) as file:
         return file.read(4) in _MAGIC
     return False
 

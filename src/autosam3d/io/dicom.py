@@ -30,6 +30,9 @@ _MAX_GAP_SHARE = 0.2
 _MAX_UNEVEN = 2.0
 # Positions are rounded when written (0.6 mm spacing with one decimal); within this share of the spacing they are even.
 _EVEN_TOLERANCE = 0.05
+# Units of RescaleType that are no Hounsfield units: optical density, mg/ml, effective atomic number, electron density,
+# the same in N/ml, percent. *Source*: DICOM PS3.3 C.11.1.1.2.
+_OTHER_UNITS = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -80,8 +83,9 @@ def _stack(folder: Path, options: ReadOptions, warnings: list[str]) -> tuple[lis
     found = scan_folder(folder, options.force)
     warnings += [f"left out: {count_text(count, kind)}" for kind, count in sorted(found.others.items())]
     slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
-    _check_uniform(slices, folder, warnings)
+    _check_uniform(slices, folder, options, warnings)
     places = _places(slices)
+    _demand_own_uids(places, folder, options, warnings)
     _check_number(len(places), f"{folder}: series {slices[0].series}", options, warnings)
     return places, found.num_files
 
@@ -130,7 +134,7 @@ def _without_strays(slices: list[CtSlice], folder: Path, warnings: list[str]) ->
     return stack
 
 
-def _check_uniform(slices: list[CtSlice], folder: Path, warnings: list[str]) -> None:
+def _check_uniform(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
     sizes = {(s.shape, (round(s.spacing_mm[0], 4), round(s.spacing_mm[1], 4))) for s in slices}
     if len(sizes) > 1:
         text = "; ".join(f"{r} x {c} pixels of {a:g} x {b:g} mm" for (r, c), (a, b) in sorted(sizes))
@@ -140,12 +144,21 @@ def _check_uniform(slices: list[CtSlice], folder: Path, warnings: list[str]) -> 
                           "cannot be compared", "split the series")
     if len({(s.slope, s.intercept) for s in slices}) > 1:
         warnings.append("rescale slope or intercept vary from slice to slice; each is applied to its own slice")
-    if any(s.rescale_type not in ("", "HU") for s in slices):
-        warnings.append("RescaleType is not HU")
+    _check_unit({s.rescale_type for s in slices}, folder, options, warnings)
     if any(s.photometric == "MONOCHROME1" for s in slices):
         warnings.append("MONOCHROME1 turns the display around, not the numbers; the numbers are taken as they are")
     if not all(s.is_ct for s in slices):
         warnings.append("accepted by force: images that are not marked as CT")
+
+
+def _check_unit(kinds: set[str], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
+    """Maps of iodine, of electron density and the like are CT images whose numbers are no HU."""
+    other = sorted(kinds & _OTHER_UNITS)
+    if other and not options.force:
+        raise VolumeError("NOT_HU", folder, f"expected Hounsfield units, got RescaleType {', '.join(other)}: a map "
+                          "made from several energies", "name the series of the CT itself; --force takes them as HU")
+    if kinds - {"", "HU"}:
+        warnings.append("RescaleType is not HU")
 
 
 def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: list[str]) -> None:
@@ -172,6 +185,24 @@ def _places(slices: list[CtSlice]) -> list[list[CtSlice]]:
         else:
             places.append([ct_slice])
     return places
+
+
+def _demand_own_uids(places: list[list[CtSlice]], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
+    """A SOPInstanceUID names one image, so what has it in another place is not what it says."""
+    first: dict[str, tuple[int, CtSlice]] = {}
+    num_others = 0
+    for index, place in enumerate(places):
+        for ct_slice in place:
+            at, named = first.setdefault(ct_slice.instance, (index, ct_slice))
+            if not ct_slice.instance or at == index:
+                continue
+            if not options.force:
+                raise VolumeError("DUPLICATE_SLICE", folder, f"files {named.number} and {ct_slice.number} have one "
+                                  "SOPInstanceUID and lie in different places", "export the series again; --force "
+                                  "takes each for an image of its own")
+            num_others += 1
+    if num_others:
+        warnings.append(f"accepted by force: {num_others} slices have the SOPInstanceUID of another one")
 
 
 def _heights(stack: list[CtSlice], where: str) -> np.ndarray:

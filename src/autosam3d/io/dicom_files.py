@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from autosam3d.errors import VolumeError
+from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io.dicom_tags import DAMAGE, hashed, quiet_pydicom, tag_integer, tag_numbers, tag_text
 from autosam3d.io.files import open_regular, readable
 from autosam3d.io.memory import size_text
@@ -65,6 +65,8 @@ class CtSlice:
     path: Path
     number: int
     """Place in the sorted folder, from 1."""
+    instance: str
+    """Hash of the SOPInstanceUID, "" where there is none."""
     series: str
     patient: str
     frame_of_reference: str
@@ -197,8 +199,8 @@ def dicom_bytes(path: Path, where: str) -> bytes | None:
                     raise _corrupt(where, f"it has {len(start)} bytes only")
                 return None
             content = start + file.read(MAX_FILE_BYTES + 1 - len(start))
-    except VolumeError as error:
-        raise VolumeError(error.code, where, error.fault, error.remedy) from None
+    except (VolumeError, ResourceError) as error:  # whose place would be the file's own name
+        raise type(error)(error.code, where, error.fault, error.remedy) from None
     if len(content) > MAX_FILE_BYTES:
         raise VolumeError("LENGTH", where, f"expected at most {size_text(MAX_FILE_BYTES)} a slice", _REMEDY)
     if _DEFLATED in content:
@@ -252,9 +254,10 @@ def _parse_slice(content: bytes, path: Path, number: int, where: str, force: boo
     if np.abs(np.linalg.norm(orientation, axis=1) - 1).max() > 0.01:
         raise VolumeError("TAG_INVALID", where, "expected two directions of length 1 in ImageOrientationPatient",
                           _REMEDY)
+    instance = tag_text(dataset, "SOPInstanceUID")
     return CtSlice(
-        path, number, hashed(tag_text(dataset, "SeriesInstanceUID")), hashed(tag_text(dataset, "PatientID")),
-        hashed(tag_text(dataset, "FrameOfReferenceUID")), syntax, is_ct, shape,
+        path, number, hashed(instance) if instance else "", hashed(tag_text(dataset, "SeriesInstanceUID")),
+        hashed(tag_text(dataset, "PatientID")), hashed(tag_text(dataset, "FrameOfReferenceUID")), syntax, is_ct, shape,
         tag_numbers(dataset, "ImagePositionPatient", 3, where), orientation, _spacing(dataset, where), slope, intercept,
         tag_text(dataset, "RescaleType").upper(), tag_text(dataset, "PhotometricInterpretation"),
     )

@@ -22,6 +22,9 @@ from autosam3d.io.memory import size_text
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+# What it says when the disk, or the network that a folder is mounted over, fails.
+_FAILING = {errno.EIO} | {getattr(errno, name) for name in ("ESTALE", "ETIMEDOUT", "EREMOTEIO", "ECONNRESET",
+                                                             "EHOSTDOWN") if hasattr(errno, name)}
 # The host is part of a temporary's name: a shared folder is swept of this host's dead writers only.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
@@ -137,7 +140,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; never waits on a FIFO and never touches a device.
 
     Raises:
-        VolumeError: NOT_A_FILE or UNREADABLE.
+        VolumeError: NOT_A_FILE or UNREADABLE. ResourceError: IO.
     """
     with readable(path):
         # Looked at before it is opened (opening a device can act on it) and again after (it may have been swapped).
@@ -169,10 +172,14 @@ def read_private(path: str | Path, max_bytes: int, code: str) -> bytes:
 
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's faults while reading `path` into VolumeError UNREADABLE."""
+    """Turn the operating system's faults while reading `path` into VolumeError UNREADABLE, and those of the disk or the
+    network below it, which may pass, into ResourceError IO."""
     try:
         yield
     except OSError as error:
+        if error.errno in _FAILING:
+            raise ResourceError("IO", path, f"reading failed ({_reason(error)})",
+                                "check the disk or the network that it lies on, and try again") from None
         raise VolumeError("UNREADABLE", path, f"cannot be read ({_reason(error)})",
                           "check that it exists and that you may read it") from None
     except ValueError as error:

@@ -19,7 +19,7 @@ from nibabel.nifti1 import header_dtype as _nifti1_dtype
 from nibabel.nifti2 import Nifti2Header
 from nibabel.nifti2 import header_dtype as _nifti2_dtype
 
-from autosam3d.errors import UsageError, VolumeError
+from autosam3d.errors import ResourceError, UsageError, VolumeError
 from autosam3d.io.files import FileToWrite, atomic_write_all
 from autosam3d.io.grid import canonical_shape, from_canonical, grid_stored_as
 from autosam3d.io.inflate import ByteStream
@@ -147,7 +147,7 @@ def _verifier(parts: tuple[np.ndarray, ...]) -> Callable[[Path], None]:
                         if stream.read_upto(meant.size) != meant.tobytes():
                             raise OSError(errno.EIO, "what was read back differs from what was written")
                 stream.finish(sum(part.size for part in parts))
-        except VolumeError as error:
+        except (VolumeError, ResourceError) as error:
             raise OSError(errno.EIO, f"what was written cannot be read back: {error.fault}") from None
 
     return verify
