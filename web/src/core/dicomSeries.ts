@@ -18,6 +18,8 @@ const MIN_SLICES = 8;
 const SAME_DIRECTION = 1e-3;
 const MAX_OTHER_ORIENTATION_SHARE = 0.1;
 const SAME_PLACE_MM = 0.01;
+/** RescaleTypes that are no Hounsfield units. *Source*: DICOM PS3.3 C.11.1.1.2. */
+const OTHER_UNITS = ["ED", "EDW", "MGML", "OD", "PCT", "Z_EFF"];
 /** What is left out, as one and as several; other kinds are modalities. */
 const KINDS: Record<string, [string, string]> = {
   foreign: ["file that is not DICOM", "files that are not DICOM"], link: ["link", "links"],
@@ -74,6 +76,7 @@ export async function readSeries(sources: Source[], order: ReadOrder): Promise<D
   const stack = withoutStrays(chosen(slices, order, warnings), where, warnings);
   checkUniform(stack, where, warnings);
   const places = placesOf(stack);
+  demandOwnUids(places, where);
   const named = `${where}: series ${stack[0]!.series}`;
   if (places.length < MIN_SLICES) {
     throw new AppError("FEW_SLICES", named, `expected at least ${MIN_SLICES} slices, got ${places.length}`,
@@ -212,9 +215,35 @@ function checkUniform(slices: CtSlice[], where: string, warnings: string[]) {
   if (new Set(slices.map((s) => `${s.slope} ${s.intercept}`)).size > 1) {
     warnings.push("rescale slope or intercept vary from slice to slice; each is applied to its own slice");
   }
-  if (slices.some((s) => !["", "HU"].includes(s.rescaleType))) warnings.push("RescaleType is not HU");
+  checkUnit(new Set(slices.map((s) => s.rescaleType)), where, warnings);
   if (slices.some((s) => s.photometric === "MONOCHROME1")) {
     warnings.push("MONOCHROME1 turns the display around, not the numbers; the numbers are taken as they are");
+  }
+}
+
+/** Maps of iodine, of electron density and the like are CT images whose numbers are no HU. */
+function checkUnit(kinds: Set<string>, where: string, warnings: string[]) {
+  const other = OTHER_UNITS.filter((unit) => kinds.has(unit));
+  if (other.length) {
+    throw new AppError("NOT_HU", where, `expected Hounsfield units, got RescaleType ${other.join(", ")}: a map made from `
+      + "several energies", "give the series of the CT itself");
+  }
+  if ([...kinds].some((kind) => !["", "HU"].includes(kind))) warnings.push("RescaleType is not HU");
+}
+
+/** A SOPInstanceUID names one image, so what has it in another place is not what it says. */
+function demandOwnUids(places: CtSlice[][], where: string) {
+  const first = new Map<string, [number, CtSlice]>();
+  for (const [index, place] of places.entries()) {
+    for (const slice of place) {
+      const uid = slice.uids.SOPInstanceUID;
+      const [at, named] = first.get(uid) ?? [index, slice];
+      if (uid && at !== index) {
+        throw new AppError("DUPLICATE_SLICE", where, `files ${named.number} and ${slice.number} have one SOPInstanceUID `
+          + "and lie in different places", "export the series again");
+      }
+      first.set(uid, [at, named]);
+    }
   }
 }
 
