@@ -307,9 +307,9 @@ def scans_in(folder: Path, output: Path | None = None) -> list[Path]:
         raise VolumeError("UNREADABLE", folder, f"cannot be listed ({error.strerror})", "check the path") from None
     nifti = [p for p in entries if p.name.lower().endswith(_NIFTI)]
     if nifti:
-        passed = next((p for p in entries if p not in nifti and _is_dicom(p)), None)
-        if passed is not None:
-            _log.warning("%s: it holds NIfTI files; its DICOM files, such as %s, are passed over", folder, passed.name)
+        # Slices are named after patients often, so none is named here.
+        if any(p not in nifti and _is_dicom(p) for p in entries):
+            _log.warning("%s: it holds NIfTI files; its DICOM files are passed over", folder)
         return nifti
     if any(p.is_file() for p in entries):
         return [folder]
