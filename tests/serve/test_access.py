@@ -14,8 +14,9 @@ import httpx
 import pytest
 from running import Running, fault, outcome, running
 
+from autosam3d.addresses import is_loopback
 from autosam3d.errors import UsageError
-from autosam3d.serve.settings import demand_token_off_loopback, is_loopback, read_token
+from autosam3d.serve.settings import demand_token_off_loopback, read_token
 from command_line import run
 from exports import mini_export
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from autosam3d.addresses import is_loopback
 from autosam3d.errors import UsageError
 from autosam3d.io.files import read_private
 
 VARIABLE = "AUTOSAM3D_PACS_AUTH"
 _MAX_BYTES = 16384
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def demand_safe_transport(url: str, credentials: Credentials | None, insecure: b
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise UsageError("URL", "--dicomweb", "expected no name, password or query in the URL, where others see them",
                          f"use --auth-file or {VARIABLE}")
-    if credentials is not None and parts.scheme == "http" and host not in _LOOPBACK and not insecure:
+    if credentials is not None and parts.scheme == "http" and not is_loopback(host) and not insecure:
         raise UsageError("INSECURE", "--dicomweb", "credentials would go over plain http to another machine",
                          "use https, or allow it with --insecure")
 

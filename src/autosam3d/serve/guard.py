@@ -15,8 +15,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from autosam3d.addresses import is_loopback
 from autosam3d.serve.faults import ServiceFault
-from autosam3d.serve.settings import ServeSettings, is_loopback
+from autosam3d.serve.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
+from autosam3d.addresses import cannot_listen, no_such_address
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 from autosam3d.export_web import write_web_folder
 from autosam3d.io.lock_file import HeldError, is_of_this_machine, read_owner, sign_lock, take_lock
@@ -42,7 +42,6 @@ _STATE = "jobs.sqlite"
 _OURS = {LOCK, _STATE, f"{_STATE}-wal", f"{_STATE}-shm", "jobs", "tmp", "web"}
 _DISK_THREADS = 8
 _BACKLOG = 512
-_NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[str], None]) -> None:
@@ -198,8 +197,7 @@ def _bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM,
                                                                  flags=socket.AI_PASSIVE)[0]
     except OSError as error:
-        raise UsageError("ADDRESS", f"--host {host}", f"expected an address of this machine ({error.strerror})",
-                         "try 127.0.0.1") from None
+        raise no_such_address(host, error) from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -209,13 +207,7 @@ def _bind(host: str, port: int) -> socket.socket:
         return listening
     except OSError as error:
         listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError("PORT_IN_USE", f"--port {port}", "another program listens there",
-                             "stop it, or name another --port (0 takes a free one)") from None
-        if error.errno in _NOT_HERE:
-            raise UsageError("ADDRESS", f"--host {host}", "this machine has no such address", "try 127.0.0.1") from None
-        raise UsageError("ADDRESS", f"--host {host} --port {port}", f"cannot listen there ({error.strerror})",
-                         "name a port above 1023") from None
+        raise cannot_listen(host, port, error) from None
 
 
 def _remove_orphans(jobs: Path, store: JobStore) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from autosam3d.addresses import is_loopback
 from autosam3d.errors import UsageError
 from autosam3d.io.files import read_private
 
@@ -84,15 +85,3 @@ def demand_token_off_loopback(host: str, token: str | None) -> None:
     if token is None and not is_loopback(host):
         raise UsageError("NO_TOKEN", f"--host {host}", "expected --token-file: other machines can reach this address",
                          "give a token file, or serve on 127.0.0.1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; a name other than localhost counts as foreign."""
-    import ipaddress
-
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
