@@ -53,16 +53,18 @@ def work(url: str, state: Path, moment: str = "", tries: int = 10, auth=None) ->
     with hold_state_folder(state) as folder, contextlib.closing(Ledger(folder.ledger)) as ledger:
         service = Service(folder, ledger, FromHu(), sinks.DicomWebSink(archive), archive, Retry(tries=tries))
         service.sweep()
-        _kill_at(moment, service)
+        kill_at(moment, service)
         run_once(service, archive, Watch(rule=Rule(), model=MODEL, settings="{}", settle_seconds=0))
     return service
 
 
-def _kill_at(moment: str, service: Service) -> None:
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    move, put = service.ledger.move, sinks.DicomWebSink.put
+
+def kill_at(moment: str, service: Service) -> None:
+    sink = type(service.sink)
+    move, put = service.ledger.move, sink.put
     count = [0]
 
     def moved(job, state, *rest):
@@ -80,7 +82,7 @@ def _kill_at(moment: str, service: Service) -> None:
             die()
 
     service.ledger.move = moved  # type: ignore[method-assign]
-    sinks.DicomWebSink.put = stored  # type: ignore[method-assign]
+    sink.put = stored  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -24,16 +24,17 @@ from autosam3d.io.memory import size_text
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
 import pydicom
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+from autosam3d.io.dicom_syntaxes import has_decoder
 
 MAX_FILE_BYTES = 512 << 20
 _REMEDY = "copy or export the series again"
 _MAX_FILES = 100_000
 _MAX_FOLDER_LEVELS = 8
 _MAX_EDGE = 8192
-_CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-_MULTIFRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+MULTIFRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # pydicom inflates this syntax without any cap, so the bytes must not reach it.
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -50,7 +51,7 @@ _KINDS = {
     "other": ("DICOM file of another kind", "DICOM files of other kinds"),
 }
 # (7FE0,0010) in both byte orders.
-_PIXEL_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
+PIXEL_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
 _HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "PatientID", "SeriesInstanceUID", "FrameOfReferenceUID",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SamplesPerPixel",
@@ -221,7 +222,7 @@ def _parse(content: bytes, where: str, stop_before_pixels: bool) -> tuple[Any, b
     except DAMAGE:
         raise _corrupt(where, "it is cut or damaged") from None
     at = buffer.tell()
-    return dataset, content[at : at + 4] in _PIXEL_TAGS
+    return dataset, content[at : at + 4] in PIXEL_TAGS
 
 
 def _parse_slice(content: bytes, path: Path, number: int, where: str, force: bool) -> CtSlice | str:
@@ -232,8 +233,8 @@ def _parse_slice(content: bytes, path: Path, number: int, where: str, force: boo
     sop_class = tag_text(dataset, "SOPClassUID") or str(meta.get("MediaStorageSOPClassUID", ""))
     if not modality and not sop_class:
         raise _corrupt(where, "it says neither what it is nor how it was made")
-    is_ct = sop_class == _CT_IMAGE or (modality == "CT" and not sop_class.startswith(_SECONDARY_CAPTURE))
-    if sop_class in _MULTIFRAME_CT or (is_ct and tag_integer(dataset, "NumberOfFrames", where, 1) > 1):
+    is_ct = sop_class == CT_IMAGE or (modality == "CT" and not sop_class.startswith(_SECONDARY_CAPTURE))
+    if sop_class in MULTIFRAME_CT or (is_ct and tag_integer(dataset, "NumberOfFrames", where, 1) > 1):
         raise VolumeError("MULTIFRAME", where, "enhanced multi-frame CT is not read",
                           "convert it to single-frame CT images, or to NIfTI")
     if not is_ct and not (force and "Rows" in dataset and "ImagePositionPatient" in dataset):
@@ -277,11 +278,7 @@ def _check_pixels(dataset: Any, shape: tuple[int, int], num_bytes: int, syntax: 
             raise VolumeError("LENGTH", where, f"{shape[0]} x {shape[1]} pixels need more bytes than the file's "
                               f"{num_bytes}", "the slice is cut or its header is wrong; export it again")
         return
-    try:
-        available = get_decoder(uid).is_available
-    except (NotImplementedError, ValueError):
-        available = False
-    if not available:
+    if not has_decoder(uid):
         name = syntax if all(c in "0123456789." for c in syntax) else "unknown"
         raise VolumeError("CODEC", where, f"no decoder for the transfer syntax {name}",
                           'pip install "autosam3d[dicom]", or convert it to an uncompressed transfer syntax')

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from autosam3d.errors import VolumeError
-from autosam3d.io.dicom_files import dicom_bytes
+from autosam3d.io.dicom_files import PIXEL_TAGS, dicom_bytes
 from autosam3d.io.dicom_tags import DAMAGE, quiet_pydicom, tag_text
+from autosam3d.io.files import open_regular, readable
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
 import pydicom
+from pydicom.uid import UID, ExplicitVRBigEndian
 
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
-         "SeriesDescription", "ImageType", "SliceThickness"]
+         "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
 _REMEDY = "send or export it again"
+# Headers of multi-frame images have a few kilobytes a frame.
+_MAX_HEADER_BYTES = 16 << 20
+# How much may follow the pixels, such as padding.
+_MAX_TRAILER_BYTES = 1 << 16
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+# Neither a thickness in mm nor a number of frames; NaN and infinity are no numbers either.
+_MAX_NUMBER = 1e6
+# (FFFE,E0DD) with its length of zero ends compressed pixels. *Source*: DICOM PS3.5 section A.4.
+_SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,7 @@ class DicomIdentity:
     description: str
     image_type: str
     thickness_mm: float | None
+    num_frames: int
 
 
 def identify(path: Path, where: str) -> DicomIdentity:
@@ -49,13 +63,53 @@ def identify(path: Path, where: str) -> DicomIdentity:
         content = dicom_bytes(path, where)
         if content is None:
             raise VolumeError("NOT_DICOM", where, "expected a DICOM file", _REMEDY)
-        try:
-            tags = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True, specific_tags=_TAGS)
-            texts = {keyword: tag_text(tags, keyword) for keyword in _TAGS}
-        except RecursionError:
-            raise VolumeError("NESTING", where, "its sequences are nested too deeply", _REMEDY) from None
-        except DAMAGE:
-            raise VolumeError("SLICE_CORRUPT", where, "it is cut or damaged", _REMEDY) from None
+        return _identity(_header(io.BytesIO(content), where), where)
+
+
+def identify_image(path: Path, where: str) -> DicomIdentity:
+    """As `identify`, of an image of any size without reading all of it; demands that it reaches to its pixels' end.
+
+    Raises:
+        VolumeError: as `identify`.
+    """
+    with quiet_pydicom(), open_regular(path) as file, readable(where):
+        start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
+        header = _header(start, where)
+        _demand_whole_pixels(file, header, start.tell(), where)
+    return _identity(header, where)
+
+
+def _header(content: BinaryIO, where: str) -> Any:
+    """The tags that are asked for; `content` stands where the pixels begin."""
+    try:
+        return pydicom.dcmread(content, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+    except RecursionError:
+        raise VolumeError("NESTING", where, "its sequences are nested too deeply", _REMEDY) from None
+    except DAMAGE:
+        raise VolumeError("SLICE_CORRUPT", where, "it is cut or damaged", _REMEDY) from None
+
+
+def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> None:
+    syntax = UID(str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", "")))
+    size = os.fstat(file.fileno()).st_size
+    file.seek(at)
+    element = file.read(12)
+    is_whole = len(element) == 12 and element[:4] in PIXEL_TAGS
+    if is_whole:
+        # Tag and length, with the VR and two reserved bytes between. *Source*: DICOM PS3.5 section 7.1.
+        begin = 8 if syntax.is_transfer_syntax and syntax.is_implicit_VR else 12
+        length = int.from_bytes(element[begin - 4 : begin], "big" if syntax == ExplicitVRBigEndian else "little")
+        if length == _UNDEFINED_LENGTH:
+            file.seek(max(at + begin, size - _MAX_TRAILER_BYTES))
+            is_whole = _SEQUENCE_END in file.read(_MAX_TRAILER_BYTES)
+        else:
+            is_whole = 0 < length <= size - at - begin
+    if not is_whole:
+        raise VolumeError("SLICE_CORRUPT", where, "it ends before or inside its pixels", _REMEDY)
+
+
+def _identity(header: Any, where: str) -> DicomIdentity:
+    texts = {keyword: tag_text(header, keyword) for keyword in _TAGS}
     uids = [texts[keyword] for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
     if not all(0 < len(uid) <= 64 and all(c in "0123456789." for c in uid) for uid in uids):
         raise VolumeError("TAG_INVALID", where, "expected valid UIDs of study, series and object", _REMEDY)
@@ -63,7 +117,7 @@ def identify(path: Path, where: str) -> DicomIdentity:
         study=uids[0], series=uids[1], instance=uids[2], sop_class=texts["SOPClassUID"],
         modality=texts["Modality"].upper(), body_part=texts["BodyPartExamined"],
         description=texts["SeriesDescription"], image_type="\\".join(_image_type(texts["ImageType"])),
-        thickness_mm=_number(texts["SliceThickness"]),
+        thickness_mm=_number(texts["SliceThickness"]), num_frames=max(1, int(_number(texts["NumberOfFrames"]) or 1)),
     )
 
 
@@ -74,6 +128,7 @@ def _image_type(text: str) -> list[str]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if abs(number) < _MAX_NUMBER else None

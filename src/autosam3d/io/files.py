@@ -83,7 +83,7 @@ def atomic_write_all(files: Iterable[FileToWrite]) -> None:
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file.path))
                 os.replace(temporary, file.path)  # noqa: PTH105 - said in the house's own word
         for folder in dict.fromkeys(file.path.parent for file in files):
-            _flush_folder(folder)
+            flush_folder(folder)
     finally:
         # After success every temporary has been renamed away, so this removes only what a failure left.
         for temporary in temporaries:
@@ -134,6 +134,17 @@ def sha256_of(path: str | Path) -> str:
     """
     with open_regular(path) as file, readable(path):
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def flush_folder(folder: Path) -> None:
+    """Have what was renamed in a folder on disk, where the file system can say so."""
+    # Some network file systems cannot flush a folder; the rename has happened all the same.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -208,16 +219,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    # Some network file systems cannot flush a folder; the rename has happened all the same.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ import json
 import os
 import random
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, study TEXT NOT NULL, series TEXT NOT NULL, model TEXT NOT NULL, settings TEXT NOT NULL,
     received INTEGER NOT NULL, num INTEGER NOT NULL, state TEXT NOT NULL, attempts INTEGER NOT NULL,
     not_before REAL NOT NULL, code TEXT NOT NULL, fault TEXT NOT NULL, files TEXT NOT NULL, changed REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS received (job TEXT PRIMARY KEY, objects TEXT NOT NULL);
 """
 _COLUMNS = "id, study, series, model, settings, received, num, state, attempts, not_before, code, fault, files, changed"
 
@@ -73,6 +75,17 @@ class Job:
     files: Mapping[str, str]
     """Names in the job's folder to SHA-256, once it is segmented."""
     changed: float
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is work to be done."""
+        return self.state in _OPEN
+
+    def as_dict(self) -> dict[str, Any]:
+        """What may be told: no UID, since a UID leads to a patient. Times are seconds since 1970."""
+        return {"series": self.id, "state": self.state, "slices": self.num, "tries": self.attempts,
+                "received": self.received, "code": self.code, "reason": self.fault, "changed": self.changed,
+                "next_try": self.not_before or None, "results": len(self.files) if self.state == DONE else 0}
 
 
 def job_id(series: str, model: str, settings: str) -> str:
@@ -131,22 +144,45 @@ class Ledger:
         with self._explained():
             return self._db.execute("SELECT COUNT(*) FROM studies WHERE settled = 0").fetchone()[0]
 
-    def add(self, study: str, series: str, model: str, settings: str, num: int, now: float, *, received: bool = False,
-            state: str = WAITING, code: str = "") -> bool:
+    def add(self, study: str, series: str, model: str, settings: str, num: int, now: float, *,
+            received: Collection[str] = (), anew: bool = False) -> bool:
         """Take up a series; False where that was done before.
 
         One that has grown since it was finished or given up is another scan, and is done again: the objects of its
         result name other images and have other UIDs.
+
+        Args:
+            study: its UID.
+            series: likewise.
+            model: SHA-256.
+            settings: of the model's run.
+            num: objects in the series.
+            now: seconds since 1970.
+            received: names of its files, where it was sent to us.
+            anew: also where it has not grown since it was given up.
         """
         key = job_id(series, model, settings)
         with self._explained(), self._db:
             row = self._db.execute("SELECT num, state FROM jobs WHERE id = ?", (key,)).fetchone()
-            if row is not None and (row[1] in _OPEN or num <= row[0]):
+            if row is not None and (row[1] in _OPEN or (num <= row[0] and not anew)):
                 return False
             self._db.execute(f"INSERT OR REPLACE INTO jobs ({_COLUMNS}) VALUES ({', '.join('?' * 14)})",
-                             (key, study, series, model, settings, int(received), num, state, 0, 0.0, code, "", "{}",
-                              now))
+                             (key, study, series, model, settings, int(bool(received)), num, WAITING, 0, 0.0, "", "",
+                              "{}", now))
+            if received:
+                self._db.execute("INSERT OR REPLACE INTO received VALUES (?, ?)", (key, " ".join(sorted(received))))
         return True
+
+    def received(self, key: str) -> frozenset[str]:
+        """Names of the files of a series that was sent to us, from when it was taken up."""
+        with self._explained():
+            row = self._db.execute("SELECT objects FROM received WHERE job = ?", (key,)).fetchone()
+        return frozenset(row[0].split()) if row is not None else frozenset()
+
+    def note(self, key: str, code: str, fault: str) -> None:
+        """Say something of a job, whatever its state."""
+        with self._explained(), self._db:
+            self._db.execute("UPDATE jobs SET code = ?, fault = ? WHERE id = ?", (code, fault, key))
 
     def knows(self, job: str, num: int) -> bool:
         """Whether `add` would refuse a series of `num` objects."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ class Service:
         if job is None:
             return False
         try:
-            with _named():
+            with named_faults():
                 while job.state in (WAITING, FETCHED, SEGMENTED):
                     job = self._step(job)
         except AutoSam3dError as error:
@@ -107,7 +108,7 @@ class Service:
 
     def _step(self, job: Job) -> Job:
         if job.state == WAITING:
-            self._fetch(job)
+            self._take_received(job) if job.received else self._fetch(job)
             return self.ledger.move(job, FETCHED, self.now())
         if job.state == FETCHED:
             if not self.state.series(job.id).is_dir():
@@ -138,6 +139,25 @@ class Service:
             raise ArchiveError("INCOMPLETE", self.archive.name, f"expected {len(images)} objects of the series, "
                                f"{len(found & set(images))} came, and {len(found - set(images))} others",
                                "it will be tried again")
+        self._install(stage, job)
+
+    def _take_received(self, job: Job) -> None:
+        """The files of the job as they came: the same ones under other names, not copies."""
+        names = self.ledger.received(job.id)
+        source, stage = self.state.arrived(job.series), self.state.fresh(self.state.job(job.id) / "fetching")
+        self._demand_room()
+        for number, name in enumerate(sorted(names)):
+            if not (source / name).is_file():
+                raise _lost()
+            try:
+                os.link(source / name, stage / f"{number:06d}.dcm")
+            except OSError:  # some file systems have no links
+                shutil.copyfile(source / name, stage / f"{number:06d}.dcm")
+        if not names:
+            raise _lost()
+        self._install(stage, job)
+
+    def _install(self, stage: Path, job: Job) -> None:
         target = self.state.series(job.id)
         shutil.rmtree(target, ignore_errors=True)
         stage.rename(target)
@@ -155,9 +175,6 @@ class Service:
         """Files that the ledger names are not there, or are not what they were: back to what can be made again."""
         if job.state == SEGMENTED and self.state.series(job.id).is_dir():
             return self.ledger.move(job, FETCHED, self.now(), {})
-        if job.received:
-            raise VolumeError("LOST", job.id, "the series that was received is not in the state folder any more",
-                              "send it again")
         return self.ledger.move(job, WAITING, self.now(), {})
 
     def _failed(self, job: Job, error: AutoSam3dError) -> None:
@@ -180,8 +197,12 @@ class Service:
                                 f"{size_text(free)}", "free some space")
 
 
+def _lost() -> VolumeError:
+    return VolumeError("LOST", "state folder", "the series that was received is not here any more", "send it again")
+
+
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
+def named_faults() -> Iterator[None]:
     """What the operating system refuses on the way is a fault of resources, and no path in it is told."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where results go: into the archive by STOW-RS, each object once."""
+"""Where results go: into the archive by STOW-RS or by C-STORE, each object once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autosam3d.io.dicom_identity import identify
+from autosam3d.pacs.destination import Destination
 from autosam3d.pacs.dicomweb import DicomWeb
 from autosam3d.pacs.faults import ArchiveError
 
@@ -46,3 +47,18 @@ class DicomWebSink:
                 time.sleep(_LOOK_SECONDS)
         raise ArchiveError("NOT_STORED", self.archive.name, "it took the result and does not find it",
                            "look at the archive")
+
+
+@dataclass(frozen=True)
+class DimseSink:
+    """Stores by C-STORE. Nothing can be asked before: a process that was killed after an object was stored sends it
+    again, with the same UID and the same bytes, and it is the same object."""
+
+    destination: Destination
+    calling: str
+    """Our AE title."""
+
+    def put(self, path: Path) -> None:
+        from autosam3d.pacs.sending import send  # the other sink is there without pynetdicom
+
+        send(path, identify(path, path.name), self.destination, self.calling)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from autosam3d.errors import ResourceError, UsageError
 from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
+from autosam3d.pacs.incoming import hash_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class StateFolder:
 
     @property
     def incoming(self) -> Path:
-        """Series that are being sent to us."""
+        """Series that are being sent to us; see `incoming.Incoming`."""
         return self.path / "incoming"
+
+    def arrived(self, series: str) -> Path:
+        """Objects of a series that was sent to us."""
+        return self.incoming / hash_of(series)
 
     @property
     def scratch(self) -> Path:
