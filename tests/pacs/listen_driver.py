@@ -1,13 +1,22 @@
-"""The listener with a stand-in for the network, which can be killed at a chosen moment:
-``python listen_driver.py STATE SINK MOMENT [MAX_FILE_BYTES]``; it prints its port. SINK is AE@HOST:PORT or a URL."""
+"""The listener with a stand-in for the network, which can be killed at a chosen moment.
+
+`Forge` is one process that has imported everything and forks a listener for each order, a line of JSON with `state`,
+`to` (AE@HOST:PORT or a URL), `moment`, `max_file_bytes`. A listener writes its port to STATE.port and its log to
+STATE.log.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 import resource
 import signal
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import driver
@@ -19,7 +28,6 @@ from autosam3d.pacs.dicomweb import DicomWeb
 from autosam3d.pacs.incoming import Incoming, RoomLimits
 from autosam3d.pacs.ledger import Ledger, Retry
 from autosam3d.pacs.listener import ListenSettings, listening
-from autosam3d.pacs.receiving import ConnectionLimits
 from autosam3d.pacs.rule import Rule
 from autosam3d.pacs.service import Service
 from autosam3d.pacs.sinks import DicomWebSink, DimseSink
@@ -30,18 +38,18 @@ TITLE = "LISTENER"
 SETTLE_SECONDS = 0.4
 
 
-def main(state: Path, to: str, moment: str) -> None:
+def work(state: Path, to: str, moment: str, port_file: Path) -> None:
     sink = DicomWebSink(DicomWeb(to)) if to.startswith("http") else DimseSink(parse_destination(to), TITLE)
     with hold_state_folder(state) as folder, contextlib.closing(Ledger(folder.ledger)) as ledger:
         service = Service(folder, ledger, driver.FromHu(), sink, None, Retry(first_seconds=0.1))
         service.sweep()
-        incoming = Incoming(folder.incoming, RoomLimits(max_objects=20))
+        incoming = Incoming(folder.incoming, RoomLimits(min_free_bytes=1 << 20))
         driver.kill_at(moment, service)
         kill_at(moment, incoming, service)
-        limits = ConnectionLimits(idle_seconds=5, pdu_seconds=2)
-        with listening(ListenSettings(ae_title=TITLE, port=0, allow_ae=("SCANNER", "ORTHANC"), limits=limits),
-                       incoming) as (_, port):
-            print(port, flush=True)
+        settings = ListenSettings(ae_title=TITLE, port=0, allow_ae=("SCANNER", "ORTHANC"))
+        with listening(settings, incoming) as (_, port):
+            port_file.with_suffix(".new").write_text(str(port))
+            port_file.with_suffix(".new").rename(port_file)
             arrivals.run_forever(service, incoming, arrivals.Arrivals(
                 rule=Rule(), model=driver.MODEL, settings="{}", settle_seconds=SETTLE_SECONDS))
 
@@ -64,14 +72,82 @@ def kill_at(moment: str, incoming: Incoming, service: Service) -> None:
     incoming.put, service._take_received = putting, taking  # type: ignore[method-assign]
 
 
+@dataclass
+class Listener:
+    """One that runs, or ran."""
+
+    forge: Forge
+    state: Path
+    pid: int
+
+    def port(self) -> str:
+        path = self.state.with_suffix(".port")
+        for _ in range(400):
+            if path.exists():
+                return path.read_text()
+            time.sleep(0.05)
+        raise AssertionError(self.log())
+
+    def log(self) -> str:
+        return self.state.with_suffix(".log").read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit code, negative where a signal ended it."""
+        return self.forge.ask({"wait": self.pid})
+
+
+class Forge:
+    """Forks listeners; what took long to import is imported once."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def start(self, state: Path, to: str, moment: str = "", max_file_bytes: int | None = None) -> Listener:
+        state.with_suffix(".port").unlink(missing_ok=True)
+        pid = self.ask({"state": str(state), "to": to, "moment": moment, "max_file_bytes": max_file_bytes})
+        return Listener(self, state, pid)
+
+    def ask(self, order: dict) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve_orders() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+            continue
+        pid = os.fork()
+        if pid:
+            print(pid, flush=True)
+            continue
+        state = Path(order["state"])
+        log = os.open(state.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for number in (1, 2):
+            os.dup2(log, number)
+        try:
+            if order["max_file_bytes"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (order["max_file_bytes"],) * 2)
+            work(state, order["to"], order["moment"], state.with_suffix(".port"))
+        except AutoSam3dError as error:
+            sys.exit(f"error[{error.code}] {error}")
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
-    logging.getLogger("autosam3d.pacs").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arrivals._LOOK_SECONDS = 0.1
-    if len(sys.argv) > 4:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
-    try:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
-    except AutoSam3dError as error:
-        sys.exit(f"error[{error.code}] {error}")
+    _serve_orders()

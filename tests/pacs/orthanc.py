@@ -45,6 +45,11 @@ class Orthanc:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", data, timeout=30) as answer:
             return answer.read()
 
+    def put(self, path: str, content: object) -> None:
+        data = json.dumps(content).encode()
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method="PUT"),
+                               timeout=30).close()
+
     def clear(self) -> None:
         for key in json.loads(self.rest("/studies")):
             gone = urllib.request.Request(f"http://127.0.0.1:{self.port}/studies/{key}", method="DELETE")

@@ -108,7 +108,7 @@ def _is_more(job: Job, names: frozenset[str], service: Service) -> bool:
     known = service.ledger.received(job.id)
     num_new = len(names - known)
     if num_new == 0:
-        _log.info("%s: sent again, it is %s", job.id, job.state)
+        _log.info("%s: nothing in it is new, it is %s", job.id, job.state)
         return False
     if not known <= names:
         fault = f"{num_new} more objects came when its images had been deleted"
