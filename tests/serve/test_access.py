@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,7 +144,57 @@ def test_ipv6_works(tmp_path: Path) -> None:
 
 def test_nobody_outside_is_asked(ct: Path, tmp_path: Path) -> None:
     """T16: no connection leaves the machine, and no name is looked up, by the service or by its worker."""
-    hook, told = tmp_path / "hook", tmp_path / "asked"
+    told, env = listening(tmp_path)
+    with running(tmp_path / "alone", env=env) as service, service.client() as client:
+        job = client.post("/jobs", files={"file": ct.read_bytes()}).json()
+        assert outcome(client, job["id"])["state"] == "done"
+        assert isinstance(client.get("/"), httpx.Response)
+    asked = told.read_text().splitlines() if told.exists() else []
+    assert [line for line in asked if "127.0.0.1" not in line] == []
+
+
+# Runs where there is no network but the loopback: the command line, then the service with a job of a series.
+_ALONE = """
+import errno, fcntl, os, socket, struct, subprocess, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[5:]
+with socket.socket() as sock:  # loopback up. *Source*: netdevice(7), SIOCSIFFLAGS and IFF_UP
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sh", b"lo", 1))
+    assert sock.connect_ex(("192.0.2.1", 9)) == errno.ENETUNREACH
+from running import outcome, running, send
+export, ct, slices, folder = map(Path, sys.argv[1:5])
+segment = [sys.executable, "-m", "autosam3d", "segment", export, ct, folder / "out.nii.gz", "--backend", "onnxruntime"]
+subprocess.run(segment, check=True)
+assert (folder / "out.nii.gz").is_file()
+small = (export, "--backend", "onnxruntime", "--threads", 1)
+with running(folder / "service", model=small) as service, service.client() as client:
+    job = outcome(client, send(client, slices), seconds=200)
+    assert job["state"] == "done" and "rtstruct" in job["formats"], job
+    assert client.get("/").status_code == client.get("/docs").status_code == 200
+print("alone and well")
+"""
+
+
+def test_command_line_and_service_work_without_a_network(ct: Path, slices: Path, tmp_path: Path) -> None:
+    """T16: in a network of their own, which leads nowhere; nothing is even tried."""
+    pytest.importorskip("highdicom")
+    alone = [shutil.which("unshare") or "unshare", "-rn"]
+    if sys.platform != "linux" or not shutil.which("unshare") or subprocess.run([*alone, "true"]).returncode:
+        pytest.skip("needs Linux that lets a user have a network of his own (unshare -rn)")
+    told, env = listening(tmp_path)
+    folders = [str(p) for p in (Path(__file__).parent, Path(__file__).parents[1])]
+    done = subprocess.run([*alone, sys.executable, "-c", _ALONE, str(mini_export()), str(ct), str(slices),
+                           str(tmp_path), *folders], env=os.environ | env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "alone and well" in done.stdout, done.stderr
+    asked = told.read_text().splitlines()
+    # The test's own requests, and its one probe.
+    assert [line for line in asked if "127.0.0.1" not in line and "192.0.2.1" not in line] == []
+    assert sum("192.0.2.1" in line for line in asked) == 1
+
+
+def listening(folder: Path) -> tuple[Path, dict[str, str]]:
+    """(a file that names whom Python processes ask, the environment in which they do that)."""
+    hook, told = folder / "hook", folder / "asked"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         "import sys\ndef seen(event, args):\n"
@@ -151,14 +202,9 @@ def test_nobody_outside_is_asked(ct: Path, tmp_path: Path) -> None:
         "        where = args[0] if event == 'socket.getaddrinfo' else args[-1]\n"
         f"        with open({str(told)!r}, 'a') as file: file.write(f'{{event}} {{where}}\\n')\n"
         "sys.addaudithook(seen)\n")
-    path = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])
+    env = {"PYTHONPATH": os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])}
     probe = "import socket\ntry: socket.create_connection(('192.0.2.1', 9), 0.01)\nexcept OSError: pass\n"
-    subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": path}, check=True)
+    subprocess.run([sys.executable, "-c", probe], env=os.environ | env, check=True)
     assert "192.0.2.1" in told.read_text()
     told.unlink()
-    with running(tmp_path / "alone", env={"PYTHONPATH": path}) as service, service.client() as client:
-        job = client.post("/jobs", files={"file": ct.read_bytes()}).json()
-        assert outcome(client, job["id"])["state"] == "done"
-        assert isinstance(client.get("/"), httpx.Response)
-    asked = told.read_text().splitlines() if told.exists() else []
-    assert [line for line in asked if "127.0.0.1" not in line] == []
+    return told, env

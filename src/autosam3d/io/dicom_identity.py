@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ from pydicom.uid import UID, ExplicitVRBigEndian
 
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
          "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
+# Numbers with a dot between each two; zeros that lead one are wrong, and common.
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _REMEDY = "send or export it again"
 # Headers of multi-frame images have a few kilobytes a frame.
 _MAX_HEADER_BYTES = 16 << 20
@@ -111,7 +114,7 @@ def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> No
 def _identity(header: Any, where: str) -> DicomIdentity:
     texts = {keyword: tag_text(header, keyword) for keyword in _TAGS}
     uids = [texts[keyword] for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
-    if not all(0 < len(uid) <= 64 and all(c in "0123456789." for c in uid) for uid in uids):
+    if not all(_UID.fullmatch(uid) for uid in uids):
         raise VolumeError("TAG_INVALID", where, "expected valid UIDs of study, series and object", _REMEDY)
     return DicomIdentity(
         study=uids[0], series=uids[1], instance=uids[2], sop_class=texts["SOPClassUID"],

@@ -34,7 +34,8 @@ except ImportError:
 
 _JSON = "application/dicom+json"
 _FILES = 'multipart/related; type="application/dicom"; transfer-syntax=*'
-_UID = re.compile(r"[0-9.]{1,64}")
+# It becomes a part of an address, so it may be no "..".
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _PAGE = 100
 _MAX_PAGES = 10_000
 _CHUNK_BYTES = 1 << 20
