@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ class Forge:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                         text=True, env=os.environ | {
+                                             "OMP_NUM_THREADS": "1",
+                                             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
 
     def start(self, state: Path, to: str, moment: str = "", max_file_bytes: int | None = None) -> Listener:
         state.with_suffix(".port").unlink(missing_ok=True)
@@ -122,6 +125,14 @@ class Forge:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def _warm_up() -> None:
+    """One series, so that tables which libraries load at their first use are there before anything is forked."""
+    from test_pacs_orthanc import phantom
+
+    with tempfile.TemporaryDirectory() as folder:
+        driver.FromHu().segment(phantom(Path(folder, "ct")), Path(folder))
 
 
 def _serve_orders() -> None:
@@ -150,4 +161,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arrivals._LOOK_SECONDS = 0.1
+    _warm_up()
     _serve_orders()
