@@ -64,9 +64,10 @@ class _Silent(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
-def address(site: Path) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=str(site)))
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web server that gives out `folder`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
@@ -74,7 +75,14 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def address(site: Path) -> Iterator[str]:
+    with served(site) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Starts Chromium with flags of the test's own."""
     if importlib.util.find_spec("playwright") is None:
         absent("the package playwright")
     if CHROMIUM is None:
@@ -82,14 +90,20 @@ def browser() -> Iterator[Any]:
     import playwright.sync_api as api
 
     with api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield lambda *flags: playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: Any) -> Any:
+    return chromium()
 
 
 class Page:
     """A page of its own, which remembers where requests went."""
 
-    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+    def __init__(self, browser: Any, address: str, organ: str = "brainstem", **options: Any) -> None:
         self.address = address
+        self._loaded = f"document.querySelector('#model').textContent.includes('{organ}')"
         self._errors = pytest.importorskip("playwright.sync_api").Error
         self.context = browser.new_context(accept_downloads=True, **options)
         self.requests: list[str] = []
@@ -99,7 +113,7 @@ class Page:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
         self.page.goto(address)
-        self.until("document.querySelector('#model').textContent.includes('brainstem')")
+        self.until(self._loaded)
 
     def until(self, true: str) -> None:
         """Asked again and again from outside: the page's policy forbids what Playwright waits with."""
@@ -114,7 +128,7 @@ class Page:
 
     def isolated(self) -> bool:
         """After the service worker took the page over."""
-        self.until("crossOriginIsolated && document.querySelector('#model').textContent.includes('brainstem')")
+        self.until(f"crossOriginIsolated && {self._loaded}")
         return True
 
     def segment(self, scan: Path) -> str:

@@ -51,17 +51,40 @@ SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER CAUSE
 WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE OF
 THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 `,
+  "BSD-3-Clause": `Redistribution and use in source and binary forms, with or without modification, are permitted
+provided that the following conditions are met:
+
+1. Redistributions of source code must retain the above copyright notice, this list of conditions and the following
+   disclaimer.
+
+2. Redistributions in binary form must reproduce the above copyright notice, this list of conditions and the following
+   disclaimer in the documentation and/or other materials provided with the distribution.
+
+3. Neither the name of the copyright holder nor the names of its contributors may be used to endorse or promote products
+   derived from this software without specific prior written permission.
+
+THIS SOFTWARE IS PROVIDED BY THE COPYRIGHT HOLDERS AND CONTRIBUTORS "AS IS" AND ANY EXPRESS OR IMPLIED WARRANTIES,
+INCLUDING, BUT NOT LIMITED TO, THE IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS FOR A PARTICULAR PURPOSE ARE
+DISCLAIMED. IN NO EVENT SHALL THE COPYRIGHT HOLDER OR CONTRIBUTORS BE LIABLE FOR ANY DIRECT, INDIRECT, INCIDENTAL,
+SPECIAL, EXEMPLARY, OR CONSEQUENTIAL DAMAGES (INCLUDING, BUT NOT LIMITED TO, PROCUREMENT OF SUBSTITUTE GOODS OR
+SERVICES; LOSS OF USE, DATA, OR PROFITS; OR BUSINESS INTERRUPTION) HOWEVER CAUSED AND ON ANY THEORY OF LIABILITY,
+WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE OF
+THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
+`,
 };
+// Inside a package's binary files, and not among its dependencies.
+const INSIDE = [["dawn (inside onnxruntime-web, for WebGPU)", "BSD-3-Clause", "2017-2025 The Dawn & Tint Authors"]];
 
 /** All of them as one text; fails where one has none. */
 export function licences() {
   const names = Object.entries(JSON.parse(readFileSync("package-lock.json", "utf8")).packages)
     .filter(([path, entry]) => path && !entry.dev && !entry.optional).map(([path]) => path);
-  return names.map((path) => {
+  const inside = INSIDE.map(([name, license, owner]) => `${name} (${license})\n\nCopyright ${owner}\n\n${TEXTS[license]}`);
+  return [...names.map((path) => {
     const { name, version, license } = JSON.parse(readFileSync(`${path}/package.json`, "utf8"));
     const file = readdirSync(path).find((entry) => /^licen[cs]e/i.test(entry));
     const own = OWNERS[name] && TEXTS[license] && `Copyright (c) ${OWNERS[name]}\n\n${TEXTS[license]}`;
     if (!file && !own) throw new Error(`${name}: no text of its licence, ${license}`);
     return `${name} ${version} (${license})\n\n${file ? readFileSync(`${path}/${file}`, "utf8") : own}`;
-  }).join(`\n${"-".repeat(80)}\n\n`);
+  }), ...inside].join(`\n${"-".repeat(80)}\n\n`);
 }

@@ -12,10 +12,8 @@ from typing import Any
 
 import autosam3d
 from autosam3d.parity import (
-    MAX_LOGIT_SHARE,
-    MIN_DICE,
+    BOUNDS,
     MIN_DICE_VOXELS,
-    MIN_EQUAL_SHARE,
     MIN_INT8_MEAN_DICE,
     MIN_INT8_WORST_DICE,
     Parity,
@@ -44,8 +42,7 @@ def make_certificate(
         "versions": {"autosam3d": autosam3d.__version__, "python": platform.python_version()}
         | {row.backend: row.version for row in rows},
         "model_sha256": model_sha256, "golden": source, "organs_not_shown": missing,
-        "bounds": {"logit_share": MAX_LOGIT_SHARE, "equal_share": MIN_EQUAL_SHARE, "dice": MIN_DICE,
-                   "dice_judged_from_voxels": MIN_DICE_VOXELS},
+        "bounds": BOUNDS,
         "logits_against": "PyTorch float32, weights as stored (rounded to float16); PyTorch itself against weights as "
         "trained: what rounding does, without a bound",
         "labels_against": "PyTorch float32, weights as trained",

@@ -14,10 +14,13 @@ from typing import Any
 from autosam3d.errors import CheckpointError
 from autosam3d.exported import Export
 from autosam3d.io import folders
+from autosam3d.parity import BOUNDS
 
 MARKER = "autosam3d-web.json"
 """Says that a folder is one of ours, and what is in it."""
 MODEL_FOLDER = "model"
+_LATER = "webgpu/"
+"""What browsers load, and keep for offline use, only once a person asked for the graphics card."""
 _KEPT = ("autosam3d", "format", "kind", "metrics", "memory", "weights", "use")
 _BUILD_LINE = re.compile(r"^const BUILD = .*;$", re.MULTILINE)
 
@@ -75,7 +78,8 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
 
 def _description(export: Export) -> dict[str, Any]:
     """What the page needs of model.json: no machine, no date, no settings of the training."""
-    return {**{key: export.meta[key] for key in _KEPT if key in export.meta}, "recipe": {"name": export.recipe.name}}
+    kept = {key: export.meta[key] for key in _KEPT if key in export.meta}
+    return {**kept, "recipe": {"name": export.recipe.name}, "bounds": BOUNDS}
 
 
 def _seal(stage: Path) -> str:
@@ -87,8 +91,10 @@ def _seal(stage: Path) -> str:
     version = digest.hexdigest()[:16]
     # "./" is the page itself, as people type it.
     kept = ["./", *(f"./{name}" for name in names if name not in ("index.html", "licenses.txt", "sw.js"))]
+    later = [name for name in kept if name.startswith(f"./{_LATER}")]
+    build = {"version": version, "files": [name for name in kept if name not in later], "later": later}
     script = stage / "sw.js"
-    line = f"const BUILD = {json.dumps({'version': version, 'files': kept})};"
+    line = f"const BUILD = {json.dumps(build)};"
     text, count = _BUILD_LINE.subn(lambda _: line, script.read_text("utf-8"))
     if count != 1:
         raise CheckpointError("NO_APP", script, "expected one line that names the build, got "

@@ -31,6 +31,9 @@ MAX_LOGIT_SHARE = 1e-3
 MIN_EQUAL_SHARE = 0.9998
 MIN_DICE = 0.99
 MIN_DICE_VOXELS = 100
+BOUNDS = {"logit_share": MAX_LOGIT_SHARE, "equal_share": MIN_EQUAL_SHARE, "dice": MIN_DICE,
+          "dice_judged_from_voxels": MIN_DICE_VOXELS}
+"""As certificates and the page's description of a model name them."""
 MIN_INT8_MEAN_DICE = 0.99
 MIN_INT8_WORST_DICE = 0.97
 

@@ -13,11 +13,15 @@ export interface Start {
   budget: number;
   /** Of several DICOM series the one that the person chose. */
   series?: string;
+  /** Whether the person wants the graphics card, if it proves right. */
+  graphics: boolean;
 }
 
 export type Report =
   | { type: "stage"; text: string }
   | { type: "threads"; count: number; isolated: boolean }
+  /** Whether the graphics card computes, and else why not, as a clause; only where it was asked for. */
+  | { type: "graphics"; fault: string | null }
   /** Several series: the person has to say which. */
   | { type: "choose"; choices: SeriesChoice[] }
   /** The CT for the viewer, as soon as it is read. */

@@ -1,8 +1,8 @@
-/** ONNX Runtime in a worker: the exported graph on WebAssembly, a window in, probabilities out. */
-import type * as Ort from "onnxruntime-web/wasm";
+/** ONNX Runtime in a worker: the exported graph on WebAssembly or WebGPU, a window in, probabilities out. */
+import type * as Ort from "onnxruntime-web/webgpu";
 import { AppError } from "./core/errors.ts";
 import type { ModelDescription } from "./core/model.ts";
-import type { Predict } from "./core/segment.ts";
+import type { Answer } from "./core/parity.ts";
 
 /** More threads than this share one window with little gain, and phones get hot. */
 const MAX_THREADS = 8;
@@ -13,39 +13,49 @@ export interface Model {
   sha256: string;
 }
 
+/** One window [D, H, W] to its probabilities, and to its logits where they are asked for. */
+export type Network = (window: Float32Array, withLogits?: boolean) => Promise<Answer>;
+
 export function threadCount(): number {
   return self.crossOriginIsolated ? Math.min(MAX_THREADS, Math.max(1, navigator.hardwareConcurrency || 1)) : 1;
 }
 
-/** The network, ready to run. */
-export async function loadPredictor(base: string, model: Model): Promise<Predict> {
-  const onnx = await fetchedOnnx(base, model.sha256);
-  const ort = (await import(/* @vite-ignore */ `${base}ort/ort.wasm.min.mjs`)) as typeof Ort;
-  ort.env.wasm.wasmPaths = `${base}ort/`;
-  ort.env.wasm.numThreads = threadCount();
+/** The network on WebAssembly, ready to run. */
+export async function loadNetwork(base: string, onnx: Uint8Array, description: ModelDescription): Promise<Network> {
+  return (await openNetwork(`${base}ort/`, "ort.wasm.min.mjs", "wasm", threadCount(), onnx, description)).network;
+}
+
+/** The network on any of ONNX Runtime's providers, and the runtime that has it. */
+export async function openNetwork(folder: string, script: string, provider: "wasm" | "webgpu", threads: number,
+  onnx: Uint8Array, { patch, numOutputs }: ModelDescription): Promise<{ network: Network; ort: typeof Ort }> {
+  const ort = (await import(/* @vite-ignore */ folder + script)) as typeof Ort;
+  ort.env.wasm.wasmPaths = folder;
+  ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   let session: Ort.InferenceSession;
   try {
-    session = await ort.InferenceSession.create(onnx, { executionProviders: ["wasm"], graphOptimizationLevel: "all" });
+    session = await ort.InferenceSession.create(onnx, { executionProviders: [provider], graphOptimizationLevel: "all" });
   } catch (error) {
     throw explained(error, "the browser does not take the network");
   }
-  const { patch, numOutputs } = model.description;
   const size = numOutputs * patch[0] * patch[1] * patch[2];
-  return async (window) => {
+  const network: Network = async (window, withLogits = false) => {
     try {
       const ct = new ort.Tensor("float32", window, [1, 1, ...patch]);
-      const { probs } = await session.run({ ct }, ["probs"]);
-      const values = probs?.data;
-      if (values instanceof Float32Array && values.length === size) return values;
+      const { probs, logits } = await session.run({ ct }, withLogits ? ["probs", "logits"] : ["probs"]);
+      const found = [probs?.data, withLogits ? logits?.data : new Float32Array(size)];
+      if (found.every((values) => values instanceof Float32Array && values.length === size)) {
+        return { probs: found[0] as Float32Array, logits: withLogits ? found[1] as Float32Array : new Float32Array(0) };
+      }
     } catch (error) {
       throw explained(error, "the network failed on a window");
     }
     throw new AppError("MISMATCH", "model.onnx", "its output is not what model.json says", "export the model again");
   };
+  return { network, ort };
 }
 
-async function fetchedOnnx(base: string, sha256: string): Promise<Uint8Array> {
+export async function fetchedOnnx(base: string, sha256: string): Promise<Uint8Array> {
   const response = await fetch(`${base}model/model.onnx`).catch(() => null);
   if (!response?.ok) throw new AppError("NO_MODEL", "model.onnx", "it cannot be loaded", "check the web folder");
   const onnx = new Uint8Array(await response.arrayBuffer());

@@ -3,13 +3,15 @@ import { AppError } from "./core/errors.ts";
 import { dicomSeg } from "./core/dicomSeg.ts";
 import { ChoiceError, type DicomScan } from "./core/dicomSeries.ts";
 import { sourceSeries, type SourceSeries } from "./core/dicomSource.ts";
+import { estimateBytes } from "./core/memory.ts";
 import { describedModel } from "./core/model.ts";
 import type { Volume } from "./core/nifti.ts";
 import { labelsNifti, viewerNifti } from "./core/niftiWrite.ts";
 import { readGiven } from "./core/scanInput.ts";
-import { prepare, segmentPrepared, type Prepared, type Progress, type Segmented } from "./core/segment.ts";
+import { fullestWindow, prepare, segmentPrepared, type Prepared, type Progress, type Segmented } from "./core/segment.ts";
+import { Graphics, GraphicsFault } from "./graphics.ts";
 import type { Report, Start } from "./protocol.ts";
-import { loadPredictor, threadCount, type Model } from "./runtime.ts";
+import { fetchedOnnx, loadNetwork, threadCount, type Model, type Network } from "./runtime.ts";
 
 self.onmessage = (event: MessageEvent<Start>) => {
   segmentScan(event.data).catch((error: unknown) => {
@@ -27,7 +29,8 @@ function say(report: Report, transfer: Transferable[] = []) {
   self.postMessage(report, { transfer });
 }
 
-async function segmentScan({ files, name, base, budget, series }: Start) {
+async function segmentScan(order: Start) {
+  const { files, name, base, budget, series } = order;
   const started = performance.now();
   say({ type: "stage", text: "Reading the scan" });
   const model = await fetchedModel(base);
@@ -41,10 +44,68 @@ async function segmentScan({ files, name, base, budget, series }: Start) {
   remarkSmallScan(prepared, model);
   say({ type: "threads", count: threadCount(), isolated: self.crossOriginIsolated });
   say({ type: "stage", text: "Loading the model" });
-  const predict = await loadPredictor(base, model);
+  const onnx = await fetchedOnnx(base, model.sha256);
+  const wasm = await loadNetwork(base, onnx, description);
+  const card = order.graphics ? await checkedCard(order, onnx, volume, prepared, model, wasm) : null;
+  const result = await segmented(prepared, model, wasm, card);
+  finish(result, volume, dicom, prepared, model, started);
+}
+
+/** The graphics card; null with the reason on the page where it is not to be trusted. */
+async function checkedCard({ base, budget }: Start, onnx: Uint8Array, { shape, affine }: Volume, prepared: Prepared,
+  { description }: Model, wasm: Network): Promise<Graphics | null> {
+  say({ type: "stage", text: "Checking the graphics card" });
+  try {
+    if (estimateBytes({ shape, affine, fileBytes: 0 }, description, 2) > budget) {
+      throw new GraphicsFault("this device's memory is too small for it beside WebAssembly");
+    }
+    const card = await Graphics.open(base, onnx, description, wasm, fullestWindow(prepared, description));
+    say({ type: "graphics", fault: null });
+    return card;
+  } catch (error) {
+    return without(error);
+  }
+}
+
+/** Labels from the graphics card as long as it is right; from its first fault on, from WebAssembly. */
+async function segmented(prepared: Prepared, { description }: Model, wasm: Network, card: Graphics | null
+): Promise<Segmented> {
+  const onWasm = async (window: Float32Array) => (await wasm(window)).probs;
+  const predict = async (window: Float32Array) => {
+    if (!card) return onWasm(window);
+    return card.probs(window).catch((error: unknown) => {
+      card?.end();
+      card = without(error);
+      return onWasm(window);
+    });
+  };
   say({ type: "stage", text: "Segmenting" });
   const result = await segmentPrepared(prepared, description, predict, withTimeLeft());
-  finish(result, volume, dicom, prepared, model, started);
+  if (!card) return result;
+  try {
+    await card.demandRight();
+    remarkSlowCard(card);
+    return result;
+  } catch (error) {
+    without(error);
+    say({ type: "stage", text: "Segmenting once more" });
+    return await segmentPrepared(prepared, description, onWasm, withTimeLeft());
+  } finally {
+    card.end();
+  }
+}
+
+/** Says that the card is not used. */
+function without(error: unknown): null {
+  if (!(error instanceof GraphicsFault)) throw error;
+  say({ type: "graphics", fault: error.message });
+  return null;
+}
+
+function remarkSlowCard({ secondsPerWindow, referenceSeconds }: Graphics) {
+  if (secondsPerWindow <= referenceSeconds) return;
+  say({ type: "remark", text: `The graphics card took ${secondsPerWindow.toFixed(1)} s a window, WebAssembly `
+    + `${referenceSeconds.toFixed(1)} s: without the card it is faster here.` });
 }
 
 async function fetchedModel(base: string): Promise<Model> {

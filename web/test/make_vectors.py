@@ -21,6 +21,7 @@ from autosam3d.io import read_ct
 from autosam3d.io.nifti_write import write_ct, write_segmentation
 from autosam3d.labels import LabelMap
 from autosam3d.model_description import describe_use
+from autosam3d.parity import BOUNDS
 from autosam3d.patches import gaussian_importance, grid_starts
 from autosam3d.phantom import make_phantom
 from autosam3d.preprocess import find_body, plan_grid, prepare_ct
@@ -205,7 +206,8 @@ def _case(seed: int) -> dict[str, Any]:
     result = segment(volume, _Model(recipe))
     labels = result.labels
     use = {**describe_use(recipe, 18), "patch": list(PATCH)}
-    return {"file": name, "model": {"recipe": {"name": recipe.name}, "use": use}, "box": [box.start, box.stop],
+    model = {"recipe": {"name": recipe.name}, "use": use, "bounds": BOUNDS}
+    return {"file": name, "model": model, "box": [box.start, box.stop],
             "prepared_shape": undo.prepared_shape, "prepared": _digest(prepare_ct(volume, recipe.preprocess).voxels),
             "labels": _digest(labels), "counts": np.bincount(labels.ravel(), minlength=4).tolist(),
             "confidence": [result.confidence.get(k, 0) for k in range(4)]}

@@ -1,6 +1,7 @@
 // Keeps the whole page on the device, so that it works offline, and puts on every answer the headers that allow
 // threads and forbid requests elsewhere, whatever the web server sends.
-const BUILD = { version: "dev", files: [] };
+// `later` names files that are kept from their first use on.
+const BUILD = { version: "dev", files: [], later: [] };
 
 const CACHE = `autosam3d ${BUILD.version}`;
 const HEADERS = {
@@ -17,7 +18,10 @@ const HEADERS = {
 self.addEventListener("install", (event) => {
   event.waitUntil((async () => {
     const cache = await caches.open(CACHE);
-    await cache.addAll(BUILD.files.map((file) => new Request(file, { cache: "no-cache" })));
+    // What an older version of the page had in use, this one will need offline, too.
+    const used = await Promise.all(BUILD.later.map((file) => caches.match(file)));
+    const files = [...BUILD.files, ...BUILD.later.filter((_, i) => used[i])];
+    await cache.addAll(files.map((file) => new Request(file, { cache: "no-cache" })));
     await self.skipWaiting();
   })());
 });
@@ -40,7 +44,12 @@ async function answer(request) {
   const kept = await cache.match(request.mode === "navigate" ? "./" : request, { ignoreSearch: true });
   const response = kept ?? await fetch(request);
   if (response.status !== 200) return response;
+  if (!kept && isLater(url)) await cache.put(request, response.clone());
   const headers = new Headers(response.headers);
   for (const [name, value] of Object.entries(HEADERS)) headers.set(name, value);
   return new Response(response.body, { status: 200, headers });
+}
+
+function isLater({ pathname }) {
+  return BUILD.later.some((file) => new URL(file, self.location).pathname === pathname);
 }

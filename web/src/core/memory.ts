@@ -17,8 +17,12 @@ export interface ScanSize {
   fileBytes: number;
 }
 
-/** Bytes at the moment when most exists together: either the file is being read, or windows are being worked through. */
-export function estimateBytes(header: ScanSize, model: ModelDescription): number {
+/**
+ * Bytes at the moment when most exists together: either the file is being read, or windows are being worked through.
+ *
+ * `runtimes` are those that hold the network: WebAssembly, and with it the graphics card's where that is asked for.
+ */
+export function estimateBytes(header: ScanSize, model: ModelDescription, runtimes = 1): number {
   const voxels = header.shape.reduce((a, b) => a * b, 1);
   const spacing = columnLengths(header.affine);
   // The prepared grid in the file's own axis order: the crop can only make it smaller.
@@ -30,7 +34,7 @@ export function estimateBytes(header: ScanSize, model: ModelDescription): number
   // The viewer's own: 16-bit CT and labels, on this side and on the graphics card.
   const shown = 2 * 3 * voxels;
   const reading = header.fileBytes + 4 * voxels + shown;
-  const working = 4 * prepared + sums + voxels + shown + runtimeBytes(model);
+  const working = 4 * prepared + sums + voxels + shown + runtimes * runtimeBytes(model);
   return BASE_BYTES + MARGIN * Math.max(reading, working);
 }
 

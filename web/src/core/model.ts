@@ -1,6 +1,7 @@
 /** What an export's model.json says of running its network: the part `use`, checked. */
 import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
+import type { Bounds } from "./parity.ts";
 
 export interface Organ {
   value: number;
@@ -29,6 +30,8 @@ export interface ModelDescription {
   numOutputs: number;
   /** Memory of the runtime for one patch, as it was measured at the export; 0 where it is unknown. */
   runtimeBytes: number;
+  /** What another runtime must keep to be believed. */
+  bounds: Bounds;
 }
 
 /** The description of a parsed model.json. */
@@ -65,5 +68,8 @@ export function describedModel(json: unknown): ModelDescription {
     organs,
     numOutputs: organs.length + 1,
     runtimeBytes: Number.isFinite(memory) && memory > 0 ? memory : 0,
+    bounds: { logitShare: number(meta.bounds?.logit_share, "bounds.logit_share"),
+      equalShare: number(meta.bounds?.equal_share, "bounds.equal_share"), dice: number(meta.bounds?.dice, "bounds.dice"),
+      diceVoxels: number(meta.bounds?.dice_judged_from_voxels, "bounds.dice_judged_from_voxels") },
   };
 }

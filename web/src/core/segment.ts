@@ -56,6 +56,19 @@ export async function segmentPrepared({ voxels, undo }: Prepared, model: ModelDe
   return { labels: restorer.finish(), confidence: restorer.confidence() };
 }
 
+/** The window that holds the most of what is not air: what a runtime is probed with. */
+export function fullestWindow({ voxels, undo }: Prepared, { patch, overlap, air }: ModelDescription): Float32Array {
+  const padded = padTo(voxels, undo.preparedShape, patch, air);
+  let [most, fullest] = [-1, null as Float32Array | null];
+  for (const start of gridStarts(padded.shape, patch, overlap)) {
+    const window = cut(padded, start, patch);
+    let count = 0;
+    for (const value of window) if (value > air) count++;
+    if (count > most) [most, fullest] = [count, window];
+  }
+  return fullest!;
+}
+
 function cut({ values, shape: [, ny, nx] }: Padded, [z0, y0, x0]: Triple, [depth, height, width]: Triple
 ): Float32Array {
   const out = new Float32Array(depth * height * width);

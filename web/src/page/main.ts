@@ -50,7 +50,7 @@ function open(files: Given[]) {
   used = true;
   endWork();
   result = null;
-  for (const id of ["error", "result", "warnings", "choice"]) show(id, false);
+  for (const id of ["error", "result", "warnings", "choice", "graphics-state"]) show(id, false);
   start(files);
 }
 
@@ -71,7 +71,8 @@ function start(files: Given[], series?: string) {
   };
   worker.onerror = (event) => fail(`The worker failed (${event.message || "no reason given"}); reload the page`);
   const device = (navigator as { deviceMemory?: number }).deviceMemory;
-  const order: Start = { files, name, base, budget: budgetBytes(device), series };
+  const order: Start = { files, name, base, budget: budgetBytes(device), series,
+    graphics: element<HTMLInputElement>("graphics").checked };
   worker.postMessage(order);
 }
 
@@ -79,6 +80,7 @@ async function onReport(report: Report, files: Given[]) {
   switch (report.type) {
     case "stage": return tell(`${report.text} …`);
     case "threads": return tellThreads(report.count, report.isolated);
+    case "graphics": return tellGraphics(report.fault);
     case "scan": return onScan(report);
     case "remark": return addRemark(report.text);
     case "choose": return onChoose(report.choices, files);
@@ -93,6 +95,20 @@ function tellThreads(count: number, isolated: boolean) {
   element("threads").textContent = isolated ? `Computing with ${count} thread${count === 1 ? "" : "s"}.`
     : "Computing with one thread: the web server does not send the headers that threads need (COOP and COEP), and "
       + "this page could not add them. It works, more slowly.";
+}
+
+function tellGraphics(fault: string | null) {
+  element("graphics-state").textContent = fault === null
+    ? "Computing on the graphics card: on a window of this scan it gave what WebAssembly gives."
+    : `Not computing on the graphics card, but on WebAssembly: ${fault}.`;
+  show("graphics-state", true);
+}
+
+/** The choice is there only where the browser has a graphics card to offer; nothing of it is loaded before it is taken. */
+async function offerGraphics() {
+  const { gpu } = navigator as { gpu?: { requestAdapter(): Promise<object | null> } };
+  const adapter = await gpu?.requestAdapter().catch(() => null);
+  show("graphics-choice", Boolean(adapter));
 }
 
 async function onScan({ nifti, warnings }: Extract<Report, { type: "scan" }>) {
@@ -229,4 +245,5 @@ function wire() {
 
 wire();
 void describe();
+void offerGraphics();
 void keepOffline(() => !used);
