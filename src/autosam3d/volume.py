@@ -19,6 +19,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class AcquiredSlices:
+    """Where the slices of a DICOM series lie on the grid that they were resampled to.
+
+    Voxel (column, row) of slice `k` lies at ``(column + shifts[k, 0], row + shifts[k, 1], heights[k])`` of the grid.
+    """
+
+    heights: np.ndarray
+    """float64 [slice], in slices of the grid."""
+    shifts: np.ndarray
+    """float64 [slice, 2], columns and rows."""
+    shape: tuple[int, int]
+    """Rows and columns of each slice."""
+
+
+@dataclass(frozen=True)
 class SourceGrid:
     """How the file stored the array, so that a segmentation can be written back onto the same grid.
 
@@ -35,6 +50,8 @@ class SourceGrid:
     flipped: tuple[bool, bool, bool]
     header: bytes | None = None
     """The NIfTI header's own bytes; None for other kinds."""
+    acquired: AcquiredSlices | None = None
+    """Of a DICOM series whose slices lean or lie unevenly; None where they are the grid's own."""
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "50_frames_of_reference": (series(_set(only=4, FrameOfReferenceUID="1.9")), "MIXED_FRAME", 3),
     "51_half_across": (series(lambda ds, i: _across(ds, i) if i % 2 else None), "MIXED_ORIENTATION", 3),
     "51_only_localizers": (series(_set(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])), "MODALITY", 3),
-    "52_gantry_tilt": (series(_tilt(13.5)), "GANTRY_TILT", 3),
+    "52_beyond_gantries": (series(_tilt(40)), "GANTRY_TILT", 3),
     "52_shifted_sideways": (series(_sideways), "MISALIGNED", 3),
     "53_very_uneven": (series(height=lambda i: 7.0 * (i // 2) + 2 * (i % 2)), "UNEVEN_SPACING", 3),
     "55_no_pixel_spacing": (series(_delete("PixelSpacing", 3)), "TAG_MISSING", 3),

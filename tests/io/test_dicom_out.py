@@ -282,13 +282,6 @@ def test_slices_of_one_uid_are_read_by_force_and_never_referred_to(tmp_path: Pat
     assert caught.value.code == "TAG_INVALID"
 
 
-def test_a_resampled_scan_has_no_slices_to_refer_to(tmp_path: Path) -> None:
-    folder = bad.UNEVEN(tmp_path)
-    with pytest.raises(VolumeError) as caught:
-        read_source_series(folder, read_ct(folder).source)
-    assert caught.value.code == "RESAMPLED"
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_no_name_is_told_and_damaged_texts_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def damage(ds: object, index: int) -> None:

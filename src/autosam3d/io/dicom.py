@@ -1,17 +1,21 @@
 """A DICOM series in: the slices of one CT scan, put in order and into one `Volume`, or refused with the reason.
 
-What common readers pass over in silence is an error here: missing and cut slices, two series in one folder, gantry
-tilt, contradicting duplicates, missing tags.
+What common readers pass over in silence is an error here: missing and cut slices, two series in one folder,
+contradicting duplicates, missing tags. A series of a tilted gantry, or with uneven slices, is resampled to a straight
+and even grid (`io.acquired`), which remembers its slices.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from autosam3d.errors import UsageError, VolumeError
+from autosam3d.io.acquired import acquired_slices, even_heights, straightened
 from autosam3d.io.dicom_files import CtSlice, count_text, decode_hu, scan_folder
 from autosam3d.io.dicom_tags import hashed
 from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
@@ -30,6 +34,9 @@ _MAX_GAP_SHARE = 0.2
 _MAX_UNEVEN = 2.0
 # Positions are rounded when written (0.6 mm spacing with one decimal); within this share of the spacing they are even.
 _EVEN_TOLERANCE = 0.05
+_AIR_HU = -1024.0
+# Gantries tilt by up to 30 degrees; beyond, positions are rather wrong than leaning.
+_MAX_TILT = 35.0
 # Units of RescaleType that are no Hounsfield units: optical density, mg/ml, effective atomic number, electron density,
 # the same in N/ml, percent. *Source*: DICOM PS3.3 C.11.1.1.2.
 _OTHER_UNITS = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
@@ -51,21 +58,31 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     folder = Path(folder)
     warnings: list[str] = []
     places, num_files = _stack(folder, options, warnings)
-    where = f"{folder}: series {places[0][0].series}"
-    heights = _heights([place[0] for place in places], where)
-    rows, columns = places[0][0].shape
-    demand_ram(rows * columns * (8 * len(places) + 24), where, options.max_ram_bytes)
+    first, where = places[0][0], f"{folder}: series {places[0][0].series}"
+    heights, lean = _heights([place[0] for place in places], where, warnings)
+    step_mm, is_even = _step(heights, where, warnings)
+    acquired, start = acquired_slices(heights, step_mm, lean, first.shape)
+    wide, high = (n + math.ceil(shift) for n, shift in zip(first.shape[::-1], acquired.shifts.max(axis=0), strict=True))
+    demand_ram(wide * high * (8 * len(places) + 24) * (1 if is_even and not lean.any() else 2), where,
+               options.max_ram_bytes)
     voxels = _decode(places, folder, num_files, warnings)
-    voxels, step_mm = _even(voxels, heights, where, warnings)
-    affine, repaired = check_affine(_affine(places[0][0], step_mm), where)
+    if not is_even:
+        voxels = even_heights(voxels, heights, step_mm)
+    if lean.any():
+        shifts = np.arange(len(voxels))[:, None] * step_mm * lean - start
+        voxels = straightened(voxels, shifts, _AIR_HU - options.intensity_offset)
+    affine, repaired = check_affine(_affine(first, step_mm), where)
+    affine = affine @ _moved_by(start)
     warnings += repaired
-    shape = (columns, rows, len(voxels))
+    shape = (voxels.shape[2], voxels.shape[1], len(voxels))
     warnings += check_extent(affine, shape, where, options.force)
     if options.intensity_offset:
         voxels += np.float32(options.intensity_offset)
         warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
     warnings += check_hounsfield(voxels, where, may_be_nonfinite=False)
     source = source_grid("dicom", shape, affine)
+    if not is_even or lean.any():
+        source = replace(source, acquired=acquired)
     canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
     return Volume(canonical, canonical_affine(source), source, told(folder, warnings), str(folder))
 
@@ -205,14 +222,14 @@ def _demand_own_uids(places: list[list[CtSlice]], folder: Path, options: ReadOpt
         warnings.append(f"accepted by force: {num_others} slices have the SOPInstanceUID of another one")
 
 
-def _heights(stack: list[CtSlice], where: str) -> np.ndarray:
-    """Millimetres above the first slice, of a straight stack without holes."""
+def _heights(stack: list[CtSlice], where: str, warnings: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(millimetres above the first slice, of a stack without holes; columns and rows a millimetre that it leans)."""
     offsets = np.array([s.position_lps - stack[0].position_lps for s in stack])
     normal = _normal(stack[0])
     heights = offsets @ normal
-    _demand_straight(offsets - heights[:, None] * normal, heights, stack[0], where)
+    lean = _lean(offsets - heights[:, None] * normal, heights, stack[0], where, warnings)
     _demand_complete(heights, where)
-    return heights
+    return heights, lean
 
 
 def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, warnings: list[str]) -> np.ndarray:
@@ -236,18 +253,18 @@ def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, warnings:
     return voxels
 
 
-def _even(voxels: np.ndarray, heights: np.ndarray, where: str, warnings: list[str]) -> tuple[np.ndarray, float]:
-    """(voxels on even slices, their distance in mm)."""
+def _step(heights: np.ndarray, where: str, warnings: list[str]) -> tuple[float, bool]:
+    """(millimetres between slices of an even grid, whether the slices lie on it)."""
     gaps = np.diff(heights)
     step_mm = float(heights[-1] / len(gaps))
     if np.abs(heights - step_mm * np.arange(len(heights))).max() <= _EVEN_TOLERANCE * step_mm:
-        return voxels, step_mm
+        return step_mm, True
     spread = f"slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart"
     if gaps.max() > _MAX_UNEVEN * gaps.min():
         raise VolumeError("UNEVEN_SPACING", where, spread, "reconstruct the scan with even slices")
     step_mm = float(np.median(gaps))
     warnings.append(f"{spread}; resampled to {step_mm:.3g} mm")
-    return _resample_slices(voxels, heights, step_mm), step_mm
+    return step_mm, False
 
 
 def _affine(first: CtSlice, step_mm: float) -> np.ndarray:
@@ -260,17 +277,27 @@ def _affine(first: CtSlice, step_mm: float) -> np.ndarray:
     return _LPS_TO_RAS @ lps
 
 
-def _demand_straight(sideways: np.ndarray, heights: np.ndarray, first: CtSlice, where: str) -> None:
-    """The stack must rise along the normal; a tilted gantry lets it lean."""
+def _moved_by(voxels: np.ndarray) -> np.ndarray:
+    """4x4: (column, row, slice) of a grid that begins so many columns and rows elsewhere to that of the first slice."""
+    move = np.eye(4)
+    move[:2, 3] = voxels
+    return move
+
+
+def _lean(sideways: np.ndarray, heights: np.ndarray, first: CtSlice, where: str, warnings: list[str]) -> np.ndarray:
+    """Columns and rows a millimetre of height: 0 where the stack rises along the normal, else a tilted gantry's."""
     drift = np.linalg.norm(sideways, axis=1)
     # Lean as a ratio, with room for rounding of the written positions.
     if drift.max() <= max(_SAME_DIRECTION * heights[-1], 0.1 * min(first.spacing_mm)):
-        return
+        return np.zeros(2)
     lean = sideways[-1] / heights[-1]
     if np.abs(sideways - heights[:, None] * lean).max() <= 0.5 * min(first.spacing_mm):
         tilt = float(np.degrees(np.arctan(np.linalg.norm(lean))))
-        raise VolumeError("GANTRY_TILT", where, f"the gantry was tilted by {tilt:.1f} degrees, the volume is sheared",
-                          "resample the series to an orthogonal grid first, for example with a gantry-tilt correction")
+        if tilt > _MAX_TILT:
+            raise VolumeError("GANTRY_TILT", where, f"expected a gantry that is tilted by up to {_MAX_TILT:g} degrees, "
+                              f"got {tilt:.1f}: the stack is sheared", "resample the series to a straight grid first")
+        warnings.append(f"the gantry was tilted by {tilt:.1f} degrees; resampled to a straight grid")
+        return first.orientation @ lean / first.spacing_mm[::-1]
     raise VolumeError("MISALIGNED", where, f"slices are shifted sideways by up to {drift.max():.1f} mm",
                       "export the series again")
 
@@ -286,15 +313,3 @@ def _demand_complete(heights: np.ndarray, where: str) -> None:
     more = f" and {len(wide) - 5} more gaps" if len(wide) > 5 else ""
     raise VolumeError("MISSING_SLICES", where, f"expected slices every {usual:.3g} mm, missing are {listed}{more}",
                       "export the series again, whole")
-
-
-def _resample_slices(voxels: np.ndarray, heights: np.ndarray, step: float) -> np.ndarray:
-    """Even slices by linear interpolation between neighbours; the last one lies at or below the last given."""
-    num_slices = int(np.floor(heights[-1] / step + 1e-6)) + 1
-    resampled = np.empty((num_slices, *voxels.shape[1:]), np.float32)
-    for index in range(num_slices):
-        height = index * step
-        above = int(np.clip(np.searchsorted(heights, height), 1, len(heights) - 1))
-        weight = np.clip((height - heights[above - 1]) / (heights[above] - heights[above - 1]), 0, 1)
-        resampled[index] = (1 - weight) * voxels[above - 1] + weight * voxels[above]
-    return resampled

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from autosam3d.io.dicom_seg import planes_of, present_and_empty, series_number
+from autosam3d.io.acquired import slice_heights, slice_shape
+from autosam3d.io.dicom_seg import meant_centres, planes_of, present_and_empty, series_number
 from autosam3d.io.dicom_source import (
     Algorithm,
     SourceSeries,
     carry_identity,
     demand_centroids,
     derived_uid,
-    label_centres,
     read_back_error,
     series_description,
 )
@@ -60,10 +60,10 @@ def write_rtstruct(
         As `write_dicom_seg`.
     """
     path = Path(path)
-    present, empty = present_and_empty(segmentation, labels, path)
+    planes = planes_of(segmentation)
+    present, empty = present_and_empty(planes, labels, path)
     warnings = [*series.warnings, *([f"not in the object, because no voxel has it: {', '.join(empty)}"] if empty
                                     else [])]
-    planes = planes_of(segmentation)
     with quiet_pydicom():
         dataset = _build(planes, series, labels, present, algorithm)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
@@ -199,7 +199,7 @@ def _verify(temporary: Path, path: Path, segmentation: Segmentation, planes: np.
         raise read_back_error(path, "it cannot be read back") from None
     if not np.array_equal(found, planes):
         raise read_back_error(path, f"{int(np.count_nonzero(found != planes))} voxels")
-    demand_centroids(label_centres(segmentation.labels, segmentation.affine, present), centres,
+    demand_centroids(meant_centres(segmentation, planes, present), centres,
                      min(segmentation.spacing_mm) / 2, path)
 
 
@@ -211,14 +211,16 @@ def _voxels(points_ras: np.ndarray, segmentation: Segmentation, series: SourceSe
     assert source is not None
     inverse = np.linalg.inv(source.affine)
     heights = (points_ras @ inverse[:3, :3].T + inverse[:3, 3])[:, 2]
-    index = round(float(heights.mean()))
-    if not 0 <= index < source.shape[2] or np.abs(heights - index).max() > 0.1:
+    slices = slice_heights(source)
+    index = int(np.abs(slices - heights.mean()).argmin())
+    if np.abs(heights - slices[index]).max() > 0.1:
         raise read_back_error(path, "a contour lies elsewhere than its slice")
     first_ras = np.array(series.images[index].ImagePositionPatient, float) * _LPS
     outline = ((points_ras - first_ras) @ inverse[:3, :3].T)[:, :2]
     left, top = (max(0, int(n)) for n in np.floor(outline.min(axis=0)))
     right, bottom = (max(0, int(n)) + 1 for n in np.ceil(outline.max(axis=0)))
-    right, bottom = min(right, source.shape[0]), min(bottom, source.shape[1])
+    _, rows, columns = slice_shape(source)
+    right, bottom = min(right, columns), min(bottom, rows)
     return (index, slice(top, bottom), slice(left, right)), filled(outline - (left, top), (bottom - top, right - left))
 
 

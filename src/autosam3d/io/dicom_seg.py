@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from autosam3d.errors import MissingExtraError, VolumeError
+from autosam3d.io.acquired import as_acquired, slice_affines, slice_centres
 from autosam3d.io.dicom_source import (
     Algorithm,
     SourceSeries,
@@ -29,7 +30,7 @@ from autosam3d.io.dicom_tags import DAMAGE, quiet_pydicom
 from autosam3d.io.files import atomic_write
 from autosam3d.io.grid import from_canonical
 from autosam3d.labels import LabelMap
-from autosam3d.volume import Segmentation, SourceGrid, told
+from autosam3d.volume import Segmentation, told
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
@@ -76,28 +77,25 @@ def write_dicom_seg(
         ResourceError, UsageError: as `io.files.atomic_write`. In every case no file is left.
     """
     path = Path(path)
-    present, empty = present_and_empty(segmentation, labels, path)
+    planes = planes_of(segmentation)
+    present, empty = present_and_empty(planes, labels, path)
     warnings = [*series.warnings, *([f"not in the object, because no voxel has it: {', '.join(empty)}"] if empty
                                     else [])]
-    planes = planes_of(segmentation)
     numbers = np.zeros(256, np.uint8)
     for number, value in enumerate(present, start=1):
         numbers[value] = number
     with quiet_pydicom():
         dataset = _build(numbers[planes], series, labels, present, algorithm, kind)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
-                     lambda temporary: _verify(temporary, path, segmentation, labels, present))
+                     lambda temporary: _verify(temporary, path, segmentation, planes, labels, present))
     return told(path, warnings)
 
 
-def present_and_empty(segmentation: Segmentation, labels: LabelMap, path: Path) -> tuple[list[int], list[str]]:
-    """(label values with voxels, names of organs without)."""
+def present_and_empty(planes: np.ndarray, labels: LabelMap, path: Path) -> tuple[list[int], list[str]]:
+    """(label values with voxels on the slices, names of organs without)."""
     counts = np.zeros(256, np.int64)
-    for plane in segmentation.labels:
-        found = np.bincount(plane.ravel(), minlength=256)
-        if len(found) > 256:
-            raise ValueError(f"labels: expected values up to 255, got {len(found) - 1}")
-        counts += found
+    for plane in planes:
+        counts += np.bincount(plane.ravel(), minlength=256)
     strange = [int(v) for v in np.flatnonzero(counts) if v and int(v) not in labels.by_index]
     if strange:
         raise ValueError(f"labels: expected values of {list(labels.by_index)}, got {strange}")
@@ -109,10 +107,21 @@ def present_and_empty(segmentation: Segmentation, labels: LabelMap, path: Path) 
 
 
 def planes_of(segmentation: Segmentation) -> np.ndarray:
-    """uint8 [slice, row, column], as the series has its slices along the normal."""
-    if segmentation.source is None or segmentation.source.kind != "dicom":
+    """uint8 [slice, row, column], on the series' own slices along the normal."""
+    source = segmentation.source
+    if source is None or source.kind != "dicom":
         raise ValueError("segmentation: expected one of a DICOM series")
-    return np.ascontiguousarray(from_canonical(segmentation.labels, segmentation.source).T, np.uint8)
+    if segmentation.labels.max(initial=0) > 255:
+        raise ValueError(f"labels: expected values up to 255, got {segmentation.labels.max()}")
+    return np.ascontiguousarray(as_acquired(from_canonical(segmentation.labels, source).T, source), np.uint8)
+
+
+def meant_centres(segmentation: Segmentation, planes: np.ndarray, present: list[int]) -> dict[int, np.ndarray]:
+    """Label to its centre in RAS+ mm: by the scan's own affine, but for labels that were laid on other slices."""
+    source = segmentation.source
+    if source is not None and source.acquired is not None:
+        return slice_centres(planes, source, present)
+    return label_centres(segmentation.labels, segmentation.affine, present)
 
 
 def _build(planes: np.ndarray, series: SourceSeries, labels: LabelMap, present: list[int], algorithm: Algorithm,
@@ -165,7 +174,8 @@ def _segment(number: int, value: int, labels: LabelMap, algorithm: Algorithm) ->
     return segment
 
 
-def _verify(temporary: Path, path: Path, segmentation: Segmentation, labels: LabelMap, present: list[int]) -> None:
+def _verify(temporary: Path, path: Path, segmentation: Segmentation, planes: np.ndarray, labels: LabelMap,
+            present: list[int]) -> None:
     source = segmentation.source
     assert source is not None
     dataset = pydicom.dcmread(temporary)
@@ -173,13 +183,13 @@ def _verify(temporary: Path, path: Path, segmentation: Segmentation, labels: Lab
     written = {int(segment.SegmentNumber): segment.SegmentLabel for segment in dataset.SegmentSequence}
     if any(written.get(number) != organ_text(labels.by_index[value]) for number, value in values.items()):
         raise read_back_error(path, "the names of its segments")
-    found = np.zeros(source.shape[::-1], np.uint8)
+    found, inverses = np.zeros_like(planes), np.linalg.inv(slice_affines(source))
     sums: dict[int, np.ndarray] = {value: np.zeros(3) for value in present}
     counts = dict.fromkeys(present, 0)
     try:
         for frame, index, number in _frames(dataset):
             to_ras = _frame_affine(dataset, index)
-            plane = found[_plane_of(to_ras, source, path)]
+            plane = found[_plane_of(to_ras, inverses, path)]
             for segment in values if number is None else (number,):
                 rows, columns = np.nonzero(frame == (segment if number is None else 1))
                 if plane[rows, columns].any():
@@ -189,10 +199,10 @@ def _verify(temporary: Path, path: Path, segmentation: Segmentation, labels: Lab
                 sums[values[segment]] += to_ras @ [columns.sum(), rows.sum(), len(rows)]
     except (*DAMAGE, StopIteration):
         raise read_back_error(path, "it cannot be read back") from None
-    if not np.array_equal(found, planes_of(segmentation)):
-        raise read_back_error(path, f"{int(np.count_nonzero(found != planes_of(segmentation)))} voxels")
-    meant = label_centres(segmentation.labels, segmentation.affine, present)
-    demand_centroids(meant, {value: sums[value] / max(1, counts[value]) for value in present},
+    if not np.array_equal(found, planes):
+        raise read_back_error(path, f"{int(np.count_nonzero(found != planes))} voxels")
+    centres = {value: sums[value] / max(1, counts[value]) for value in present}
+    demand_centroids(meant_centres(segmentation, planes, present), centres,
                      min(segmentation.spacing_mm) / 2, path)
 
 
@@ -230,12 +240,11 @@ def _of_frame(dataset: Any, index: int, name: str) -> Any:
     return getattr(shared if name in shared else dataset.PerFrameFunctionalGroupsSequence[index], name)[0]
 
 
-def _plane_of(to_ras: np.ndarray, source: SourceGrid, path: Path) -> int:
-    """The slice of the grid that a frame lies in; its axes must be the grid's."""
-    inverse = np.linalg.inv(source.affine)
-    place = inverse @ [*to_ras[:, 2], 1.0]
-    index = round(float(place[2]))
-    turned = np.abs(inverse[:3, :3] @ to_ras[:, :2] - np.eye(3)[:, :2]).max()
-    if turned > _MAX_TURN or (np.abs(place[:3] - (0, 0, index)) > _MAX_PLACE_VOX).any():
+def _plane_of(to_ras: np.ndarray, inverses: np.ndarray, path: Path) -> int:
+    """The slice that a frame lies in, by the inverse affines of all; its axes must be the slice's."""
+    places = inverses @ [*to_ras[:, 2], 1.0]
+    index = int(np.abs(places[:, 2]).argmin())
+    turned = np.abs(inverses[index, :3, :3] @ to_ras[:, :2] - np.eye(3)[:, :2]).max()
+    if turned > _MAX_TURN or (np.abs(places[index, :3]) > _MAX_PLACE_VOX).any():
         raise read_back_error(path, "a frame lies elsewhere than its slice")
     return index

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from autosam3d.errors import VolumeError
+from autosam3d.io.acquired import slice_affines, slice_shape
 from autosam3d.io.dicom import series_slices
 from autosam3d.io.dicom_files import CtSlice, dicom_bytes
 from autosam3d.io.dicom_tags import DAMAGE, quiet_pydicom, tag_text
@@ -82,7 +83,7 @@ def read_source_series(folder: str | Path, grid: SourceGrid | None, options: Rea
 
     Raises:
         VolumeError: as `read_dicom_series`; NOT_DICOM, where `grid` is not of a DICOM series; SERIES_CHANGED;
-            RESAMPLED, where the volume's slices are not the series'; TAG_MISSING and TAG_INVALID for UIDs.
+            TAG_MISSING and TAG_INVALID for UIDs.
     """
     if grid is None or grid.kind != "dicom":
         raise VolumeError("NOT_DICOM", folder, "expected a DICOM series, got a scan of another kind",
@@ -171,16 +172,14 @@ def label_centres(labels: np.ndarray, affine: np.ndarray, values: Iterable[int])
 
 def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) -> None:
     """Each slice must lie where the grid has it."""
-    rows, columns = slices[0].shape
-    if grid.shape[:2] != (columns, rows):
-        raise VolumeError("SERIES_CHANGED", folder, f"expected slices of {grid.shape[1]} x {grid.shape[0]} pixels, "
-                          f"got {rows} x {columns}", "name the series that was segmented")
-    places = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices]) @ np.linalg.inv(grid.affine).T
-    uneven = len(slices) != grid.shape[2]
-    if uneven or np.abs(places[:, 2] - np.arange(len(slices))).max() > _EVEN_VOX:
-        raise VolumeError("RESAMPLED", folder, "its slices are uneven and the scan was resampled, so labels belong to "
-                          "no slice of the series", "write NIfTI (--format nifti)")
-    if np.abs(places[:, :2]).max() > 0.5:
+    expected = slice_shape(grid)
+    if (len(slices), *slices[0].shape) != expected:
+        raise VolumeError("SERIES_CHANGED", folder, f"expected {expected[0]} slices of {expected[1]} x {expected[2]} "
+                          f"pixels, got {len(slices)} of {slices[0].shape[0]} x {slices[0].shape[1]}",
+                          "name the series that was segmented")
+    corners = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices])
+    places = np.einsum("sij,sj->si", np.linalg.inv(slice_affines(grid)), corners)
+    if np.abs(places[:, 2]).max() > _EVEN_VOX or np.abs(places[:, :2]).max() > 0.5:
         raise VolumeError("SERIES_CHANGED", folder, "its slices lie elsewhere than those that were segmented",
                           "name the series that was segmented")
 

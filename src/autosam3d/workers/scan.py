@@ -80,7 +80,7 @@ class ScanResult:
     files: dict[str, Path]
     """Form to file."""
     refused: dict[str, AutoSam3dError]
-    """Forms that this scan cannot have, such as a DICOM object of slices that were resampled; the others are there."""
+    """Forms that this scan cannot have, such as a DICOM object of slices without UIDs; the others are there."""
     organs: list[OrganVolume]
     shape_zyx: tuple[int, int, int]
     spacing_mm_zyx: tuple[float, float, float]
