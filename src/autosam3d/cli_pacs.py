@@ -74,12 +74,11 @@ def watch(
     from autosam3d.pacs.sinks import DicomWebSink
     from autosam3d.pacs.watch import Watch, run_forever, run_once
 
-    with contextlib.closing(archive), _at_work(state, model, overlap, max_ram, threads) as (folder, ledger, segmenter,
-                                                                                            sha256):
+    with contextlib.closing(archive), _at_work(state, model, overlap, max_ram, threads) as (folder, ledger, segmenter):
         service = Service(folder, ledger, segmenter, DicomWebSink(archive), archive, Retry(tries=tries), tell=_tell)
         service.sweep()
-        how = Watch(rule=chosen, model=sha256, settings=segmenter.settings, poll_seconds=poll, settle_seconds=settle,
-                    days=days)
+        how = Watch(rule=chosen, model=segmenter.worker.start().sha256, settings=segmenter.settings,
+                    poll_seconds=poll, settle_seconds=settle, days=days)
         if not once:
             run_forever(service, archive, how)
         run_once(service, archive, how)
@@ -146,12 +145,13 @@ def listen(
         else:
             archive = _archive(dicomweb or "", auth_file, ca_file, insecure)
             sink = DicomWebSink(stack.enter_context(contextlib.closing(archive)))
-        folder, ledger, segmenter, sha256 = stack.enter_context(_at_work(state, model, overlap, max_ram, threads))
+        folder, ledger, segmenter = stack.enter_context(_at_work(state, model, overlap, max_ram, threads))
         service = Service(folder, ledger, segmenter, sink, None, Retry(tries=tries), tell=_tell)
         service.sweep()
         incoming = Incoming(folder.incoming)
         address, number = stack.enter_context(listening(where, incoming))
         _tell(f"{ae_title} listens on {address} port {number}; Ctrl-C stops it")
+        sha256 = segmenter.worker.start().sha256  # what is sent meanwhile waits on disk
         run_forever(service, incoming, Arrivals(
             rule=chosen, model=sha256, settings=segmenter.settings, settle_seconds=settle, keep_seconds=3600 * keep,
             keep_failed_days=keep_failed))
@@ -198,8 +198,8 @@ def retry(
 
 @contextlib.contextmanager
 def _at_work(state: Path, model: Path | None, overlap: float | None, max_ram: float | None, threads: int
-             ) -> Iterator[tuple[Any, Any, Any, str]]:
-    """(state folder, ledger, segmenter, SHA-256 of the model), all ours until the end."""
+             ) -> Iterator[tuple[Any, Any, Any]]:
+    """(state folder, ledger, segmenter whose worker is not started yet), all ours until the end."""
     from autosam3d.pacs.ledger import Ledger
     from autosam3d.pacs.service import RESULTS, WorkerSegmenter
     from autosam3d.pacs.state_folder import hold_state_folder
@@ -214,7 +214,7 @@ def _at_work(state: Path, model: Path | None, overlap: float | None, max_ram: fl
         worker = stack.enter_context(contextlib.closing(Worker(WorkerSettings(
             model=model.absolute() if model is not None else None, threads=cores(threads), scratch=folder.scratch,
             max_ram_bytes=int(max_ram * 2**30) if max_ram is not None else None))))
-        yield folder, ledger, WorkerSegmenter(worker, settings, overlap), worker.start().sha256
+        yield folder, ledger, WorkerSegmenter(worker, settings, overlap)
 
 
 def _archive(url: str, auth_file: Path | None, ca_file: Path | None, insecure: bool) -> Any:
