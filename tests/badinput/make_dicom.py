@@ -407,5 +407,6 @@ ODD: dict[str, tuple[Maker, str | None]] = {
     "69_no_uids": (series(_set(SOPInstanceUID="", StudyInstanceUID="\u00e9.1")), None),
     "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
 }
+TILTED: Maker = series(_tilt(13.5))
 UNEVEN: Maker = series(height=lambda i: _HEIGHTS_UNEVEN[i])
 HTJ2K: Maker = series(_broken_jpeg(HTJ2KLossless))

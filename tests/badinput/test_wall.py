@@ -107,6 +107,17 @@ def test_odd_scans_go_through_with_warnings_that_name_them(kind: str, tmp_path: 
     assert set(contents(out)) == {name + end for name in odd for end in endings} | {"batch.jsonl"}
 
 
+@pytest.mark.parametrize("form", ["nifti", "seg", "rtstruct"])
+def test_52_53_leaning_and_uneven_series_become_every_form_with_a_warning(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    for name, maker, words in (("tilted", make_dicom.TILTED, "tilted by 13.5 degrees"),
+                               ("uneven", make_dicom.UNEVEN, "resampled to 3 mm")):
+        path = maker(folder_for(tmp_path / name))
+        output = tmp_path / name / ("out.nii.gz" if form == "nifti" else "out.dcm")
+        done = run("segment", mini_model(), path, output, "--format", form).demand_ok()
+        assert any(words in line for line in done.warnings) and output.is_file()
+
+
 # ------------------------------------------------------------------------------------------------ label maps
 
 
