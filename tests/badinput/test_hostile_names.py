@@ -1,4 +1,4 @@
-"""T13 without a service: sixty hostile names as members of archives, as names of scans, as UIDs and patient numbers."""
+"""T13 without a service: 62 hostile names as members of archives, as names of scans, as UIDs and patient numbers."""
 
 from __future__ import annotations
 

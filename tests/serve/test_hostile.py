@@ -160,7 +160,7 @@ def test_what_is_no_request(service: Running, raw_head: bytes) -> None:
 
 
 def test_names_lead_nowhere(service: Running, ct: Path, slices: Path, tmp_path: Path) -> None:
-    """T13: of uploads, fields, jobs, sessions, models and files: 60 names in 8 places."""
+    """T13: of uploads, fields, jobs, sessions, models and files: 62 names in 8 places."""
     outside = {p: contents(p) for p in (tmp_path, ct.parent, slices.parent)}
     content = b"no scan " * 10
     jobs = []
