@@ -60,7 +60,8 @@ def test_the_built_page_forbids_requests_elsewhere() -> None:
 
 def test_every_bundled_package_has_the_text_of_its_licence() -> None:
     texts = (APP / "licenses.txt").read_text("utf-8").split(f"\n{'-' * 80}\n\n")
-    assert {text.split()[0] for text in texts} >= {"@niivue/niivue", "onnxruntime-web", "onnxruntime-common", "dawn"}
+    packages = {"@niivue/niivue", "onnxruntime-web", "onnxruntime-common", "@cornerstonejs/codec-openjpeg"}
+    assert {text.split()[0] for text in texts} >= packages | {"dawn", "openjpeg"}
     assert [text.split()[0] for text in texts if "opyright" not in text or len(text) < 400] == []
 
 

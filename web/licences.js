@@ -3,6 +3,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 
 const OWNERS = {
+  "@cornerstonejs/codec-openjpeg": "Chris Hafey",
   "@niivue/niivue": "2021, Niivue",
   "onnxruntime-common": "2018 - present Microsoft Corporation",
   "onnxruntime-web": "2018 - present Microsoft Corporation",
@@ -73,13 +74,25 @@ THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 `,
 };
 // Inside a package's binary files, and not among its dependencies.
-const INSIDE = [["dawn (inside onnxruntime-web, for WebGPU)", "BSD-3-Clause", "2017-2025 The Dawn & Tint Authors"]];
+const INSIDE = [
+  ["dawn (inside onnxruntime-web, for WebGPU)", "BSD-3-Clause", "Copyright 2017-2025 The Dawn & Tint Authors"],
+  ["openjpeg (inside @cornerstonejs/codec-openjpeg)", "BSD-2-Clause", `\
+Copyright (c) 2002-2014, Universite catholique de Louvain (UCL), Belgium
+Copyright (c) 2002-2014, Professor Benoit Macq
+Copyright (c) 2003-2014, Antonin Descampe
+Copyright (c) 2003-2009, Francois-Olivier Devaux
+Copyright (c) 2005, Herve Drolon, FreeImage Team
+Copyright (c) 2002-2003, Yannick Verschueren
+Copyright (c) 2001-2003, David Janssens
+Copyright (c) 2011-2012, Centre National d'Etudes Spatiales (CNES), France
+Copyright (c) 2012, CS Systemes d'Information, France`],
+];
 
 /** All of them as one text; fails where one has none. */
 export function licences() {
   const names = Object.entries(JSON.parse(readFileSync("package-lock.json", "utf8")).packages)
     .filter(([path, entry]) => path && !entry.dev && !entry.optional).map(([path]) => path);
-  const inside = INSIDE.map(([name, license, owner]) => `${name} (${license})\n\nCopyright ${owner}\n\n${TEXTS[license]}`);
+  const inside = INSIDE.map(([name, license, owner]) => `${name} (${license})\n\n${owner}\n\n${TEXTS[license]}`);
   return [...names.map((path) => {
     const { name, version, license } = JSON.parse(readFileSync(`${path}/package.json`, "utf8"));
     const file = readdirSync(path).find((entry) => /^licen[cs]e/i.test(entry));

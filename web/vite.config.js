@@ -20,6 +20,8 @@ const besides = {
         this.emitFile({ type: "asset", fileName: `${folder}/${name}`, source: readFileSync(ORT + name) });
       }
     }
+    this.emitFile({ type: "asset", fileName: "codecs/openjpeg.wasm",
+      source: readFileSync("node_modules/@cornerstonejs/codec-openjpeg/dist/openjpegwasm_decode.wasm") });
     this.emitFile({ type: "asset", fileName: "licenses.txt", source: licences() });
   },
 };

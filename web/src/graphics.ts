@@ -1,4 +1,4 @@
-/** The graphics card as a runtime that has to prove itself: on one window before the scan, and on it again behind it. */
+/** The graphics card as a runtime that has to prove itself: on one window before the scan, and on the same behind it. */
 import type { ModelDescription } from "./core/model.ts";
 import { areProbabilities, parityFaults, type Answer } from "./core/parity.ts";
 import type { GraphicsOrder, GraphicsReport } from "./graphicsWorker.ts";
@@ -95,7 +95,8 @@ export class Graphics {
     return new Promise((resolve, reject) => {
       // A card that was lost since its last answer must not be asked: its worker would hang.
       if (this.fault) return reject(this.fault);
-      const clock = setTimeout(() => this.fail(`it gave no answer within ${Math.round(patienceMs / 1000)} s`), patienceMs);
+      const late = `it gave no answer within ${Math.round(patienceMs / 1000)} s`;
+      const clock = setTimeout(() => this.fail(late), patienceMs);
       const settled = <T>(settle: (value: T) => void) => (value: T) => {
         clearTimeout(clock);
         settle(value);

@@ -34,7 +34,8 @@ export async function openNetwork(folder: string, script: string, provider: "was
   ort.env.logLevel = "error";
   let session: Ort.InferenceSession;
   try {
-    session = await ort.InferenceSession.create(onnx, { executionProviders: [provider], graphOptimizationLevel: "all" });
+    session = await ort.InferenceSession.create(onnx,
+      { executionProviders: [provider], graphOptimizationLevel: "all" });
   } catch (error) {
     throw explained(error, "the browser does not take the network");
   }

@@ -8,7 +8,8 @@ import { describedModel } from "./core/model.ts";
 import type { Volume } from "./core/nifti.ts";
 import { labelsNifti, viewerNifti } from "./core/niftiWrite.ts";
 import { readGiven } from "./core/scanInput.ts";
-import { fullestWindow, prepare, segmentPrepared, type Prepared, type Progress, type Segmented } from "./core/segment.ts";
+import { fullestWindow, prepare, segmentPrepared, type Prepared, type Progress, type Segmented
+} from "./core/segment.ts";
 import { Graphics, GraphicsFault } from "./graphics.ts";
 import type { Report, Start } from "./protocol.ts";
 import { fetchedOnnx, loadNetwork, threadCount, type Model, type Network } from "./runtime.ts";
@@ -35,7 +36,8 @@ async function segmentScan(order: Start) {
   say({ type: "stage", text: "Reading the scan" });
   const model = await fetchedModel(base);
   const { description } = model;
-  const volume = await readGiven(files, name, description, budget, { series, progress: readingProgress() });
+  const volume = await readGiven(files, name, description, budget, { series, progress: readingProgress(),
+    jpeg2000: async () => (await import("./jpeg2000.ts")).loadJpeg2000(base) });
   showScan(volume);
   say({ type: "stage", text: "Preparing the scan" });
   const prepared = prepare(volume.voxels, volume.shape, volume.spacingMm, description);

@@ -1,7 +1,7 @@
 """Writes what web/test/dicom.test.ts compares with: DICOM series, sound and broken, and what Python makes of them.
 
 ``python web/test/make_dicom_vectors.py`` from the repository's root. Files that are alike are kept once:
-`dicom.bin.gz` holds them one behind the other, `dicom.json` says which part is which.
+`dicom.bin.gz` holds them one behind the other, `dicom.json` says which part is which. Needs dcmcjpeg of dcmtk.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import gzip
 import hashlib
 import itertools
 import json
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 
 from autosam3d.errors import AutoSam3dError
@@ -56,9 +59,8 @@ class _Pool:
 def main() -> None:
     pool = _Pool()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [_row(name, maker, Path(scratch) / f"b{i}", pool)
-                for i, (name, (maker, *_)) in enumerate([*bad.BROKEN.items(), *bad.ODD.items(),
-                                                         ("53_uneven", (bad.UNEVEN,)), *_orientations()])]
+        series = [*bad.BROKEN.items(), *bad.ODD.items(), ("53_uneven", (bad.UNEVEN,)), *_orientations(), *_compressed()]
+        rows = [_row(name, maker, Path(scratch) / f"b{i}", pool) for i, (name, (maker, *_)) in enumerate(series)]
         niftis = [_nifti(codes, Path(scratch), pool) for codes in _axis_codes()]
     places = pool.write()
     for row in [*rows, *niftis]:
@@ -96,6 +98,41 @@ def _orientations() -> list[tuple[str, tuple[bad.Maker]]]:
         turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, s, -c], [0, c, s]])
         found.append((f"orientation oblique {angle}", (_turned(turn[:, :2].T, angle > 1),)))
     return found
+
+
+def _compressed() -> list[tuple[str, tuple[bad.Maker]]]:
+    """Without loss, by dcmtk with every prediction and by OpenJPEG, of unsigned and signed numbers."""
+    ways: dict[str, bad.Change | None] = {"unsigned": None, "signed 16": bad._signed(16), "signed 12": bad._signed(12)}
+    predictions = {f"jpeg lossless {n}": ["+el", "+sv", str(n)] for n in range(1, 8)}
+    made: list[tuple[str, tuple[bad.Maker]]] = [
+        (name, (bad.series(after=_by_dcmtk(*words)),)) for name, words in predictions.items()]
+    for way, change in ways.items():
+        made.append((f"jpeg lossless sv1 {way}", (bad.series(change, after=_by_dcmtk("+e1")),)))
+        made.append((f"jpeg 2000 {way}", (bad.series(change, after=_by_openjpeg),)))
+    return made
+
+
+def _by_dcmtk(*words: str) -> Callable[[Path], None]:
+    def compress(folder: Path) -> None:
+        for path in folder.iterdir():
+            subprocess.run(["dcmcjpeg", *words, "+un", path, path], check=True)
+
+    return compress
+
+
+def _by_openjpeg(folder: Path) -> None:
+    """Through GDCM, which takes slices as small as these."""
+    for path in folder.iterdir():
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEG2000Lossless))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(str(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
 
 
 def _turned(orientation: np.ndarray, backwards: bool) -> bad.Maker:

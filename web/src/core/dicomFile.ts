@@ -9,6 +9,9 @@ import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
 
 export const RLE = "1.2.840.10008.1.2.5";
+/** Any prediction; the first one, which is the usual. */
+export const JPEG_LOSSLESS = ["1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"];
+export const JPEG_2000_LOSSLESS = "1.2.840.10008.1.2.4.90";
 const REMEDY = "copy or export the series again";
 const MAX_EDGE = 8192;
 const CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2";
@@ -18,8 +21,9 @@ const MODALITIES = new Set(["CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA"
   "RTPLAN", "RTDOSE", "RTIMAGE", "REG", "PR", "KO", "DOC"]);
 /** Compressed forms that the page cannot read, by the beginning of their names. *Source*: DICOM PS3.6 table A-1. */
 const COMPRESSED: [string, string][] = [
-  ["1.2.840.10008.1.2.4.20", "HTJ2K"], ["1.2.840.10008.1.2.4.8", "JPEG-LS"], ["1.2.840.10008.1.2.4.9", "JPEG 2000"],
-  ["1.2.840.10008.1.2.4.10", "MPEG"], ["1.2.840.10008.1.2.4.5", "JPEG"], ["1.2.840.10008.1.2.4.7", "JPEG lossless"],
+  ["1.2.840.10008.1.2.4.20", "HTJ2K"], ["1.2.840.10008.1.2.4.8", "JPEG-LS"],
+  ["1.2.840.10008.1.2.4.9", "JPEG 2000 that may be lossy"], ["1.2.840.10008.1.2.4.10", "MPEG"],
+  ["1.2.840.10008.1.2.4.5", "lossy JPEG"],
 ];
 
 export const UIDS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"
@@ -103,7 +107,7 @@ function checkPixels(file: DicomFile, rows: number, columns: number, where: stri
       throw new AppError("LENGTH", where, `${rows} x ${columns} pixels need more bytes than the file's `
         + String(file.bytes.length), "the slice is cut or its header is wrong; export it again");
     }
-  } else if (file.syntax !== RLE) {
+  } else if (![RLE, ...JPEG_LOSSLESS, JPEG_2000_LOSSLESS].includes(file.syntax)) {
     const name = COMPRESSED.find(([uid]) => file.syntax.startsWith(uid))?.[1];
     throw new AppError("CODEC", where, name ? `its pixels are compressed (${name}), which this page does not read`
       : "its pixels have a form that is not known here", "export the series uncompressed, convert it (gdcmconv --raw, "

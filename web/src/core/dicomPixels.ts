@@ -1,5 +1,6 @@
-/** The pixels of one DICOM slice as Hounsfield units: native in both byte orders, and run-length encoded. */
-import { RLE, type CtSlice } from "./dicomFile.ts";
+/** The pixels of one DICOM slice as Hounsfield units: native in both byte orders, run-length encoded, or as JPEG. */
+import { JPEG_2000_LOSSLESS, JPEG_LOSSLESS, RLE, type CtSlice } from "./dicomFile.ts";
+import { decodeJpegLossless, type Samples } from "./dicomJpeg.ts";
 import { corrupt, EXPLICIT_BIG, parseDicom, PIXEL_DATA, type DicomFile } from "./dicomParse.ts";
 import { tagInteger } from "./dicomTags.ts";
 
@@ -13,8 +14,11 @@ export interface HuSlice {
   dropped: boolean;
 }
 
-/** The slice's numbers; `bytes` are its whole file. */
-export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string): HuSlice {
+/** A compressed picture's samples; null where the bytes are none. */
+export type DecodeSamples = (bytes: Uint8Array, rows: number, columns: number) => Samples | null;
+
+/** The slice's numbers; `bytes` are its whole file. `jpeg2000` is asked where the slice is compressed so. */
+export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string, jpeg2000: DecodeSamples | null): HuSlice {
   const file = parseDicom(bytes, where);
   const element = file.elements.get(PIXEL_DATA);
   if (!element) throw corrupt(where, "it is cut inside its pixels");
@@ -22,6 +26,11 @@ export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string): HuSl
   const signed = tagInteger(file, "PixelRepresentation", where, 0) === 1;
   const count = slice.rows * slice.columns;
   let whole: Int32Array | Float64Array;
+  const decode = JPEG_LOSSLESS.includes(file.syntax) ? decodeJpegLossless
+    : file.syntax === JPEG_2000_LOSSLESS ? jpeg2000 : null;
+  if (decode) {
+    return { hu: scaled(decompressed(decode, file, element.start, slice, signed, where), slice), dropped: false };
+  }
   if (file.syntax === RLE) {
     whole = numbers(unpacked(file, element.start, count, bits / 8, where), count, bits, signed, true);
   } else {
@@ -35,9 +44,22 @@ export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string): HuSl
     whole = numbers(swapped, count, bits, signed, file.syntax !== EXPLICIT_BIG);
   }
   const dropped = keepStoredBits(whole, file, bits, signed, where);
-  const hu = new Float32Array(count);
-  for (let i = 0; i < count; i++) hu[i] = whole[i]! * slice.slope + slice.intercept;
-  return { hu, dropped };
+  return { hu: scaled(whole, slice), dropped };
+}
+
+function scaled(whole: Int32Array | Float64Array, { slope, intercept }: CtSlice): Float32Array {
+  const hu = new Float32Array(whole.length);
+  for (let i = 0; i < whole.length; i++) hu[i] = whole[i]! * slope + intercept;
+  return hu;
+}
+
+/** Samples as they were packed; of signed ones the highest bit that both the picture and the slice have is the sign. */
+function decompressed(decode: DecodeSamples, file: DicomFile, at: number, { rows, columns }: CtSlice, signed: boolean,
+  where: string): Int32Array {
+  const found = decode(firstFrame(file, at, where), rows, columns);
+  if (!found) throw corrupt(where, "its pixels cannot be decoded");
+  const up = 32 - Math.min(found.precision, tagInteger(file, "BitsStored", where, found.precision) || found.precision);
+  return signed ? found.values.map((v) => (v << up) >> up) : found.values;
 }
 
 function numbers(bytes: Uint8Array, count: number, bits: number, signed: boolean, little: boolean

@@ -3,9 +3,9 @@
  *
  * The counterpart of `io/dicom.py`, with its limits, codes and words.
  */
-import { parseSlice, type CtSlice } from "./dicomFile.ts";
+import { JPEG_2000_LOSSLESS, parseSlice, type CtSlice } from "./dicomFile.ts";
 import { corrupt, isDicom } from "./dicomParse.ts";
-import { decodeHu } from "./dicomPixels.ts";
+import { decodeHu, type DecodeSamples } from "./dicomPixels.ts";
 import { demandComplete, demandStraight, evenSlices, heightsOf, normalOf } from "./dicomStack.ts";
 import { AppError, sizeText } from "./errors.ts";
 import { canonicalAffine, canonicalShape, checkAffine, checkExtent, columnLengths, sourceGrid, toCanonical,
@@ -65,6 +65,8 @@ export interface ReadOrder {
   /** Is told shape and affine before anything large is allocated; it throws where the scan is too large. */
   admit: (shape: Triple, affine: Affine, bytes: number) => void;
   progress: (done: number, total: number) => void;
+  /** Loads the decoder of JPEG 2000; called once, where a slice needs it. */
+  jpeg2000: () => Promise<DecodeSamples>;
 }
 
 /** The CT series among `sources` as float32 HU [z, y, x] nearest RAS+. */
@@ -261,8 +263,9 @@ function placesOf(slices: CtSlice[]): CtSlice[][] {
 }
 
 /** float32 [slice, row, column]; a slice that is there twice is taken once, where the two are equal. */
-async function decoded(places: CtSlice[][], files: Source[], { where, progress }: ReadOrder, warnings: string[]
-): Promise<Float32Array> {
+async function decoded(places: CtSlice[][], files: Source[], { where, progress, jpeg2000 }: ReadOrder,
+  warnings: string[]): Promise<Float32Array> {
+  const codec = places.flat().some((slice) => slice.syntax === JPEG_2000_LOSSLESS) ? await jpeg2000() : null;
   const size = places[0]![0]!.rows * places[0]![0]!.columns;
   const voxels = new Float32Array(places.length * size);
   let dropped = 0;
@@ -271,7 +274,7 @@ async function decoded(places: CtSlice[][], files: Source[], { where, progress }
       const at = `${where}: file ${slice.number} of ${files.length}`;
       const bytes = await dicomBytes(files[slice.number - 1]!, at);
       if (!bytes) throw corrupt(at, "it is no DICOM file any more");
-      const found = decodeHu(bytes, slice, at);
+      const found = decodeHu(bytes, slice, at, codec);
       if (found.dropped) dropped++;
       if (slice === place[0]) voxels.set(found.hu, index * size);
       else if (found.hu.some((v, i) => v !== voxels[index * size + i])) {

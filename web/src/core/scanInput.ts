@@ -18,7 +18,7 @@ export interface GivenFile {
 
 /** The CT in these files. `where` is what messages call them. */
 export async function readGiven(given: GivenFile[], where: string, model: ModelDescription, budget: number,
-  order: Pick<ReadOrder, "series" | "progress">): Promise<Volume | DicomScan> {
+  order: Pick<ReadOrder, "series" | "progress" | "jpeg2000">): Promise<Volume | DicomScan> {
   if (given.length > MAX_FILES) {
     throw new AppError("TOO_MANY_FILES", where, `expected one series, found more than ${MAX_FILES} files`,
       "give the folder of the series");
