@@ -114,7 +114,7 @@ def weights_of(run: Path, name: str) -> str:
 def log_rows(run: Path) -> list[list[str]]:
     """log.csv without the columns that a clock filled."""
     rows = [line.split(",") for line in (run / "log.csv").read_text().splitlines()]
-    kept = [i for i, name in enumerate(rows[0]) if name not in ("seconds", "data_wait")]
+    kept = [i for i, name in enumerate(rows[0] if rows else []) if name not in ("seconds", "data_wait")]
     return [[row[i] for i in kept] for row in rows]
 
 

@@ -149,6 +149,19 @@ def test_cancel_ends_the_scan_at_once(worker: Worker, ct: Path, tmp_path: Path) 
     assert worker.segment(_job(ct, tmp_path / "out")).files["nifti"].is_file()
 
 
+def test_an_end_between_two_answers_is_no_fault(ct: Path, tmp_path: Path) -> None:
+    worker = Worker(WorkerSettings(model=mini_export(), backend="onnxruntime"))
+
+    def close(*told: object) -> None:
+        closer = threading.Thread(target=worker.close)
+        closer.start()
+        closer.join()
+
+    with pytest.raises(JobCancelled):
+        worker.segment(_job(ct, tmp_path / "out"), close)
+    assert worker.pid is None and not (tmp_path / "out" / "labels.nii.gz").exists()
+
+
 def test_a_scan_that_takes_too_long_is_given_up(ct: Path, tmp_path: Path) -> None:
     worker = Worker(WorkerSettings(model=mini_export(), backend="onnxruntime", job_seconds=0.01))
     try:

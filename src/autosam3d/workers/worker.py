@@ -171,15 +171,21 @@ class Worker:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         process = self._process
-        assert process is not None and process.stdin is not None
-        with contextlib.suppress(OSError):  # one that is gone is noticed when it does not answer
+        if process is None:  # `close` was faster
+            raise JobCancelled
+        assert process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # one that is gone is noticed when it does not answer
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
 
     def _answer(self, while_: str) -> dict[str, Any]:
         process = self._process
-        assert process is not None and process.stdout is not None
-        line = process.stdout.readline(MAX_LINE)
+        if process is None:  # `close` came between two answers
+            raise JobCancelled
+        assert process.stdout is not None
+        line = b""
+        with contextlib.suppress(ValueError):  # and has closed the pipe
+            line = process.stdout.readline(MAX_LINE)
         if line.endswith(b"\n"):
             return json.loads(line)
         self._end()
