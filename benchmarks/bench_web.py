@@ -1,7 +1,7 @@
 """The browser app beside Python: seconds a window and peak of the wasm heap in Chromium, ONNX Runtime in the same run;
-with scans, the share of equal labels and seconds a scan; bytes of a first visit.
+with scans, the page itself beside Python: labels that differ, seconds a window and a scan; bytes of a first visit.
 
-``python benchmarks/bench_web.py [--export DIR] [--threads 2] [--edges 64 96] [--scans SCAN ...]`` prints Markdown.
+``python benchmarks/bench_web.py [--export DIR] [--threads 2] [--edges 64 96] [--scan SCAN ...]`` prints Markdown.
 Needs playwright and a Chromium; without an export the packaged model is exported first.
 """
 
@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from autosam3d.checkpoint import load_model
 from autosam3d.export_web import write_web_folder
 from autosam3d.exported import load_exported, open_export
 from autosam3d.inference import segment
-from autosam3d.io import read_ct, read_segmentation
+from autosam3d.io import read_ct, read_segmentation, write_segmentation
 from autosam3d.onnx_graph import onnx_model, with_half_weights
 
 REPO = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--edges", type=int, nargs="*", default=[96], help="cubes beside the model's own window")
-    parser.add_argument("--scans", type=Path, nargs="*", default=[])
+    parser.add_argument("--scan", type=Path, nargs="*", default=[], help="CTs, segmented by page and Python in turn")
     parser.add_argument("--no-windows", action="store_true", help="scans alone")
     options = parser.parse_args()
     if importlib.util.find_spec("playwright") is None or shutil.which("chromium") is None:
@@ -121,14 +122,15 @@ def _exported(folder: Path) -> Path:
 
 
 def _first_visit(site: Path) -> None:
-    parts = {"network": "model/", "runtime": "ort/", "page and viewer": ""}
+    parts = {"network": "model/", "runtime": "ort/", "webgpu": "webgpu/", "page and viewer": ""}
     sizes = dict.fromkeys(parts, 0)
     for path in site.rglob("*"):
         if path.is_file() and path.name not in ("licenses.txt", "autosam3d-web.json"):
             name = next(part for part, start in parts.items() if path.relative_to(site).as_posix().startswith(start))
             sizes[name] += len(gzip.compress(path.read_bytes(), 9))
+    later = sizes.pop("webgpu")
     print("First visit, gzipped: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items())
-          + f"; {sum(sizes.values()) / 1e6:.2f} MB in all\n")
+          + f"; {sum(sizes.values()) / 1e6:.2f} MB in all; on request {later / 1e6:.2f} MB for the graphics card\n")
 
 
 def _windows(chromium: Any, address: str, site: Path, options: argparse.Namespace) -> None:
@@ -170,37 +172,79 @@ def _native(graph: bytes, size: tuple[int, ...], options: argparse.Namespace) ->
 
 
 def _scans(chromium: Any, address: str, export: Path, options: argparse.Namespace) -> None:
-    if not options.scans:
+    if not options.scan:
         return
-    model = load_exported(open_export(export), "onnxruntime", options.threads)
-    print("\n| scan | voxels | labels that differ | equal | browser, s | Python, s | ratio | renderer's peak, MB |\n"
-          "|---|---|---|---|---|---|---|---|")
-    for scan in options.scans:
-        started = time.perf_counter()
-        ours = segment(read_ct(scan), model)
-        native = time.perf_counter() - started
-        context = chromium.new_context(accept_downloads=True, service_workers="block")
-        page = context.new_page()
-        page.goto(address)
-        while "loading" in page.inner_text("#model"):
-            time.sleep(0.1)
-        known = _renderers()
-        started = time.perf_counter()
-        page.set_input_files("#folder" if scan.is_dir() else "#file", scan)
-        while not page.inner_text("#status").startswith("Done"):
-            assert not page.is_visible("#error"), page.inner_text("#error")
-            time.sleep(0.2)
-        browser = time.perf_counter() - started
-        peak = max(_peak_mb(pid) for pid in known)
-        with page.expect_download() as download:
-            page.click("#nifti")
-        to = Path(tempfile.mkdtemp()) / "seg.nii.gz"
-        download.value.save_as(to)
-        theirs = read_segmentation(to).labels
-        context.close()
-        differ = int(np.count_nonzero(theirs != ours.labels))
-        print(f"| {scan.name} | {theirs.size} | {differ} | {100 * (1 - differ / theirs.size):.5f} % | {browser:.1f} | "
-              f"{native:.1f} | {browser / native:.2f} | {peak:.0f} |", flush=True)
+    print("| scan | voxels | windows | labels that differ | voxels of organs | ONNX Runtime, s a window | page | ratio "
+          "| ONNX Runtime, s a scan | page | ratio | renderer's peak, MB |\n|" + "---|" * 12)
+    with tempfile.TemporaryDirectory() as scratch:
+        for scan in options.scan:
+            ours, native = _in_python(scan, export, options.threads, Path(scratch) / "native.nii.gz")
+            theirs, page, peak = _in_page(chromium, address, scan, Path(scratch) / "page.nii.gz")
+            differ, organs = np.count_nonzero(theirs != ours), np.count_nonzero((theirs > 0) | (ours > 0))
+            times = [f"{ours_s:.2f} | {page_s:.2f} | {page_s / ours_s:.2f}" for ours_s, page_s in
+                     ((native.window_s, page.window_s), (native.scan_s, page.scan_s))]
+            print(f"| {scan.name} | {ours.size} | {page.windows} | {differ} | {organs} | {' | '.join(times)} | "
+                  f"{peak:.0f} |", flush=True)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Of one scan, file to file."""
+
+    scan_s: float
+    windows: int
+    window_s: float
+    """Mean of the windows behind the first one."""
+
+    @classmethod
+    def of(cls, scan_s: float, ends: list[tuple[float, int]]) -> _Times:
+        """From the moments at which windows were done, and their numbers."""
+        (first_s, first), (last_s, last) = ends[0], ends[-1]
+        return cls(scan_s, last, (last_s - first_s) / max(last - first, 1))
+
+
+def _in_python(scan: Path, export: Path, threads: int, to: Path) -> tuple[np.ndarray, _Times]:
+    """What `autosam3d segment EXPORT SCAN OUT --backend onnxruntime` does, without the start of Python."""
+    ends: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    model = load_exported(open_export(export), "onnxruntime", threads)
+    found = segment(read_ct(scan), model, progress=lambda done, _: ends.append((time.perf_counter(), done)))
+    write_segmentation(to, found, model.recipe.labels)
+    return found.labels, _Times.of(time.perf_counter() - started, ends)
+
+
+# The page's words about its progress, each with the moment at which it came.
+_WATCH = """() => {
+  window.ends = [];
+  new MutationObserver(() => {
+    const found = document.querySelector('#left').textContent.match(/window ([0-9]+) of/);
+    if (found) window.ends.push([performance.now() / 1000, Number(found[1])]);
+  }).observe(document.querySelector('#left'), {childList: true, characterData: true, subtree: true});
+}"""
+
+
+def _in_page(chromium: Any, address: str, scan: Path, to: Path) -> tuple[np.ndarray, _Times, float]:
+    """The page as a person uses it, and the peak of the renderer's memory in MB."""
+    context = chromium.new_context(accept_downloads=True, service_workers="block")
+    page = context.new_page()
+    page.goto(address)
+    while "loading" in page.inner_text("#model"):
+        time.sleep(0.1)
+    page.evaluate(_WATCH)
+    known = _renderers()
+    started = time.perf_counter()
+    page.set_input_files("#folder" if scan.is_dir() else "#file", scan)
+    while not page.inner_text("#status").startswith("Done"):
+        assert not page.is_visible("#error"), page.inner_text("#error")
+        time.sleep(0.5)
+    seconds = time.perf_counter() - started
+    peak = max(_peak_mb(pid) for pid in known)
+    with page.expect_download() as download:
+        page.click("#nifti")
+    download.value.save_as(to)
+    times = _Times.of(seconds, page.evaluate("ends"))
+    context.close()
+    return read_segmentation(to).labels, times, peak
 
 
 def _renderers() -> list[int]:
