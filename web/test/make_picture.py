@@ -1,6 +1,7 @@
-"""Draws docs/web_page.png: the page in Chromium with the phantom of tests/test_web.py, no patient's scan.
+"""Draws the page in Chromium with a CT and the organs found in it, to be looked at.
 
-``python web/test/make_picture.py EXPORT`` from the repository's root; EXPORT is a folder of `autosam3d export`.
+``python web/test/make_picture.py EXPORT SCAN PNG`` from the root of the repository; EXPORT is made by `autosam3d export`.
+Scans of patients stay out of the repository, and so do their pictures in 3D, which show a face.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from playwright.sync_api import sync_playwright
 
 from autosam3d.export_web import write_web_folder
 from autosam3d.exported import open_export
-from autosam3d.io.nifti_write import write_ct
-from autosam3d.phantom import make_phantom
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -26,21 +25,21 @@ from bench_web import FLAGS, _served  # noqa: E402
 
 
 def main() -> None:
+    export, scan, png = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
-        folder = Path(scratch)
-        write_web_folder(open_export(sys.argv[1]), folder / "site")
-        write_ct(folder / "phantom.nii.gz", make_phantom(3, (40, 80, 80), (5.0, 4.0, 4.0))[0])
+        write_web_folder(open_export(Path(export)), Path(scratch) / "site")
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-        with _served(folder / "site") as address:
-            page = chromium.new_context(color_scheme="dark", viewport={"width": 1200, "height": 700},
+        with _served(Path(scratch) / "site") as address:
+            page = chromium.new_context(color_scheme="dark", viewport={"width": 1200, "height": 860},
                                         service_workers="block").new_page()
             page.goto(address)
-            page.set_input_files("#file", folder / "phantom.nii.gz")
+            page.set_input_files("#file" if Path(scan).is_file() else "#folder", scan)
             while not page.inner_text("#status").startswith("Done"):
-                time.sleep(0.2)
-            page.wait_for_timeout(1500)
+                assert not page.is_visible("#error"), page.inner_text("#error")
+                time.sleep(0.5)
+            page.wait_for_timeout(5000)
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(64).save(REPO / "docs/web_page.png", optimize=True)
+    picture.save(png, optimize=True)
 
 
 if __name__ == "__main__":
