@@ -1,6 +1,6 @@
 """Draws the page in Chromium with a CT and the organs found in it, to be looked at.
 
-``python web/test/make_picture.py EXPORT SCAN PNG`` from the root of the repository; EXPORT is made by `autosam3d export`.
+``python web/test/make_picture.py EXPORT SCAN PNG`` from the repository; EXPORT is a folder of `autosam3d export`.
 Scans of patients stay out of the repository, and so do their pictures in 3D, which show a face.
 """
 
