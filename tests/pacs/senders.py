@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -16,8 +18,15 @@ from pynetdicom.dimse_primitives import C_STORE
 HOST = "127.0.0.1"
 
 
+def _dcmtk(program: str) -> str | None:
+    """Its path; pynetdicom puts scripts of the same names beside Python, which an activated environment has first."""
+    ours = Path(sys.executable).parent
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(folder) != ours]
+    return shutil.which(program, path=os.pathsep.join(folders))
+
+
 def demand_dcmtk() -> None:
-    if shutil.which("storescu") is None or shutil.which("echoscu") is None:
+    if _dcmtk("storescu") is None or _dcmtk("echoscu") is None:
         pytest.skip("dcmtk's storescu and echoscu are not installed: apt-get install dcmtk")
 
 
@@ -76,5 +85,6 @@ class Cutting:
 
 
 def _run(program: str, port: str | int, called: str, calling: str, *options: str, folder: Path | None = None) -> int:
-    order = [program, "-aet", calling, "-aec", called, *options, HOST, str(port), *([str(folder)] if folder else [])]
+    places = [HOST, str(port), *([str(folder)] if folder else [])]
+    order = [_dcmtk(program) or program, "-aet", calling, "-aec", called, *options, *places]
     return subprocess.run(order, capture_output=True, timeout=60).returncode
