@@ -40,7 +40,6 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., St
             name = path.name.replace("c5", "t8")
             (data / f"{part}Ts" / name).write_bytes(path.read_bytes() + b"\0" * 512)
     write_recipe(tmp_path / "mini.yaml", mini_recipe())
-    monkeypatch.setattr(study, "_prepared_shape", lambda path, recipe: (24, 26, 28))
 
     def plan(*specs: RunSpec, budget: float | None = None) -> Study:
         return plan_study(str(tmp_path / "mini.yaml"), data, tmp_path / "out", specs, budget_minutes=budget,
@@ -214,6 +213,17 @@ def test_runs_are_not_put_into_the_dataset(tmp_path: Path, planned: Callable[...
     with pytest.raises(AutoSam3dError, match="into the dataset") as caught:
         plan_study(str(tmp_path / "mini.yaml"), data, tmp_path, [spec()], budget_minutes=None, device="cpu", threads=1)
     assert caught.value.code == "SAME_PATH" and not (data / "costs.json").exists()
+
+
+def test_time_to_segment_is_that_of_all_cases_not_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, planned: Callable[..., Study]
+) -> None:
+    seconds = []
+    for shapes in ([(32, 32, 32)], [(32, 32, 32), (32, 32, 512)]):
+        monkeypatch.setattr(study, "_prepared_shapes", lambda paths, recipe, shapes=shapes: shapes)
+        seconds.append(planned(spec()).runs[0].segment_seconds)
+    # Half of the scans take as many times the windows as they are longer than one.
+    assert seconds[1] > 3 * seconds[0] > 0
 
 
 def test_two_recipes_of_one_name_are_refused(tmp_path: Path, planned: Callable[..., Study]) -> None:
