@@ -14,7 +14,8 @@ from autosam3d.models.build import build_network
 from autosam3d.models.instance_norm import norm_leaky
 from autosam3d.models.pointwise import double
 from autosam3d.models.spec import SwinUnetrSpec
-from autosam3d.models.swin_attention import Cut, WindowAttention, mix_windows, widen
+from autosam3d.models.swin_attention import WindowAttention, mix_windows, widen
+from autosam3d.models.swin_cut import Cut
 from autosam3d.models.swin_unetr import SwinUnetr
 from autosam3d.openvino_runtime import openvino_core
 
@@ -176,13 +177,31 @@ def test_chunks_of_an_exported_graph_change_nothing(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(ours(ct), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_the_form_that_is_exported_is_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forms_that_are_exported_are_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = pair(12, dtype=torch.float64)
     ct = torch.randn(1, 1, 32, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         expected = ours(ct)
         monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-        torch.testing.assert_close(ours(ct), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours(ct), expected, rtol=1e-9, atol=1e-9)  # whole windows, for phones
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+        torch.testing.assert_close(ours(ct), expected, rtol=1e-9, atol=1e-9)  # each side of a seam by itself
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("grid", [(16, 16, 9), (4, 8, 8), (8, 8, 8), (7, 7, 7), (14, 7, 3), (2, 4, 4)])
+def test_sides_of_seams_one_by_one_are_the_windows(
+    grid: tuple[int, int, int], shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    attention = WindowAttention(12, 3, shifted).double()
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    tokens = torch.randn(1, *grid, 12, dtype=torch.float64)
+    with torch.no_grad():
+        expected = attention(tokens)
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+        monkeypatch.setattr(WindowAttention, "MAX_MAP", 3 * 343**2)  # a few windows at a time
+        torch.testing.assert_close(attention(tokens), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_doubling_is_the_transposed_convolution() -> None:

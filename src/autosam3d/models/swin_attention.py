@@ -1,4 +1,4 @@
-"""Attention of the Swin stages: a grid of tokens cut into windows, and the softmax inside each.
+"""Attention of the Swin stages: the softmax inside each window of tokens, in three orders of work.
 
 *Source*: Swin Transformer (arXiv:2103.14030); the bias table and its index as MONAI 1.6.1 stores them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,15 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autosam3d.models.dry_run import is_dry
+from autosam3d.models.swin_cut import WINDOW, Cut, Side, Triple
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Triple = tuple[int, int, int]
-Slices = tuple[slice, slice, slice]
-
-_WINDOW = 7
-"""Tokens per axis of an attention window; a shorter axis is one window."""
 _SEAM = 100.0
 """What two tokens on different sides of a seam lose in their logit. *Source*: the mask of the published function."""
 
@@ -36,13 +31,13 @@ class WindowAttention(nn.Module):
     published function has no mask for it.
     """
 
-    MAX_MAP = 1 << 24
-    """Entries of the tokens x tokens map at a time in an exported graph: 64 MB of float32."""
+    MAX_MAP = 1 << 22
+    """Entries of the tokens x tokens maps at a time in an exported graph: 16 MB of float32."""
 
     def __init__(self, dim: int, num_heads: int, shifted: bool) -> None:
         super().__init__()
         self.num_heads, self.shifted = num_heads, shifted
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * _WINDOW - 1) ** 3, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", relative_position_index(), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -55,6 +50,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
         cut = Cut.of(cast(Triple, tuple(tokens.shape[1:4])), self.shifted)
+        if torch.onnx.is_in_onnx_export() and len(tokens) == 1:
+            return self.proj(self.mix_sides(self.qkv(tokens.flatten(0, 3)), cut)).view(tokens.shape)
         return cut.merge(self.proj(self.mix(self.qkv(cut.split(tokens)), cut)))
 
     def mix(self, qkv: Tensor, cut: Cut) -> Tensor:
@@ -76,6 +73,30 @@ class WindowAttention(nn.Module):
             mixed = torch.cat([mix_windows(qs, ks, vs, bias) for qs, ks, vs in parts]).permute(0, 2, 1, 3)
         return mixed.reshape(num_windows, n, heads * head_dim)
 
+    def mix_sides(self, qkv: Tensor, cut: Cut) -> Tensor:
+        """What `mix` does, of the tokens of one grid, in their own order: (N, 3C) to (N, C).
+
+        The form of ONNX files. As on a CPU in training only what is asked for is computed, each side of a seam by
+        itself: of a patch of 32x64x64 less than half of the maps. Rows are gathered, which phones are slow at.
+        """
+        num_tokens, dim = len(qkv), qkv.shape[1] // 3
+        qkv = torch.cat([qkv, self.qkv.bias[None]])  # a token of padding is 0 before the projection
+        qkv = qkv.view(num_tokens + 1, 3 * self.num_heads, -1).transpose(0, 1)
+        q, k, v = _split(qkv, self.num_heads, 0)  # heads N c
+        q, bias = q * q.shape[-1] ** -0.5, self.bias(math.prod(cut.window))
+        mixed, order = [], []
+        for side in cut.sides():
+            asking, seen = side.rows(side.asking), side.rows(side.seen)
+            bias_side = _pick(_pick(bias, 1, side.places(side.asking)), 2, side.places(side.seen))[:, None]
+            step = max(1, self.MAX_MAP // (len(q) * len(asking[0]) * len(seen[0])))
+            for start in range(0, len(asking), step):
+                qs, ks, vs = (_gather(t, rows[start : start + step]) for t, rows in zip(
+                    (q, k, v), (asking, seen, seen), strict=True))  # heads V n c
+                mixed.append(mix_windows(qs, ks, vs, bias_side).flatten(1, 2))
+            order += itertools.chain(*asking)
+        mixed = _pick(torch.cat(mixed, 1), 1, sorted(range(num_tokens), key=order.__getitem__))
+        return mixed.transpose(0, 1).reshape(num_tokens, dim)
+
     def bias(self, n: int) -> Tensor:
         """(heads, n, n): the bias of each pair of tokens.
 
@@ -90,12 +111,13 @@ def mix_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k' + bias) v, the definition, in the one form that OpenVINO makes a single kernel of.
 
     Args:
-        q, k: (V, heads, n, w).
-        v: (V, heads, n, c).
-        bias: (heads, n, n).
+        q: (V, heads, n, w), or heads first.
+        k: (V, heads, m, w).
+        v: (V, heads, m, c).
+        bias: (heads, n, m), or with heads first (heads, 1, n, m).
 
     Returns:
-        (V, heads, n, c).
+        The shape of v, for n tokens.
     """
     return torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ v
 
@@ -215,156 +237,24 @@ def _split(x: Tensor, size: int, axis: int) -> Sequence[Tensor]:
     return [x.narrow(axis, start, min(size, count - start)) for start in range(0, count, size)]
 
 
+def _gather(x: Tensor, rows: list[list[int]]) -> Tensor:
+    """Rows of each head, (heads, N, c), for each of V windows: (heads, V, n, c)."""
+    return _pick(x, 1, list(itertools.chain(*rows))).unflatten(1, (len(rows), -1))
+
+
+def _pick(x: Tensor, axis: int, rows: list[int]) -> Tensor:
+    """``x.index_select(axis, rows)`` where that is not x itself."""
+    return x if rows == list(range(x.shape[axis])) else x.index_select(axis, torch.tensor(rows))
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def relative_position_index() -> Tensor:
     """(343, 343): the row of the bias table for each pair of tokens of a window."""
-    place = torch.arange(_WINDOW, dtype=torch.int32)  # exported files hold the index of every block
-    base = 2 * _WINDOW - 1
+    place = torch.arange(WINDOW, dtype=torch.int32)  # exported files hold the index of every block
+    base = 2 * WINDOW - 1
     code = (place[:, None, None] * base + place[:, None]) * base + place
     code = code.flatten()
     return code[:, None] - code[None] + (base**3 - 1) // 2
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a grid of tokens is cut into windows. All triples are (d, h, w)."""
-
-    grid: Triple
-    window: Triple
-    shift: Triple
-    """How far the grid is rolled back first."""
-
-    @classmethod
-    def of(cls, grid: Triple, shifted: bool) -> Cut:
-        """Windows of 7 tokens, shifted by 3; an axis of at most 7 tokens is one window and is not shifted."""
-        window = cast(Triple, tuple(min(_WINDOW, g) for g in grid))
-        return cls(grid, window, cast(Triple, tuple(_WINDOW // 2 if shifted and g > _WINDOW else 0 for g in grid)))
-
-    @property
-    def counts(self) -> Triple:
-        """Windows per axis."""
-        return cast(Triple, tuple(-(-g // n) for g, n in zip(self.grid, self.window, strict=True)))
-
-    def split(self, tokens: Tensor) -> Tensor:
-        """Cut a grid into windows: (B, d, h, w, C) to (V, n, C), V = B times the windows of one grid.
-
-        The grid is padded with zeros at its far ends to whole windows, then rolled. No tensor has more than five
-        axes: phones know no more.
-        """
-        batch, *grid, dim = tokens.shape
-        over = [-g % n for g, n in zip(grid, self.window, strict=True)]
-        if any(over):
-            tokens = F.pad(tokens, (0, 0, 0, over[2], 0, over[1], 0, over[0]))
-        if any(self.shift):
-            tokens = torch.roll(tokens, tuple(-s for s in self.shift), (1, 2, 3))
-        (d, h, w), (nd, nh, nw) = self.window, self.counts
-        tokens = tokens.reshape(batch * nd, d, nh, h, nw * w * dim).transpose(1, 2)
-        tokens = tokens.reshape(batch * nd * nh, d * h, nw, w * dim).transpose(1, 2)
-        return tokens.reshape(batch * nd * nh * nw, d * h * w, dim)
-
-    def merge(self, windows: Tensor) -> Tensor:
-        """Undo `split`: (V, n, C) to (B, d, h, w, C)."""
-        dim = windows.shape[-1]
-        (d, h, w), (nd, nh, nw) = self.window, self.counts
-        batch = windows.shape[0] // (nd * nh * nw)
-        tokens = windows.reshape(batch * nd * nh, nw, d * h, w * dim).transpose(1, 2)
-        tokens = tokens.reshape(batch * nd, nh, d, h, nw * w * dim).transpose(1, 2)
-        tokens = tokens.reshape(batch, nd * d, nh * h, nw * w, dim)
-        if any(self.shift):
-            tokens = torch.roll(tokens, self.shift, (1, 2, 3))
-        return tokens[:, : self.grid[0], : self.grid[1], : self.grid[2]]
-
-    def seams(self, num_windows: int, like: Tensor) -> Tensor:
-        """On which side of each seam a token lies: (V, n, 3) of 0 and 1, of the dtype and device of `like`.
-
-        A seam is where the roll brought the two ends of an axis together. Tokens attend to each other only if they
-        are on the same side of all three.
-        """
-        nd, nh, nw = (c * n for c, n in zip(self.counts, self.window, strict=True))
-        near = [torch.arange(n, device=like.device) < s for n, s in zip((nd, nh, nw), self.shift, strict=True)]
-        sides = [
-            near[0].view(nd, 1, 1).expand(nd, nh, nw),
-            near[1].view(1, nh, 1).expand(nd, nh, nw),
-            near[2].view(1, 1, nw).expand(nd, nh, nw),
-        ]
-        seams = self.split(torch.stack(sides, -1).to(like.dtype)[None])
-        return seams.repeat(num_windows // len(seams), 1, 1)
-
-    def sides(self) -> list[Side]:
-        """The parts of windows that attend among themselves, equal ones together; together all that is asked for."""
-        axes = [_axis_sides(*axis) for axis in zip(self.grid, self.window, self.shift, strict=True)]
-        return [Side(self, *cast(tuple[Slices, Slices, Slices], tuple(zip(*parts, strict=True))))
-                for parts in itertools.product(*axes)]
-
-
-@dataclass(frozen=True)
-class Side:
-    """The same part of several windows: its keys see each other and nothing else."""
-
-    cut: Cut
-    windows: Slices
-    asking: Slices
-    """Tokens of the window whose queries count: no padding."""
-    seen: Slices
-    """Tokens of the window that they see, padding included."""
-
-    def num_pairs(self) -> int:
-        """Entries of this part's maps, of one head."""
-        return math.prod(s.stop - s.start for s in (*self.windows, *self.asking, *self.seen))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """From (heads, V, c, n) of all windows to (heads, V', c, n') of this part."""
-        return self._view(x, self.asking).flatten(6).flatten(1, 4)
-
-    def keys(self, x: Tensor) -> Tensor:
-        """See `queries`."""
-        return self._view(x, self.seen).flatten(6).flatten(1, 4)
-
-    def pairs(self, bias: Tensor) -> Tensor:
-        """From (heads, n, n) to (heads, queries, keys)."""
-        return self._pairs_view(bias).flatten(4).flatten(1, 3)
-
-    def put_queries(self, x: Tensor, part: Tensor) -> None:
-        """Undo `queries`: write `part` to its place in x."""
-        view = self._view(x, self.asking)
-        view.copy_(part.view(view.shape))
-
-    def put_keys(self, x: Tensor, part: Tensor) -> None:
-        """Undo `keys`."""
-        view = self._view(x, self.seen)
-        view.copy_(part.view(view.shape))
-
-    def add_pairs(self, bias: Tensor, part: Tensor) -> None:
-        """Undo `pairs`, adding."""
-        view = self._pairs_view(bias)
-        view += part.view(view.shape)
-
-    def _view(self, x: Tensor, tokens: Slices) -> Tensor:
-        heads, _, dim, _ = x.shape
-        x = x.view(heads, -1, *self.cut.counts, dim, *self.cut.window)
-        return x[(slice(None), slice(None), *self.windows, slice(None), *tokens)]
-
-    def _pairs_view(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, *self.cut.window, *self.cut.window)[(slice(None), *self.asking, *self.seen)]
-
-
-def _axis_sides(grid: int, window: int, shift: int) -> list[tuple[slice, slice, slice]]:
-    """One axis of `Cut.sides`: (windows, asking, seen) of each part."""
-    count = -(-grid // window)
-    sides: list[tuple[slice, slice, slice]] = []
-    for index in range(count):
-        start = index * window + shift  # of this window, on the grid that was not rolled
-        seam = min(window, count * window - start)
-        for low, high, first in ((0, seam, start), (seam, window, 0)):
-            real = min(high, low + grid - first)
-            if real <= low:
-                continue  # nothing or padding alone
-            tokens = slice(low, real), slice(low, high)
-            if sides and sides[-1][1:] == tokens and sides[-1][0].stop == index:
-                sides[-1] = (slice(sides[-1][0].start, index + 1), *tokens)
-            else:
-                sides.append((slice(index, index + 1), *tokens))
-    return sides
