@@ -1,8 +1,8 @@
 """The real command line in milliseconds: `run` and `start` fork a process that has imported everything.
 
 In the fork runs `autosam3d.cli.main` with its own arguments, working folder, environment, resource limits, stdout,
-stderr and exit code; nothing is replaced. It is a process, so it can be killed, run out of memory or write into a
-full disk without harm to the test.
+stderr and exit code; nothing is replaced but that typer has read the signatures of the commands before. It is a
+process, so it can be killed, run out of memory or write into a full disk without harm to the test.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, resource, signal, sys, time
-import torch, torch.utils.tensorboard, rich.progress
+import encodings.ascii, gc, json, os, resource, signal, sys, time
+import PIL.Image, rich.progress, torch, torch.utils.tensorboard, typer.main
 import autosam3d.cli, autosam3d.train, autosam3d.describe, autosam3d.report, autosam3d.io.dicom, autosam3d.prepare
-import autosam3d.batch, autosam3d.checkpoint, autosam3d.overlay, autosam3d.phantom
+import autosam3d.batch, autosam3d.checkpoint, autosam3d.overlay, autosam3d.phantom, autosam3d.model_choice
+import autosam3d.io.archive, autosam3d.models.autosam
 torch.set_num_threads(1)
+PIL.Image.init()
+command = typer.main.get_command(autosam3d.cli.app)  # 50 ms of reading signatures
+typer.main.get_command = lambda app: command
 
 def run(request):
     for number, name in enumerate((os.devnull, request["out"], request["err"])):
@@ -81,6 +85,7 @@ for line in sys.stdin:
     if "wait" in request:
         print(json.dumps(wait(request["wait"], request["seconds"])), flush=True)
         continue
+    gc.freeze()  # or the first collection in a fork copies every page that holds an object
     pid = os.fork()
     if pid == 0:
         run(request)

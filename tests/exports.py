@@ -55,19 +55,19 @@ def make_patches(count: int = 2) -> np.ndarray:
 
 
 @functools.cache
-def mini_export() -> Path:
-    """An export folder (read-only, please)."""
+def mini_export(seed: int = 0) -> Path:
+    """An export folder (read-only, please); another seed is another network."""
     from autosam3d.export import export_model
 
     folder = Path(tempfile.mkdtemp(prefix="autosam3d-export-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    export_model(loaded(), folder / "export")
+    export_model(loaded(Convolutions(seed)), folder / "export")
     return folder / "export"
 
 
-def copied(folder: Path) -> Path:
-    """A copy of the export that a test may spoil."""
-    return Path(shutil.copytree(mini_export(), folder / "export"))
+def copied(folder: Path, export: Path | None = None) -> Path:
+    """A copy of the export, or of another one, that a test may spoil."""
+    return Path(shutil.copytree(export or mini_export(), folder / "export"))
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

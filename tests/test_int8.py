@@ -27,7 +27,7 @@ from autosam3d.preprocess import prepare_ct
 from autosam3d.verify import verify_export
 from autosam3d.volume import Volume
 from command_line import contents, run, write_model
-from exports import LABELS, Convolutions, accept, edit, loaded, mini_export
+from exports import LABELS, Convolutions, accept, copied, edit, loaded, mini_export
 from mini_run import affine_of, blobs, environment
 
 GOLDEN = 9
@@ -63,12 +63,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     monkeypatch.setattr(int8, "_quantised", quantised)
 
 
-@pytest.fixture
-def with_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made_with_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export whose INT8 network is the float32 one."""
-    pretend(monkeypatch, mini_export() / "openvino.xml")
-    export_model(loaded(), tmp_path / "export", ct=volume(GOLDEN), int8=Scans(prepared(0), prepared(1, 2)))
-    return tmp_path / "export"
+    folder = tmp_path_factory.mktemp("int8") / "export"
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch, mini_export() / "openvino.xml")
+        export_model(loaded(), folder, ct=volume(GOLDEN), int8=Scans(prepared(0), prepared(1, 2)))
+    return folder
+
+
+@pytest.fixture
+def with_int8(made_with_int8: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    return copied(tmp_path, made_with_int8)
 
 
 # ------------------------------------------------------------------------------------------------ bounds
@@ -175,9 +183,8 @@ def test_the_command_line_refuses_with_one_line(tmp_path: Path, scans: list[Path
 def test_another_network_is_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    export_model(loaded(Convolutions(1)), tmp_path / "other")
-    pretend(monkeypatch, tmp_path / "other" / "openvino.xml")
-    folder = tmp_path / ("other" if overwrite else "export")
+    pretend(monkeypatch, mini_export(1) / "openvino.xml")
+    folder = copied(tmp_path, mini_export(1)) if overwrite else tmp_path / "export"
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=r"Dice of \w+_kidney against float32 is 0\.\d+, needed 0\.97") as caught:
         export_model(loaded(), folder, ct=volume(GOLDEN), int8=Scans(prepared(0), prepared(1)), overwrite=overwrite)
@@ -189,9 +196,8 @@ def test_bold_int8_is_left_where_it_is_out_of_bounds_or_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`weights` is the float32 network here, `activations` another one, or none; both are said to be fast."""
-    export_model(loaded(Convolutions(1)), tmp_path / "other")
-    exact = mini_export() / "openvino.xml"
-    made = {"weights": exact, "activations": tmp_path / "other" / "openvino.xml"}
+    exact, other = (export / "openvino.xml" for export in (mini_export(), mini_export(1)))
+    made = {"weights": exact, "activations": other}
 
     def quantised(at: Path, folder: Path, way: str, *args: object) -> Path:
         if made[way] is None:
@@ -199,7 +205,7 @@ def test_bold_int8_is_left_where_it_is_out_of_bounds_or_cannot_be_made(
         return made[way]
 
     monkeypatch.setattr(int8, "_quantised", quantised)
-    seconds = {exact: 1.0, tmp_path / "other" / "openvino.xml": 0.5}
+    seconds = {exact: 1.0, other: 0.5}
     monkeypatch.setattr(int8._Judge, "cpu_seconds", lambda self, xml, window: seconds.get(xml, 1.0))
     for case, way, ratio in (("worse", "weights", 1.0), ("none", "weights", 1.0), ("same", "activations", 0.5)):
         if case == "none":
@@ -258,9 +264,8 @@ def test_verify_judges_int8_by_its_own_bounds(with_int8: Path, tmp_path: Path) -
     row = verify_export(with_int8, 1).rows[-1]
     assert row.logit_share > 1e-3 and not row.faults()
     # Another network: its organs are named.
-    export_model(loaded(Convolutions(1)), tmp_path / "other")
     for suffix in (".xml", ".bin"):
-        exchange(tmp_path / "other" / f"openvino{suffix}", with_int8 / f"openvino_int8{suffix}")
+        exchange(mini_export(1) / f"openvino{suffix}", with_int8 / f"openvino_int8{suffix}")
     accept(with_int8, "openvino_int8.xml", "openvino_int8.bin")
     assert "against float32 is 0." in run("verify", with_int8).demand_error("PARITY", 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -123,19 +124,13 @@ def kill_often(folder: Path, run: Path, kills: int, seed: int) -> int:
     return hit
 
 
-def test_killed_at_random_moments_the_run_ends_with_the_same_weights(folder: Path, whole: Path,
-                                                                    tmp_path: Path) -> None:
-    assert kill_often(folder, tmp_path / "run", kills=5, seed=0) >= 4
+@pytest.mark.parametrize(("seed", "kills"), [(0, 5), (1, 10), (2, 10)])
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(
+    folder: Path, whole: Path, tmp_path: Path, seed: int, kills: int
+) -> None:
+    assert kill_often(folder, tmp_path / "run", kills, seed) >= kills // 2
     demand_equal(tmp_path / "run", whole)
     assert not [p.name for p in (tmp_path / "run").iterdir() if ".tmp-" in p.name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_killed_at_many_random_moments(folder: Path, whole: Path, tmp_path: Path,
-                                       seed: int) -> None:
-    assert kill_often(folder, tmp_path / "run", kills=10, seed=seed) >= 5
-    demand_equal(tmp_path / "run", whole)
 
 
 def test_with_workers_it_is_the_same_run_and_killed_it_starts_at_once_again(folder: Path, whole: Path,
@@ -279,14 +274,34 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def two_processes(folder: Path, recipe: Path, run: Path) -> list[str]:
-    return in_two("train", recipe, "--data", folder / "data", "--out", run, "--device", "cpu", "--sam",
-                  folder / "sam.safetensors")
+def training(folder: Path, recipe: Path, run: Path) -> list[str | Path]:
+    return ["train", recipe, "--data", folder / "data", "--out", run, "--device", "cpu", "--sam",
+            folder / "sam.safetensors"]
 
 
-def in_two(*command: str | Path) -> list[str]:
+def by_torchrun(*command: str | Path) -> list[str]:
+    """The command in two processes, as a user starts them."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
             "--master-port", str(free_port()), "-m", "autosam3d", *map(str, command)]
+
+
+def as_torchrun(port: int, rank: int) -> dict[str, str]:
+    """What `torchrun` would set for one of two processes, without its own start."""
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "RANK": str(rank),
+            "LOCAL_RANK": str(rank)}
+
+
+def run_in_two(*command: str | Path) -> None:
+    """The command in two processes that have everything imported."""
+    port = free_port()
+    ranks = [command_line.start(*command, env=as_torchrun(port, rank)) for rank in (0, 1)]
+    try:
+        for done in [rank.wait(200) for rank in ranks]:
+            assert done.code == 0, done.err
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def recipe_of_batch(path: Path, batch_size: int, **changes: object) -> Path:
@@ -298,8 +313,8 @@ def recipe_of_batch(path: Path, batch_size: int, **changes: object) -> Path:
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_double_batch(folder: Path, tmp_path: Path) -> None:
     single, double = (recipe_of_batch(tmp_path / f"{n}.yaml", n) for n in (1, 2))
-    done = subprocess.run(two_processes(folder, single, tmp_path / "two"), env=environment(), capture_output=True,
-                          text=True, timeout=200)
+    done = subprocess.run(by_torchrun(*training(folder, single, tmp_path / "two")), env=environment(),
+                          capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     alone = command_line.run("train", double, "--data", folder / "data", "--out", tmp_path / "one", "--device", "cpu",
                 "--threads", "1", "--sam", folder / "sam.safetensors")
@@ -320,8 +335,7 @@ def test_two_processes_distil_as_one_with_the_double_batch(folder: Path, tmp_pat
             alone = command_line.run(*command, "--threads", "1")
             assert alone.code == 0, alone.err
             continue
-        done = subprocess.run(in_two(*command), env=environment(), capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        run_in_two(*command)
     demand_alike(tmp_path / "two", tmp_path / "one")
     answers = [sorted(p.relative_to(tmp_path / cache) for p in (tmp_path / cache).glob("*/teacher-*.npy"))
                for cache in ("two_cache", "one_cache")]
@@ -407,14 +421,12 @@ for victim, name, count, number in (
 @pytest.mark.slow
 def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(_STOPPED_RANKS)
-    port = str(free_port())
-    # What `torchrun` would set, without its own start.
-    shared = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                         GROUP_WORLD_SIZE="1", GROUP_RANK="0", TORCHELASTIC_RUN_ID="stop",
-                         PYTHONPATH=str(Path(__file__).parent))
+    port = free_port()
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    shared = environment(PYTHONPATH=path)
     ranks = [subprocess.Popen([sys.executable, str(tmp_path / "ranks.py"), str(folder), str(tmp_path)],
-                              env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-                              text=True) for rank in (0, 1)]
+                              env=shared | as_torchrun(port, rank), stderr=subprocess.PIPE, text=True)
+             for rank in (0, 1)]
     try:
         for process in ranks:
             _, error = process.communicate(timeout=150)
@@ -442,12 +454,10 @@ def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) ->
 def test_one_process_of_two_killed_ends_both_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of_batch(tmp_path / "mini.yaml", 1, sampling__patches_per_volume=4)
     expected, run = tmp_path / "whole", tmp_path / "run"
-    done = subprocess.run(two_processes(folder, recipe, expected), env=environment(), capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_in_two(*training(folder, recipe, expected))
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = len(log_rows(run)) if (run / "log.csv").exists() else 1
-        with subprocess.Popen(two_processes(folder, recipe, run), env=environment(), stderr=subprocess.PIPE,
+        with subprocess.Popen(by_torchrun(*training(folder, recipe, run)), env=environment(), stderr=subprocess.PIPE,
                               text=True) as process:
             end = time.monotonic() + 120
             while not (run / "log.csv").exists() or len(log_rows(run)) < before + 2:
@@ -458,7 +468,5 @@ def test_one_process_of_two_killed_ends_both_and_resumes_bit_for_bit(folder: Pat
             subprocess.run(["kill", f"-{int(number)}", str(victim)], check=True)
             process.communicate(timeout=60)
         assert process.returncode != 0
-    done = subprocess.run(two_processes(folder, recipe, run), env=environment(), capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_in_two(*training(folder, recipe, run))
     demand_equal(run, expected)

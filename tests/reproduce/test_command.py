@@ -19,7 +19,7 @@ from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentatio
 from autosam3d.reproduce import runner, study
 from autosam3d.reproduce.cost import TrainingCost
 from autosam3d.volume import Segmentation, Volume
-from command_line import run
+from command_line import load_once, run
 from mini_run import LABELS, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
 from tiny_sam import SIZES, states
 
@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sequence[str]]]:
     """Stages are forked from a process that has everything imported; a step costs what the test says."""
     called: list[Sequence[str]] = []
+    load_once("autosam3d.models.baselines")  # MONAI, 3 s
 
     def call(self: Any, planned: Any, command: Sequence[str], worker: Any) -> str | None:
         called.append(command)
