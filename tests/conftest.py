@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Generator
@@ -12,6 +13,11 @@ import pytest
 # What `segment` keeps in the user's cache stays out of it, and out of the next run of the tests.
 CACHE = tempfile.TemporaryDirectory(prefix="autosam3d-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
+# What tests make once for all workers lies here: the process that starts the workers names the folder and removes it.
+SHARED = None
+if "AUTOSAM3D_TESTS" not in os.environ:
+    SHARED = tempfile.TemporaryDirectory(prefix="autosam3d-tests-")
+    os.environ["AUTOSAM3D_TESTS"] = SHARED.name
 
 REPO = Path(__file__).resolve().parents[1]
 REAL_DATA = REPO.parent / "shared" / "data"
@@ -31,12 +37,39 @@ MAY_BE_SKIPPED = ("real CT", "nnunetv2", "(extra mobile)", "needs node", "POSIX"
                   "another way")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what all imports left behind is not looked through by every collection
+
+
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if not (os.environ.get("AUTOSAM3D_CI") and report.skipped) or hasattr(report, "wasxfail"):
         return
     reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
     if not any(word in reason for word in MAY_BE_SKIPPED):
         report.outcome, report.longrepr = "failed", f"skipped where nothing may be: {reason}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow files first, dealt to the workers of pytest-xdist: what one takes from another at the end is short then."""
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    if count == 1:
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:  # the browser's tests share a site and a browser
+        groups.setdefault("web" if item.path.name.startswith("test_web") else str(item.path), []).append(item)
+    cost = {name: sum(item.get_closest_marker("slow") is not None for item in group) for name, group in groups.items()}
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    load = [0] * count
+    for name in sorted(filter(cost.get, groups), key=lambda name: -cost[name]):
+        least = load.index(min(load))
+        parts[least] += groups[name]
+        load[least] += cost[name]
+    rest = [item for name, group in groups.items() if not cost[name] for item in group]
+    for index, part in enumerate(parts):  # each worker begins with as many tests as any other
+        size = (len(items) - sum(map(len, parts[:index]))) // (count - index) - len(part)
+        part += rest[: max(size, 0)]
+        del rest[: max(size, 0)]
+    items[:] = [item for part in parts for item in part]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from autosam3d.checkpoint import LoadedModel
 from autosam3d.io.files import sha256_of
 from autosam3d.model_file import meta_text, sealed
+from made_once import made_once
 from mini_run import mini_recipe
 
 SIZE = (16, 16, 16)
@@ -59,10 +58,7 @@ def mini_export(seed: int = 0) -> Path:
     """An export folder (read-only, please); another seed is another network."""
     from autosam3d.export import export_model
 
-    folder = Path(tempfile.mkdtemp(prefix="autosam3d-export-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    export_model(loaded(Convolutions(seed)), folder / "export")
-    return folder / "export"
+    return made_once(f"mini_export_{seed}", lambda folder: export_model(loaded(Convolutions(seed)), folder))
 
 
 def copied(folder: Path, export: Path | None = None) -> Path:

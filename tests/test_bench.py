@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,13 @@ def test_a_bench_without_a_scan_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_bench_compares_labels_at_the_same_windows(tmp_path: Path) -> None:
+def test_a_whole_bench_compares_labels_at_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("monai")
+    # Processes of their own as ever, but from one that has imported torch and MONAI once for all four.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["autosam3d.bench", "autosam3d.checkpoint", "autosam3d.models.autosam",
+                                    "monai.inferers.utils"])
+    monkeypatch.setattr(bench_module.multiprocessing, "get_context", lambda way: context)
     result = bench_module.bench(mini_model(), scan(tmp_path), ["torch"], overlap=0.25, threads=1)
     rows = result["rows"]
     assert list(rows) == ["torch", *monai_module.BASELINES] and result["settings"] == {"overlap": 0.25, "threads": 1}

@@ -28,6 +28,7 @@ from autosam3d.verify import verify_export
 from autosam3d.volume import Volume
 from command_line import contents, run, write_model
 from exports import LABELS, Convolutions, accept, copied, edit, loaded, mini_export
+from made_once import made_once
 from mini_run import affine_of, blobs, environment
 
 GOLDEN = 9
@@ -64,13 +65,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made_with_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_with_int8() -> Path:
     """An export whose INT8 network is the float32 one."""
-    folder = tmp_path_factory.mktemp("int8") / "export"
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, mini_export() / "openvino.xml")
-        export_model(loaded(), folder, ct=volume(GOLDEN), int8=Scans(prepared(0), prepared(1, 2)))
-    return folder
+        return made_once("int8", lambda folder: export_model(
+            loaded(), folder, ct=volume(GOLDEN), int8=Scans(prepared(0), prepared(1, 2))))
 
 
 @pytest.fixture

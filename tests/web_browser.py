@@ -21,6 +21,7 @@ from autosam3d.export_web import write_web_folder
 from autosam3d.exported import open_export
 from autosam3d.io.nifti_write import write_ct
 from autosam3d.phantom import make_phantom
+from made_once import made_once
 
 REPO = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("AUTOSAM3D_CHROMIUM") or shutil.which("chromium")
@@ -36,7 +37,7 @@ def absent(what: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def web_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def web_export() -> Path:
     """The packaged model, exported; AUTOSAM3D_WEB_EXPORT names a folder where that was done before."""
     if ready := os.environ.get("AUTOSAM3D_WEB_EXPORT"):
         return Path(ready)
@@ -45,9 +46,8 @@ def web_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from autosam3d.checkpoint import load_model
     from autosam3d.export import export_model
 
-    folder = tmp_path_factory.mktemp("web") / "export"
-    export_model(load_model(REPO / "src/autosam3d/weights/openkbp_tiny"), folder)
-    return folder
+    model = REPO / "src/autosam3d/weights/openkbp_tiny"
+    return made_once("web_export", lambda folder: export_model(load_model(model), folder))
 
 
 @pytest.fixture(scope="session")
