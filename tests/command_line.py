@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import encodings.ascii, gc, json, os, resource, signal, sys, time
+import encodings.ascii, gc, json, os, resource, runpy, signal, sys, time
 import PIL.Image, rich.progress, torch, torch.utils.tensorboard, typer.main
 import autosam3d.cli, autosam3d.train, autosam3d.describe, autosam3d.report, autosam3d.io.dicom, autosam3d.prepare
 import autosam3d.batch, autosam3d.checkpoint, autosam3d.overlay, autosam3d.phantom, autosam3d.model_choice
@@ -47,7 +47,11 @@ def run(request):
     sys.argv = ["autosam3d", *map(os.fsdecode, map(bytes.fromhex, request["args"]))]
     code = 99
     try:
-        autosam3d.cli.main()
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+            code = 0
+        else:
+            autosam3d.cli.main()
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -166,7 +170,7 @@ class CommandLine:
 
     def start(
         self, *args: object, cwd: Path | None = None, env: Mapping[str, str] | None = None,
-        limits: Mapping[str, int] | None = None, more_bytes: int | None = None,
+        limits: Mapping[str, int] | None = None, more_bytes: int | None = None, script: Path | None = None,
     ) -> Started:
         """See the function `start`."""
         self._count += 1
@@ -174,7 +178,7 @@ class CommandLine:
         pid = self.ask({
             "args": [os.fsencode(str(a)).hex() for a in args], "out": str(out), "err": str(err),
             "cwd": str(cwd or self._folder), "env": dict(env or {}), "limits": dict(limits or {}),
-            "more_bytes": more_bytes,
+            "more_bytes": more_bytes, "script": script and str(script),
         })
         return Started(pid, self, out, err)
 
@@ -202,6 +206,7 @@ def start(*args: object, **how: Any) -> Started:
         cwd, env: working folder, and variables beside those of the test.
         limits: of `resource.setrlimit`, by their names without RLIMIT_.
         more_bytes: address space beyond what the process has when it begins.
+        script: a Python file that is run with ARGS instead.
     """
     return _line().start(*args, **how)
 

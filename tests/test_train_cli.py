@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -292,10 +291,10 @@ def as_torchrun(port: int, rank: int) -> dict[str, str]:
             "LOCAL_RANK": str(rank)}
 
 
-def run_in_two(*command: str | Path) -> None:
-    """The command in two processes that have everything imported."""
+def run_in_two(*command: str | Path, script: Path | None = None) -> None:
+    """The command, or a script, in two processes that have everything imported."""
     port = free_port()
-    ranks = [command_line.start(*command, env=as_torchrun(port, rank)) for rank in (0, 1)]
+    ranks = [command_line.start(*command, env=as_torchrun(port, rank), script=script) for rank in (0, 1)]
     try:
         for done in [rank.wait(200) for rank in ranks]:
             assert done.code == 0, done.err
@@ -364,6 +363,7 @@ def demand_alike(two: Path, one: Path) -> None:
 _STOPPED_RANKS = """
 import json, logging, os, signal, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[3])
 import torch
 import autosam3d.data as data_module
 import autosam3d.train as train_module
@@ -421,19 +421,7 @@ for victim, name, count, number in (
 @pytest.mark.slow
 def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(_STOPPED_RANKS)
-    port = free_port()
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    shared = environment(PYTHONPATH=path)
-    ranks = [subprocess.Popen([sys.executable, str(tmp_path / "ranks.py"), str(folder), str(tmp_path)],
-                              env=shared | as_torchrun(port, rank), stderr=subprocess.PIPE, text=True)
-             for rank in (0, 1)]
-    try:
-        for process in ranks:
-            _, error = process.communicate(timeout=150)
-            assert process.returncode == 0, error
-    finally:
-        for process in ranks:
-            process.kill()
+    run_in_two(folder, tmp_path, Path(__file__).parent, script=tmp_path / "ranks.py")
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     stops = [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (None, 2), (None, 2)]
     for rank, told in enumerate((first, second)):
