@@ -223,6 +223,13 @@ def load_once(module: str) -> None:
 
 
 @functools.cache
+def warm(model: Path) -> None:
+    """Foresee the memory of `model` before the commands of this session, each of which takes a second for a network of
+    other operators than the mini model's."""
+    _line().ask({"warm": str(model)})
+
+
+@functools.cache
 def mini_model() -> Path:
     """A model folder (read-only, please) whose tiny network has random weights."""
     folder = _folder() / "model"

@@ -174,16 +174,16 @@ def test_the_browser_labels_as_python_does(opened: Any, web_export: Path, larger
 
 
 @pytest.mark.slow
-def test_without_threads_it_says_so_and_works(opened: Any, phantom: Path) -> None:
-    page = opened(service_workers="block")
+def test_without_threads_it_says_so_and_works(opened_mini: Any, phantom: Path) -> None:
+    page = opened_mini(service_workers="block")
     assert page.page.evaluate("crossOriginIsolated") is False
     assert page.segment(phantom).startswith("Done")
     assert "one thread" in page.page.text_content("#threads")
 
 
 @pytest.mark.slow
-def test_it_works_offline_after_the_first_visit(opened: Any, phantom: Path) -> None:
-    page = opened()
+def test_it_works_offline_after_the_first_visit(opened_mini: Any, phantom: Path) -> None:
+    page = opened_mini()
     assert page.isolated()
     page.context.set_offline(True)
     page.page.reload()
@@ -257,8 +257,8 @@ def _clip(page: Page) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_bad_scans_are_refused_in_words(opened: Any, phantom: Path, tmp_path: Path) -> None:
-    page = opened()
+def test_bad_scans_are_refused_in_words(opened_mini: Any, phantom: Path, tmp_path: Path) -> None:
+    page = opened_mini()
     cut = tmp_path / "cut.nii.gz"
     cut.write_bytes(phantom.read_bytes()[:-500])
     assert "cut or damaged" in page.segment(cut)

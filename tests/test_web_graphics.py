@@ -12,13 +12,10 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="needs the extra export")
 
-from autosam3d.export_web import write_web_folder
-from autosam3d.exported import open_export
 from autosam3d.io import read_segmentation
 from autosam3d.io.nifti_write import write_ct
 from autosam3d.phantom import make_phantom
-from exports import mini_export
-from web_browser import Page, absent, served
+from web_browser import MINI_ORGAN, Page, absent, served
 
 pytestmark = pytest.mark.slow
 _SOFTWARE_CARD = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
@@ -38,20 +35,6 @@ export const InferenceSession = {{ create: async (...words) => {{
   }} }};
 }} }};
 """
-
-
-@pytest.fixture(scope="module")
-def mini_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of three convolutions: SwiftShader needs minutes for a window of the packaged one."""
-    folder = tmp_path_factory.mktemp("mini") / "site"
-    write_web_folder(open_export(mini_export()), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def mini_address(mini_site: Path) -> Iterator[str]:
-    with served(mini_site) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +59,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(browser: Any, mini_address: str, scan: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     """What WebAssembly makes of the scan, in a browser without a card."""
-    page = Page(browser, mini_address, organ="right kidney", service_workers="block")
+    page = Page(browser, mini_address, MINI_ORGAN, service_workers="block")
     labels = _labels(page, scan, tmp_path_factory.mktemp("plain") / "plain.nii.gz")
     page.context.close()
     assert len(np.unique(labels)) > 1
@@ -84,7 +67,7 @@ def plain(browser: Any, mini_address: str, scan: Path, tmp_path_factory: pytest.
 
 
 def _page(browser: Any, address: str, **options: Any) -> Page:
-    page = Page(browser, address, organ="right kidney", **options)
+    page = Page(browser, address, MINI_ORGAN, **options)
     page.until("!document.querySelector('#graphics-choice').hidden")
     return page
 
@@ -99,7 +82,7 @@ def _asked_of_card(page: Page) -> list[str]:
 
 
 def test_without_a_card_there_is_no_choice(browser: Any, mini_address: str) -> None:
-    page = Page(browser, mini_address, organ="right kidney", service_workers="block")
+    page = Page(browser, mini_address, MINI_ORGAN, service_workers="block")
     assert not page.page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)")
     page.page.wait_for_timeout(300)
     assert not page.page.is_visible("#graphics-choice") and page.faults == []

@@ -95,9 +95,9 @@ def test_a_folder_of_slices_becomes_nifti_and_dicom_seg(
 
 
 def test_zips_and_drops_and_a_choice_of_series(
-    opened: Any, flat: Path, tmp_path: Path,
+    opened_mini: Any, flat: Path, tmp_path: Path,
 ) -> None:
-    page = opened()
+    page = opened_mini()
     assert page.isolated()
     ct_folder = write_series(tmp_path / "ct", flat)
     slices = {p.name: p.read_bytes() for p in sorted(ct_folder.iterdir())}
@@ -128,9 +128,9 @@ def test_zips_and_drops_and_a_choice_of_series(
     assert page.left_the_site() == [] and page.faults == []
 
 
-def test_compressed_slices(opened: Any) -> None:
+def test_compressed_slices(opened_mini: Any) -> None:
     """OpenJPEG is there under the page's policy and offline; what decoders make of pixels is tested in web/test."""
-    page = opened()
+    page = opened_mini()
     assert page.isolated()
     page.context.set_offline(True)
     assert page.drop(_vectors("00_good")).startswith("Done")
@@ -152,8 +152,8 @@ def _vectors(name: str) -> dict[str, bytes]:
     return {file: pool[at : at + size] for file, at, size in next(r for r in rows if r["name"] == name)["files"]}
 
 
-def test_by_keyboard_alone_on_a_phone(opened: Any, phantom: Path) -> None:
-    page = opened(viewport={"width": 390, "height": 844}, color_scheme="light")
+def test_by_keyboard_alone_on_a_phone(opened_mini: Any, phantom: Path) -> None:
+    page = opened_mini(viewport={"width": 390, "height": 844}, color_scheme="light")
     assert page.isolated()
     page.page.keyboard.press("Tab")
     assert page.page.evaluate("document.activeElement.className") == "skip"

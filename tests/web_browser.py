@@ -29,6 +29,8 @@ FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-backgrou
          "--disable-component-update", "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader",
          "--enable-unsafe-swiftshader"]
 WAIT_S = 240
+MINI_ORGAN = "right kidney"
+"""Of `mini_site`."""
 
 
 def absent(what: str) -> None:
@@ -57,6 +59,17 @@ def site(web_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def mini_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a network of three convolutions, for what is not about the network: SwiftShader needs minutes for a window
+    of the packaged one, WebAssembly a second."""
+    from exports import mini_export
+
+    folder = tmp_path_factory.mktemp("mini") / "site"
+    write_web_folder(open_export(mini_export()), folder)
+    return folder
+
+
 class _Silent(http.server.SimpleHTTPRequestHandler):
     """What `python -m http.server` gives out, without its log."""
 
@@ -81,6 +94,12 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def mini_address(mini_site: Path) -> Iterator[str]:
+    with served(mini_site) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """Starts Chromium with flags of the test's own."""
     if importlib.util.find_spec("playwright") is None:
@@ -101,7 +120,7 @@ def browser(chromium: Any) -> Any:
 class Page:
     """A page of its own, which remembers where requests went."""
 
-    def __init__(self, browser: Any, address: str, organ: str = "brainstem", **options: Any) -> None:
+    def __init__(self, browser: Any, address: str, organ: str, **options: Any) -> None:
         self.address = address
         self._loaded = f"document.querySelector('#model').textContent.includes('{organ}')"
         self._errors = pytest.importorskip("playwright.sync_api").Error
@@ -165,10 +184,24 @@ class Page:
 
 @pytest.fixture
 def opened(browser: Any, address: str) -> Iterator[Any]:
+    """Opens pages with the packaged model."""
+    with _opening(browser, address, "brainstem") as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def opened_mini(browser: Any, mini_address: str) -> Iterator[Any]:
+    """Opens pages with the small one."""
+    with _opening(browser, mini_address, MINI_ORGAN) as open_page:
+        yield open_page
+
+
+@contextlib.contextmanager
+def _opening(browser: Any, address: str, organ: str) -> Iterator[Any]:
     pages: list[Page] = []
 
     def open_page(**options: Any) -> Page:
-        pages.append(Page(browser, address, **options))
+        pages.append(Page(browser, address, organ, **options))
         return pages[-1]
 
     yield open_page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentatio
 from autosam3d.reproduce import runner, study
 from autosam3d.reproduce.cost import TrainingCost
 from autosam3d.volume import Segmentation, Volume
-from command_line import load_once, run
+from command_line import load_once, run, warm, write_model
+from made_once import made_once
 from mini_run import LABELS, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
 from tiny_sam import SIZES, states
 
@@ -41,11 +43,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def _student() -> Path:
+    """A network that differs from Table 4's students in its weights only."""
+    student = {"network": "swin_unetr", "patch_size": [32, 32, 32], "feature_size": 12}
+    return made_once("reproduced_student", lambda folder: write_model(folder, model=student))
+
+
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sequence[str]]]:
     """Stages are forked from a process that has everything imported; a step costs what the test says."""
     called: list[Sequence[str]] = []
-    load_once("autosam3d.models.baselines")  # MONAI
 
     def call(self: Any, planned: Any, command: Sequence[str], worker: Any) -> str | None:
         called.append(command)
@@ -79,6 +87,7 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.slow
 def test_table1_from_nothing_and_again(place: Path, at_once: list, capsys: pytest.CaptureFixture[str]) -> None:
+    load_once("autosam3d.models.baselines")  # MONAI
     out = reproduce(place, "table1")
     rows = rows_of(out / "table1.csv")
     assert [*rows] == ["nnU-Net", "nnFormer", "UNETR", "SwinUNETR", "AutoSAM Adapter"]
@@ -106,6 +115,7 @@ def demand_figure(out: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_table3_table4_and_figure_4_share_what_is_there(place: Path, at_once: list) -> None:
+    warm(_student())
     out = reproduce(place, "table3")
     assert [*rows_of(out / "table3.csv")] == ["AutoSAM Adapter", "without APG", "without MLAM", "without both"]
     trained = {Path(str(command[1])).parent.name for command in at_once if command[0] == "train"}
@@ -174,6 +184,7 @@ def test_the_plan_of_figure_1_embeds_nothing(place: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_failed_run_stops_no_other(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load_once("autosam3d.models.baselines")
     real = runner.stages
 
     def broken(run: Any, *rest: Any) -> Any:
