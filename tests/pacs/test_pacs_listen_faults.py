@@ -293,6 +293,14 @@ class NoSink:
     def put(self, path: Path) -> None: ...
 
 
+def test_a_stray_file_between_the_series_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".DS_Store").write_bytes(b"of a desktop")
+    (tmp_path / "00ff").mkdir()
+    incoming = Incoming(tmp_path)
+    assert set(incoming._series) == {"00ff"} and incoming_module.num_series(tmp_path) == 1
+    assert (tmp_path / ".DS_Store").read_bytes() == b"of a desktop"
+
+
 def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
     state = StateFolder(tmp_path / "state")
     for folder in (state.incoming, state.path / "jobs"):

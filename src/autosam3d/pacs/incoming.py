@@ -78,7 +78,7 @@ class Incoming:
         (folder / _RECEIVING).mkdir(mode=0o700, exist_ok=True)
         now = clock()
         self._series = {path.name: _Series({file.name for file in path.iterdir()}, now)
-                        for path in folder.iterdir() if path.name != _RECEIVING}
+                        for path in _series_folders(folder)}
 
     def open(self) -> tuple[Path, BinaryIO]:
         """A new file for an object that is coming in.
@@ -172,5 +172,10 @@ def is_no_room(error: OSError) -> bool:
 def num_series(folder: Path) -> int:
     """Series on disk, for those who look from outside."""
     with contextlib.suppress(OSError):
-        return sum(path.is_dir() and path.name != _RECEIVING for path in folder.iterdir())
+        return len(_series_folders(folder))
     return 0
+
+
+def _series_folders(folder: Path) -> list[Path]:
+    """Of all series; what else lies there, a file of the desktop's or an editor's, is left alone."""
+    return [path for path in folder.iterdir() if path.is_dir() and path.name != _RECEIVING]
