@@ -200,7 +200,7 @@ def test_sides_of_seams_one_by_one_are_the_windows(
     with torch.no_grad():
         expected = attention(tokens)
         monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-        monkeypatch.setattr(WindowAttention, "MAX_MAP", 3 * 343**2)  # a few windows at a time
+        monkeypatch.setattr(WindowAttention, "MAX_SIDE_MAP", 3 * 343**2)  # a few windows at a time
         torch.testing.assert_close(attention(tokens), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -31,8 +31,10 @@ class WindowAttention(nn.Module):
     published function has no mask for it.
     """
 
-    MAX_MAP = 1 << 22
-    """Entries of the tokens x tokens maps at a time in an exported graph: 16 MB of float32."""
+    MAX_MAP = 1 << 24
+    """Entries of the tokens x tokens maps at a time in a graph for phones: 64 MB of float32."""
+    MAX_SIDE_MAP = 1 << 22
+    """The same in an ONNX file: 16 MB."""
 
     def __init__(self, dim: int, num_heads: int, shifted: bool) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class WindowAttention(nn.Module):
         for side in cut.sides():
             asking, seen = side.rows(side.asking), side.rows(side.seen)
             bias_side = _pick(_pick(bias, 1, side.places(side.asking)), 2, side.places(side.seen))[:, None]
-            step = max(1, self.MAX_MAP // (len(q) * len(asking[0]) * len(seen[0])))
+            step = max(1, self.MAX_SIDE_MAP // (len(q) * len(asking[0]) * len(seen[0])))
             for start in range(0, len(asking), step):
                 qs, ks, vs = (_gather(t, rows[start : start + step]) for t, rows in zip(
                     (q, k, v), (asking, seen, seen), strict=True))  # heads V n c
