@@ -189,15 +189,21 @@ def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: l
 
 def _normal(ct_slice: CtSlice) -> np.ndarray:
     normal = np.cross(*ct_slice.orientation)
-    return normal / np.linalg.norm(normal)
+    return normal / np.sqrt(_along(normal, normal))
+
+
+def _along(vectors: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Inner products of [..., 3] with a direction, summed in this order, which the browser's code has, too: BLAS rounds
+    otherwise from machine to machine, and a voxel may hang on the last bit."""
+    return vectors[..., 0] * direction[0] + vectors[..., 1] * direction[1] + vectors[..., 2] * direction[2]
 
 
 def _places(slices: list[CtSlice]) -> list[list[CtSlice]]:
     """Slices in the order of their height, those in one place together."""
     normal = _normal(slices[0])
     places: list[list[CtSlice]] = []
-    for ct_slice in sorted(slices, key=lambda s: (float(s.position_lps @ normal), s.number)):
-        if places and abs(float((ct_slice.position_lps - places[-1][0].position_lps) @ normal)) < _SAME_PLACE_MM:
+    for ct_slice in sorted(slices, key=lambda s: (float(_along(s.position_lps, normal)), s.number)):
+        if places and abs(_along(ct_slice.position_lps - places[-1][0].position_lps, normal)) < _SAME_PLACE_MM:
             places[-1].append(ct_slice)
         else:
             places.append([ct_slice])
@@ -226,7 +232,7 @@ def _heights(stack: list[CtSlice], where: str, warnings: list[str]) -> tuple[np.
     """(millimetres above the first slice, of a stack without holes; columns and rows a millimetre that it leans)."""
     offsets = np.array([s.position_lps - stack[0].position_lps for s in stack])
     normal = _normal(stack[0])
-    heights = offsets @ normal
+    heights = _along(offsets, normal)
     lean = _lean(offsets - heights[:, None] * normal, heights, stack[0], where, warnings)
     _demand_complete(heights, where)
     return heights, lean
@@ -297,7 +303,7 @@ def _lean(sideways: np.ndarray, heights: np.ndarray, first: CtSlice, where: str,
             raise VolumeError("GANTRY_TILT", where, f"expected a gantry that is tilted by up to {_MAX_TILT:g} degrees, "
                               f"got {tilt:.1f}: the stack is sheared", "resample the series to a straight grid first")
         warnings.append(f"the gantry was tilted by {tilt:.1f} degrees; resampled to a straight grid")
-        return first.orientation @ lean / first.spacing_mm[::-1]
+        return _along(first.orientation, lean) / first.spacing_mm[::-1]
     raise VolumeError("MISALIGNED", where, f"slices are shifted sideways by up to {drift.max():.1f} mm",
                       "export the series again")
 
