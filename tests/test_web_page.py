@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ import make_dicom as bad
 from autosam3d.exported import load_exported, open_export
 from autosam3d.inference import segment
 from autosam3d.io import read_ct, read_segmentation
+from autosam3d.io.dicom_seg import write_dicom_seg
+from autosam3d.io.dicom_source import Algorithm, read_source_series
 from autosam3d.io.nifti_write import write_ct
+from autosam3d.labels import LabelMap
 from autosam3d.phantom import make_phantom
+from seg_frames import demand_equal_frames
 from web_browser import Page
 
 pytestmark = pytest.mark.slow
@@ -91,6 +96,36 @@ def test_a_folder_of_slices_becomes_nifti_and_dicom_seg(
             assert int(seg.get_volume(segment_numbers=[number]).array.sum()) == np.count_nonzero(theirs.labels == value)
             name = theirs.organs[int(value)].replace("_", " ")
             assert seg.get_segment_description(number).segment_label.lower() == name
+    assert page.left_the_site() == [] and page.faults == []
+
+
+def test_a_leaning_uneven_series_gets_its_labels_on_its_own_slices(opened_mini: Any, tmp_path: Path) -> None:
+    from exports import mini_export
+
+    slices = _vectors("52_53_tilted_uneven")
+    (tmp_path / "ct").mkdir()
+    for name, content in slices.items():
+        (tmp_path / "ct" / name).write_bytes(content)
+    page = opened_mini()
+    assert page.isolated()
+    assert page.drop(slices).startswith("Done"), page.outcome()
+    volume = read_ct(tmp_path / "ct")
+    assert len(volume.warnings) == 2
+    said = page.page.inner_text("#warnings").splitlines()
+    assert [warning for warning in volume.warnings if warning not in said] == []
+    ours = segment(volume, load_exported(open_export(mini_export()), "onnxruntime", 1))
+    theirs = read_segmentation(page.download("#nifti", tmp_path / "seg.nii.gz"))
+    assert np.allclose(theirs.affine, ours.affine, atol=1e-4)
+    assert np.mean(ours.labels == theirs.labels) >= 0.999
+    for row in page.download("#csv", tmp_path / "seg.csv").read_text().splitlines()[1:]:
+        label, _, voxels, ml, _ = row.split(",")
+        assert int(voxels) == np.count_nonzero(theirs.labels == int(label))
+        assert float(ml) == pytest.approx(ours.volume_ml(int(label)), rel=0.01)
+    meant = replace(ours, labels=theirs.labels)
+    write_dicom_seg(tmp_path / "ours.dcm", meant, read_source_series(tmp_path / "ct", volume.source),
+                    LabelMap(organs=("right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),)),
+                    Algorithm("autosam3d test", "1.2.3", "ab" * 32))
+    assert demand_equal_frames(page.download("#seg", tmp_path / "seg.dcm"), tmp_path / "ours.dcm") >= 12
     assert page.left_the_site() == [] and page.faults == []
 
 

@@ -315,7 +315,7 @@ def _across(ds: FileDataset, index: int) -> None:
 
 # What an operating system would run where a DICOM file had these for its preamble (CVE-2019-11687).
 PROGRAMS = (b"MZ\x90\0Doe".ljust(128, b"\x90"), b"\x7fELF\x02\x01\x01Doe".ljust(128, b"\x90"))
-_HEIGHTS_UNEVEN = [0, 3, 6.4, 9.1, 12, 15.3, 18, 21.5, 24, 27, 30.2, 33]
+HEIGHTS_UNEVEN = [0, 3, 6.4, 9.1, 12, 15.3, 18, 21.5, 24, 27, 30.2, 33]
 BROKEN: dict[str, tuple[Maker, str, int]] = {
     "45_empty_folder": (_empty, "NO_DICOM", 3),
     "45_no_dicom": (_no_dicom, "NO_DICOM", 3),
@@ -408,5 +408,5 @@ ODD: dict[str, tuple[Maker, str | None]] = {
     "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
 }
 TILTED: Maker = series(_tilt(13.5))
-UNEVEN: Maker = series(height=lambda i: _HEIGHTS_UNEVEN[i])
+UNEVEN: Maker = series(height=lambda i: HEIGHTS_UNEVEN[i])
 HTJ2K: Maker = series(_broken_jpeg(HTJ2KLossless))

@@ -3,11 +3,13 @@ import { createHash } from "node:crypto";
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { deflateRawSync, gunzipSync } from "node:zlib";
 import { describe, expect, it } from "vitest";
+import { asAcquired } from "../src/core/acquired.ts";
 import { cielab } from "../src/core/dicomCodes.ts";
 import { dicomSeg } from "../src/core/dicomSeg.ts";
 import { ChoiceError, readSeries, type DicomScan, type Source } from "../src/core/dicomSeries.ts";
 import { sourceSeries } from "../src/core/dicomSource.ts";
 import { AppError } from "../src/core/errors.ts";
+import { columnLengths, fromCanonical } from "../src/core/grid.ts";
 import { readNifti } from "../src/core/nifti.ts";
 import { labelsNifti } from "../src/core/niftiWrite.ts";
 import type { Organ } from "../src/core/model.ts";
@@ -27,7 +29,7 @@ const digest = (array: Float32Array | Uint8Array) =>
   createHash("sha256").update(new Uint8Array(array.buffer, array.byteOffset, array.byteLength)).digest("hex");
 
 type Row = { name: string; files: [string, number, number][]; code?: string; shape: number[]; affine: number[];
-  voxels: string; warnings: string[] };
+  voxels: string; acquired?: string; warnings: string[] };
 const bytesOf = ([, at, size]: [string, number, number]) => pool.slice(at, at + size);
 const row = (name: string): Row => vectors.series.find((r: Row) => r.name === name);
 
@@ -40,6 +42,9 @@ function read(given: Source[], series?: string): Promise<DicomScan> {
   return readSeries(given, { where: "scan", series, admit: () => undefined, progress: () => undefined, jpeg2000 });
 }
 
+/** As in `make_dicom_vectors.py` and tests/test_web_dicom.py. */
+const labelled = ({ voxels }: DicomScan) => Uint8Array.from(voxels, (hu) => (hu > 900 ? 3 : hu > 100 ? 2 : hu > 0 ? 1 : 0));
+
 const refused = vectors.series.filter((r: Row) => r.code);
 const sound = vectors.series.filter((r: Row) => !r.code);
 
@@ -51,6 +56,36 @@ describe("series", () => {
     expect(digest(scan.voxels)).toBe(r.voxels);
     // Python sees links; here only a zip has any.
     expect(scan.warnings).toEqual(r.warnings.filter((text) => !text.includes("link")));
+  });
+
+  it.each((sound as Row[]).filter((r) => r.acquired))("$name gives labels back to its own slices as Python does", async (r) => {
+    const scan = await read(sources(r));
+    const planes = asAcquired(fromCanonical(labelled(scan), scan.source), scan.source);
+    expect(planes.length).toBe(20 * 24 * scan.images.length);
+    expect(digest(planes)).toBe(r.acquired);
+    expect(scan.warnings.join()).toContain("resampled to");
+  });
+
+  it.each((sound as Row[]).filter((r) => /^(00_good|52|53)/.test(r.name)))("$name is admitted with all that it takes", async (r) => {
+    let told: [number[], number[], number] | null = null;
+    const admit = (...what: [number[], number[], number]) => { told = what; };
+    const scan = await readSeries(sources(r), { where: "scan", admit, progress: () => undefined, jpeg2000 });
+    const [shape, affine, bytes] = told!;
+    expect(shape).toEqual(scan.source.shape);
+    expect(columnLengths(affine)).toEqual(columnLengths(scan.source.affine));
+    const largest = Math.max(...r.files.map(([, , size]) => size));
+    expect(bytes).toBe(largest + (r.acquired ? 4 * 20 * 24 * r.files.length : 0));
+    const refuse = () => { throw new AppError("MEMORY", "scan", "too large", "crop it"); };
+    let reads = 0;
+    const given = sources(r).map((s) => ({ ...s, read: (limit: number) => (reads++, s.read(limit)) }));
+    await expect(readSeries(given, { where: "scan", admit: refuse, progress: () => undefined, jpeg2000 }))
+      .rejects.toMatchObject({ code: "MEMORY" });
+    // The start of each file and its tags, no pixels.
+    expect(reads).toBe(2 * r.files.length);
+  });
+
+  it("of a gantry that leans as none does is refused with the words of Python", async () => {
+    await expect(read(sources(row("52_beyond_gantries")))).rejects.toThrow(/up to 35 degrees, got 40\.0: the stack is sheared/);
   });
 
   it.each(refused as Row[])("$name is refused as $code", async (r) => {
@@ -198,9 +233,8 @@ describe("DICOM SEG", () => {
     { value: 4, name: "aorta", rgb: [230, 20, 30], snomed: "15825003" },
   ];
   const by = { name: "autosam3d test", version: "1.2.3", sha256: "ab".repeat(32) };
-  const labelled = ({ voxels }: DicomScan) => Uint8Array.from(voxels, (hu) => (hu > 900 ? 3 : hu > 100 ? 2 : hu > 0 ? 1 : 0));
 
-  it.each((sound as Row[]).filter((r) => !/uneven|no_uids/.test(r.name)))("of $name", async (r) => {
+  it.each((sound as Row[]).filter((r) => !/no_uids/.test(r.name)))("of $name", async (r) => {
     const scan = await read(sources(r));
     const labels = labelled(scan);
     const first = await scan.images[0]!.source.read(1e9);
@@ -219,14 +253,16 @@ describe("DICOM SEG", () => {
     writeFileSync(`${to}/seg.nii`, labelsNifti(labels, scan.source, null, organs));
   });
 
-  it("is not made of a scan that was resampled, nor of none", async () => {
-    const scan = await read(sources(row("53_uneven")));
-    const slices = scan.images.map((i) => i.slice);
-    const first = await scan.images[0]!.source.read(1e9);
-    expect(() => sourceSeries(slices, first, scan.source, "scan")).toThrow(/resampled/);
-    const good = await read(sources(row("00_good")));
-    const series = sourceSeries(good.images.map((i) => i.slice), first, good.source, "scan");
-    expect(dicomSeg(new Uint8Array(good.voxels.length), good.source, series, organs, by, new Date(0))).toBeNull();
+  it("is not made for slices that lie elsewhere than those of the scan, nor of no organ", async () => {
+    const first = bytesOf(row("00_good").files[0]!);
+    const [good, uneven, tilted] = await Promise.all(["00_good", "53_uneven", "52_tilted"].map((n) => read(sources(row(n)))));
+    const slicesOf = (scan: DicomScan) => scan.images.map((i) => i.slice);
+    for (const [one, other] of [[uneven, good], [good, uneven], [uneven, tilted]]) {
+      expect(() => sourceSeries(slicesOf(one!), first, other!.source, "scan")).toThrow(/lie elsewhere than/);
+    }
+    expect(() => sourceSeries(slicesOf(good!).slice(1), first, good!.source, "scan")).toThrow(/12 slices .* got 11 of 20 x 24/);
+    const series = sourceSeries(slicesOf(good!), first, good!.source, "scan");
+    expect(dicomSeg(new Uint8Array(good!.voxels.length), good!.source, series, organs, by, new Date(0))).toBeNull();
   });
 
   it("has the colours of Python", () => {

@@ -22,10 +22,11 @@ import numpy as np
 
 from autosam3d.errors import AutoSam3dError
 from autosam3d.io import read_ct
+from autosam3d.io.dicom_seg import planes_of
 from autosam3d.io.grid import grid_stored_as
 from autosam3d.io.nifti_write import write_ct
 from autosam3d.phantom import make_phantom
-from autosam3d.volume import Volume
+from autosam3d.volume import Segmentation, Volume
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "tests/badinput")]
@@ -59,7 +60,7 @@ class _Pool:
 def main() -> None:
     pool = _Pool()
     with tempfile.TemporaryDirectory() as scratch:
-        series = [*bad.BROKEN.items(), *bad.ODD.items(), ("53_uneven", (bad.UNEVEN,)), *_orientations(), *_compressed()]
+        series = [*bad.BROKEN.items(), *bad.ODD.items(), *_leaning(), *_orientations(), *_compressed()]
         rows = [_row(name, maker, Path(scratch) / f"b{i}", pool) for i, (name, (maker, *_)) in enumerate(series)]
         niftis = [_nifti(codes, Path(scratch), pool) for codes in _axis_codes()]
     places = pool.write()
@@ -82,8 +83,53 @@ def _row(name: str, maker: bad.Maker, folder: Path, pool: _Pool) -> dict[str, An
 
 def _read(path: Path) -> dict[str, Any]:
     volume = read_ct(path)
-    return {"shape": volume.shape, "affine": volume.affine.ravel().tolist(), "warnings": list(volume.warnings),
-            "voxels": hashlib.sha256(np.ascontiguousarray(volume.voxels_hu).tobytes()).hexdigest()}
+    row = {"shape": volume.shape, "affine": volume.affine.ravel().tolist(), "warnings": list(volume.warnings),
+           "voxels": hashlib.sha256(np.ascontiguousarray(volume.voxels_hu).tobytes()).hexdigest()}
+    resampled = volume.source is not None and volume.source.acquired is not None
+    return row | ({"acquired": _acquired_labels(volume)} if resampled else {})
+
+
+def _acquired_labels(volume: Volume) -> str:
+    """Of the labels that dicom.test.ts gives the voxels, on the slices that the scanner made."""
+    hu = volume.voxels_hu
+    labels = np.select([hu > 900, hu > 100, hu > 0], [3, 2, 1]).astype(np.uint8)
+    return hashlib.sha256(planes_of(Segmentation(labels, volume.affine, volume.source)).tobytes()).hexdigest()
+
+
+def _leaning() -> list[tuple[str, tuple[bad.Maker]]]:
+    """Of a tilted gantry, with uneven slices, more or fewer than the grid's, and with both; turned in their plane, so
+    that stacks lean along rows and columns to either side."""
+    even = [bad.SPACING[0] * i for i in range(bad.NUM_SLICES)]
+    more = np.cumsum([0, *[2, 2, 2.9] * 3, 2, 2]).tolist()
+    fewer = np.cumsum([0, *[3, 3, 2] * 3, 3, 3]).tolist()
+    return [("52_tilted", (bad.TILTED,)), ("53_uneven", (bad.UNEVEN,)),
+            ("52_whole_pixels", (bad.series(_whole_pixels),)),
+            ("52_tilted_turned", (_tilted(-24.0, 0.4, even),)), ("52_tilted_by_34", (_tilted(34.0, 2.5, even),)),
+            ("53_more_slices", (_tilted(0.0, 0.3, more),)), ("53_fewer_slices", (_tilted(0.0, -1.3, fewer),)),
+            ("52_53_tilted_uneven", (_tilted(11.0, -2.2, bad.HEIGHTS_UNEVEN),)),
+            ("52_53_feet_first", (_tilted(-17.0, 1.0, [-h for h in bad.HEIGHTS_UNEVEN]),))]
+
+
+def _whole_pixels(ds: Any, index: int) -> None:
+    """Half a pixel a slice along the rows and, but for a last bit too much, five pixels in all along the columns."""
+    x, y = -20.1 + 5 * bad.SPACING[2] * index / (bad.NUM_SLICES - 1), -30.25 + bad.SPACING[1] / 2 * index
+    ds.ImagePositionPatient = [f"{v:.8f}"[:16] for v in (x, y, 4.0 * index)]
+
+
+def _tilted(degrees: float, turn: float, heights: list[float]) -> bad.Maker:
+    """Slices every `heights` along the table of a gantry that is tilted about x, turned by `turn` in their plane; their
+    numbers are no integers."""
+    sine, cosine = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+    across, down = np.array([1.0, 0, 0]), np.array([0, cosine, -sine])
+    rows = np.cos(turn) * across + np.sin(turn) * down
+    columns = np.cos(turn) * down - np.sin(turn) * across
+
+    def place(ds: Any, index: int) -> None:
+        ds.ImageOrientationPatient = [f"{v:.12f}"[:16] for v in (*rows, *columns)]
+        ds.ImagePositionPatient = [f"{v:.8f}"[:16] for v in (-20.5, -30.25, 11.0 + heights[index])]
+        ds.RescaleSlope, ds.RescaleIntercept = "0.97", "-1000.3"
+
+    return bad.series(place)
 
 
 def _orientations() -> list[tuple[str, tuple[bad.Maker]]]:

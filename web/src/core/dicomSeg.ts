@@ -3,6 +3,7 @@
  *
  * The attributes are those of `io/dicom_seg.py`; frames without a voxel are left out, as there.
  */
+import { asAcquired, sliceShape } from "./acquired.ts";
 import { ANATOMICAL_STRUCTURE, cielab, organCode, organSide, organText, type Code } from "./dicomCodes.ts";
 import type { SourceSeries } from "./dicomSource.ts";
 import { AppError } from "./errors.ts";
@@ -30,21 +31,24 @@ interface Frame {
   position: number;
 }
 
-/** The bytes of the object; null where no organ has a voxel. `labels` are [z, y, x] on `grid`. */
+/** The bytes of the object; null where no organ has a voxel. `labels` are [z, y, x] on `grid`, the object's on the slices
+ * as they were acquired. */
 export function dicomSeg(labels: Uint8Array, grid: SourceGrid, series: SourceSeries, organs: Organ[], by: Algorithm,
   now: Date): Uint8Array | null {
-  const planes = fromCanonical(labels, grid);
-  const size = grid.shape[0] * grid.shape[1];
+  const planes = asAcquired(fromCanonical(labels, grid), grid);
+  const [columns, rows, depth] = sliceShape(grid);
+  const size = columns * rows;
   const found = new Set(planes);
   const present = organs.filter(({ value }) => found.has(value));
   if (present.length === 0) return null;
-  const { frames, bits } = packedFrames(planes, size, grid.shape[2], present);
+  const { frames, bits } = packedFrames(planes, size, depth, present);
   demandSame(bits, frames, planes, size, present);
   const told = [...series.slices.map((s) => s.uids.SOPInstanceUID), by.name, by.version, by.sha256, hex(sha256(planes)),
     ...present.map((o) => o.name)];
   const own = uid(["seg web", ...told]);
   const dataset = joinedItems(common(series, by, own, uid(["seg web series", ...told]), now), series.identity,
-    pixelModule(grid, frames.length, bits), references(series), groups(frames, series, grid, uid(["dimensions", ...told])),
+    pixelModule(columns, rows, frames.length, bits), references(series),
+    groups(frames, series, grid, uid(["dimensions", ...told])),
     item([0x00620001, "CS", "BINARY"], [0x00620013, "CS", "NO"], [0x20500020, "CS", "IDENTITY"],
       [0x00620002, "SQ", present.map((organ, i) => segment(organ, i + 1, by))]));
   return dicomFile(item([0x00020001, "OB", Uint8Array.of(0, 1)], [0x00020002, "UI", SEGMENTATION_STORAGE],
@@ -102,9 +106,9 @@ function common({ slices, seriesNumber, positionReference }: SourceSeries, by: A
     [0x00700084, "PN", ""]);
 }
 
-function pixelModule(grid: SourceGrid, frames: number, bits: Uint8Array): DicomItem {
+function pixelModule(columns: number, rows: number, frames: number, bits: Uint8Array): DicomItem {
   return item([0x00280002, "US", [1]], [0x00280004, "CS", "MONOCHROME2"], [0x00280008, "IS", String(frames)],
-    [0x00280010, "US", [grid.shape[1]]], [0x00280011, "US", [grid.shape[0]]], [0x00280100, "US", [1]],
+    [0x00280010, "US", [rows]], [0x00280011, "US", [columns]], [0x00280100, "US", [1]],
     [0x00280101, "US", [1]], [0x00280102, "US", [0]], [0x00280103, "US", [0]], [0x00282110, "CS", "00"],
     [0x7fe00010, "OB", bits]);
 }

@@ -1,12 +1,14 @@
 /**
  * A DICOM series in: the slices of one CT scan, put in order and into one volume, or refused with the reason.
  *
- * The counterpart of `io/dicom.py`, with its limits, codes and words.
+ * The counterpart of `io/dicom.py`, with its limits, codes and words. A series of a tilted gantry, or with uneven slices,
+ * is resampled to a straight and even grid, which remembers its slices.
  */
+import { movedBy, onGrid, straightGrid } from "./acquired.ts";
 import { JPEG_2000_LOSSLESS, parseSlice, type CtSlice } from "./dicomFile.ts";
 import { corrupt, isDicom } from "./dicomParse.ts";
 import { decodeHu, type DecodeSamples } from "./dicomPixels.ts";
-import { demandComplete, demandStraight, evenSlices, heightsOf, normalOf } from "./dicomStack.ts";
+import { normalOf, stackingOf } from "./dicomStack.ts";
 import { AppError, sizeText } from "./errors.ts";
 import { canonicalAffine, canonicalShape, checkAffine, checkExtent, columnLengths, sourceGrid, toCanonical,
   type Affine, type Triple } from "./grid.ts";
@@ -62,7 +64,8 @@ export interface ReadOrder {
   where: string;
   /** Of `SeriesChoice`. */
   series?: string;
-  /** Is told shape and affine before anything large is allocated; it throws where the scan is too large. */
+  /** Is told the grid's shape and affine, and the bytes of what else there is while it is filled, before anything large
+   * is allocated; it throws where the scan is too large. */
   admit: (shape: Triple, affine: Affine, bytes: number) => void;
   progress: (done: number, total: number) => void;
   /** Loads the decoder of JPEG 2000; called once, where a slice needs it. */
@@ -85,17 +88,16 @@ export async function readSeries(sources: Source[], order: ReadOrder): Promise<D
       "give the whole series");
   }
   const first = places[0]![0]!;
-  const heights = heightsOf(places.map((place) => place[0]!));
-  demandStraight(places.map((place) => place[0]!), heights, named);
-  demandComplete(heights, named);
-  const rough = affineOf(first, heights.at(-1)! / (heights.length - 1));
-  order.admit([first.columns, first.rows, places.length], rough, Math.max(...files.map((f) => f.size)));
-  const stored = await decoded(places, files, order, warnings);
-  const { voxels: planes, stepMm } = evenSlices(stored, first.rows * first.columns, heights, named, warnings);
-  const affine = checkAffine(affineOf(first, stepMm), named, "affine", warnings);
-  const fileShape: Triple = [first.columns, first.rows, planes.length / (first.rows * first.columns)];
-  checkExtent(affine, fileShape, named);
-  const source = sourceGrid(fileShape, affine);
+  const stacking = stackingOf(places.map((place) => place[0]!), named, warnings);
+  const grid = straightGrid(stacking, first.columns, first.rows);
+  const asStored = affineOf(first, stacking.stepMm);
+  // Slices that are resampled exist twice for a while, as they were and on the grid.
+  const slicesBytes = grid.acquired ? 4 * places.length * first.rows * first.columns : 0;
+  order.admit(grid.shape, asStored, Math.max(...files.map((f) => f.size)) + slicesBytes);
+  const planes = onGrid(await decoded(places, files, order, warnings), stacking, grid);
+  const affine = movedBy(checkAffine(asStored, named, "affine", warnings), grid.start);
+  checkExtent(affine, grid.shape, named);
+  const source = { ...sourceGrid(grid.shape, affine), acquired: grid.acquired };
   const shape = canonicalShape(source);
   const voxels = new Float32Array(planes.length);
   toCanonical(planes, source, voxels, (v) => v);

@@ -1,4 +1,5 @@
 /** What a DICOM object made from a series takes over from it: whose it is, and which images; `io/dicom_source.py`. */
+import { sliceShape, sliceStart } from "./acquired.ts";
 import { UIDS, type CtSlice } from "./dicomFile.ts";
 import { parseDicom } from "./dicomParse.ts";
 import { TAGS, tagLetters, tagText, type Keyword } from "./dicomTags.ts";
@@ -11,8 +12,8 @@ const CARRIED: [Keyword, string][] = [["PatientName", "PN"], ["PatientID", "LO"]
   ["PatientSex", "CS"], ["StudyDate", "DA"], ["StudyTime", "TM"], ["AccessionNumber", "SH"],
   ["ReferringPhysicianName", "PN"], ["StudyID", "SH"]];
 const UID = /^[0-2](\.(0|[1-9]\d*))+$/;
-/** A slice may lie this share of a slice's distance from its place: what the reader calls even. */
-const EVEN_VOX = 0.06;
+/** Columns, rows and slices that a slice may lie from its place: what the reader calls straight and even. */
+const MAX_OFF_VOX = [0.5, 0.5, 0.06];
 
 export interface SourceSeries {
   /** One a slice along the normal. */
@@ -24,9 +25,9 @@ export interface SourceSeries {
   warnings: string[];
 }
 
-/** The series for an object on `grid`; RESAMPLED, TAG_MISSING or TAG_INVALID where none can refer to it. */
+/** The series for an object on `grid`; SERIES_CHANGED, TAG_MISSING or TAG_INVALID where none can refer to it. */
 export function sourceSeries(slices: CtSlice[], firstFile: Uint8Array, grid: SourceGrid, where: string): SourceSeries {
-  demandEven(slices, grid, where);
+  demandGrid(slices, grid, where);
   for (const slice of slices) for (const keyword of UIDS) checkUid(slice.uids[keyword], keyword, `${where}: file ${slice.number}`);
   if (new Set(slices.map((s) => s.uids.SOPInstanceUID)).size !== slices.length) {
     throw new AppError("TAG_INVALID", where, "several slices have one SOPInstanceUID, so none can be referred to",
@@ -52,18 +53,28 @@ export function sourceSeries(slices: CtSlice[], firstFile: Uint8Array, grid: Sou
     warnings: dropped.length ? [`not carried over, because the series has no valid value: ${dropped.join(", ")}`] : [] };
 }
 
-/** Each slice must lie on its own plane of the grid. */
-function demandEven(slices: CtSlice[], grid: SourceGrid, where: string) {
-  const [a, origin] = [grid.affine, [grid.affine[3]!, grid.affine[7]!, grid.affine[11]!]];
-  const step = [a[2]!, a[6]!, a[10]!];
-  const square = step.reduce((sum, v) => sum + v * v, 0);
-  const uneven = slices.some(({ position: [x, y, z] }, i) => {
-    const at = [-x, -y, z].reduce((sum, v, k) => sum + (v - origin[k]!) * step[k]!, 0) / square;
-    return Math.abs(at - i) > EVEN_VOX;
-  });
-  if (!uneven && slices.length === grid.shape[2]) return;
-  throw new AppError("RESAMPLED", where, "its slices are uneven and the scan was resampled, so labels belong to no slice "
-    + "of the series", "take the NIfTI file");
+/** Each slice must lie where the grid has it. */
+function demandGrid(slices: CtSlice[], grid: SourceGrid, where: string) {
+  const [columns, rows, count] = sliceShape(grid);
+  const first = slices[0]!;
+  if (slices.length !== count || first.rows !== rows || first.columns !== columns) {
+    throw new AppError("SERIES_CHANGED", where, `expected ${count} slices of ${rows} x ${columns} pixels, got `
+      + `${slices.length} of ${first.rows} x ${first.columns}`, "name the series that was segmented");
+  }
+  const a = grid.affine;
+  const axes = [0, 1, 2].map((c) => [a[c]!, a[4 + c]!, a[8 + c]!]);
+  const isPlaced = ({ position: [x, y, z] }: CtSlice, k: number) => {
+    const start = sliceStart(grid, k);
+    const off = [-x, -y, z].map((v, r) => v - a[4 * r + 3]! - dot(a.slice(4 * r, 4 * r + 3), start));
+    return axes.every((axis, c) => Math.abs(dot(off, axis) / dot(axis, axis)) <= MAX_OFF_VOX[c]!);
+  };
+  if (slices.every(isPlaced)) return;
+  throw new AppError("SERIES_CHANGED", where, "its slices lie elsewhere than those that were segmented",
+    "name the series that was segmented");
+}
+
+function dot(v: number[], w: number[]): number {
+  return v.reduce((sum, n, i) => sum + n * w[i]!, 0);
 }
 
 function checkUid(text: string, keyword: string, where: string) {

@@ -1,4 +1,5 @@
-/** How the slices of a series lie above each other: straight, complete and even, or refused. */
+/** How the slices of a series lie above each other: complete, straight or leaning, even or nearly so, or refused. */
+import type { Pair, Stacking } from "./acquired.ts";
 import type { CtSlice } from "./dicomFile.ts";
 import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
@@ -9,44 +10,54 @@ const MAX_GAP_SHARE = 0.2;
 const MAX_UNEVEN = 2;
 /** Positions are rounded when written; within this share of the spacing they are even. */
 const EVEN_TOLERANCE = 0.05;
+/** Degrees. Gantries tilt by up to 30; beyond, positions are rather wrong than leaning. */
+const MAX_TILT = 35;
 
 export function normalOf({ orientation: [a, b] }: CtSlice): Triple {
-  const n = [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]];
-  const length = Math.sqrt(n[0]! * n[0]! + n[1]! * n[1]! + n[2]! * n[2]!);
+  const n: Triple = [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]];
+  const length = Math.sqrt(along(n, n));
   return n.map((v) => v / length) as Triple;
 }
 
-function offsetsOf(stack: CtSlice[]): Triple[] {
-  return stack.map((s) => s.position.map((v, i) => v - stack[0]!.position[i]!) as Triple);
-}
-
-/** Millimetres above the first slice. */
-export function heightsOf(stack: CtSlice[]): number[] {
+/** How the slices lie above each other: refused, or what a grid is made by. */
+export function stackingOf(stack: CtSlice[], where: string, warnings: string[]): Stacking {
   const n = normalOf(stack[0]!);
-  return offsetsOf(stack).map((o) => o[0] * n[0] + o[1] * n[1] + o[2] * n[2]);
+  const offsets = stack.map((s) => s.position.map((v, i) => v - stack[0]!.position[i]!) as Triple);
+  const heightsMm = offsets.map((o) => along(o, n));
+  const sideways = offsets.map((o, i) => o.map((v, axis) => v - heightsMm[i]! * n[axis]!) as Triple);
+  const lean = leanOf(sideways, heightsMm, stack[0]!, where, warnings);
+  demandComplete(heightsMm, where);
+  return { heightsMm, lean, ...stepOf(heightsMm, where, warnings) };
 }
 
-/** The stack must rise along the normal; a tilted gantry lets it lean. */
-export function demandStraight(stack: CtSlice[], heights: number[], where: string) {
-  const first = stack[0]!;
-  const n = normalOf(first);
-  const sideways = offsetsOf(stack).map((o, i) => o.map((v, axis) => v - heights[i]! * n[axis]!));
+/** Summed in this order in Python, too, so that both have the same bits. */
+function along(v: Triple, direction: Triple): number {
+  return v[0] * direction[0] + v[1] * direction[1] + v[2] * direction[2];
+}
+
+/** Columns and rows a millimetre of height: 0 where the stack rises along the normal, else a tilted gantry's. */
+function leanOf(sideways: Triple[], heights: number[], first: CtSlice, where: string, warnings: string[]): Pair {
   const drift = Math.max(...sideways.map((v) => Math.hypot(...v)));
   const top = heights.at(-1)!;
   // Lean as a ratio, with room for rounding of the written positions.
-  if (drift <= Math.max(SAME_DIRECTION * top, 0.1 * Math.min(...first.spacingMm))) return;
-  const lean = sideways.at(-1)!.map((v) => v / top);
+  if (drift <= Math.max(SAME_DIRECTION * top, 0.1 * Math.min(...first.spacingMm))) return [0, 0];
+  const lean = sideways.at(-1)!.map((v) => v / top) as Triple;
   const off = Math.max(...sideways.map((v, i) => Math.max(...v.map((s, axis) => Math.abs(s - heights[i]! * lean[axis]!)))));
-  if (off <= 0.5 * Math.min(...first.spacingMm)) {
-    const tilt = (Math.atan(Math.hypot(...lean)) * 180) / Math.PI;
-    throw new AppError("GANTRY_TILT", where, `the gantry was tilted by ${tilt.toFixed(1)} degrees, the volume is sheared`,
-      "resample the series to an orthogonal grid first, for example with a gantry-tilt correction");
+  if (off > 0.5 * Math.min(...first.spacingMm)) {
+    throw new AppError("MISALIGNED", where, `slices are shifted sideways by up to ${drift.toFixed(1)} mm`,
+      "export the series again");
   }
-  throw new AppError("MISALIGNED", where, `slices are shifted sideways by up to ${drift.toFixed(1)} mm`,
-    "export the series again");
+  const tilt = (Math.atan(Math.hypot(...lean)) * 180) / Math.PI;
+  if (tilt > MAX_TILT) {
+    throw new AppError("GANTRY_TILT", where, `expected a gantry that is tilted by up to ${MAX_TILT} degrees, got `
+      + `${tilt.toFixed(1)}: the stack is sheared`, "resample the series to a straight grid first");
+  }
+  warnings.push(`the gantry was tilted by ${tilt.toFixed(1)} degrees; resampled to a straight grid`);
+  const [row, column] = first.orientation;
+  return [along(row, lean) / first.spacingMm[1], along(column, lean) / first.spacingMm[0]];
 }
 
-export function demandComplete(heights: number[], where: string) {
+function demandComplete(heights: number[], where: string) {
   const gaps = gapsOf(heights);
   const usual = median(gaps);
   const wide = gaps.flatMap((gap, i) => (gap > MAX_GAP * usual ? [i] : []));
@@ -58,12 +69,11 @@ export function demandComplete(heights: number[], where: string) {
     "export the series again, whole");
 }
 
-/** Voxels on even slices, and their distance. */
-export function evenSlices(voxels: Float32Array, plane: number, heights: number[], where: string, warnings: string[]
-): { voxels: Float32Array; stepMm: number } {
+/** Millimetres between slices of an even grid, and whether the slices lie on it. */
+function stepOf(heights: number[], where: string, warnings: string[]): { stepMm: number; isEven: boolean } {
   const gaps = gapsOf(heights);
   const stepMm = heights.at(-1)! / gaps.length;
-  if (heights.every((h, i) => Math.abs(h - stepMm * i) <= EVEN_TOLERANCE * stepMm)) return { voxels, stepMm };
+  if (heights.every((h, i) => Math.abs(h - stepMm * i) <= EVEN_TOLERANCE * stepMm)) return { stepMm, isEven: true };
   const [least, most] = [Math.min(...gaps), Math.max(...gaps)];
   const spread = `slices are ${short(least)} to ${short(most)} mm apart`;
   if (most > MAX_UNEVEN * least) {
@@ -71,17 +81,7 @@ export function evenSlices(voxels: Float32Array, plane: number, heights: number[
   }
   const step = median(gaps);
   warnings.push(`${spread}; resampled to ${short(step)} mm`);
-  const count = Math.floor(heights.at(-1)! / step + 1e-6) + 1;
-  const out = new Float32Array(count * plane);
-  for (let i = 0; i < count; i++) {
-    let above = heights.findIndex((h) => h >= i * step);
-    above = Math.min(Math.max(above < 0 ? heights.length : above, 1), heights.length - 1);
-    const share = (i * step - heights[above - 1]!) / (heights[above]! - heights[above - 1]!);
-    const weight = Math.min(Math.max(share, 0), 1);
-    const [a, b] = [(above - 1) * plane, above * plane];
-    for (let k = 0; k < plane; k++) out[i * plane + k] = (1 - weight) * voxels[a + k]! + weight * voxels[b + k]!;
-  }
-  return { voxels: out, stepMm: step };
+  return { stepMm: step, isEven: false };
 }
 
 function gapsOf(heights: number[]): number[] {

@@ -3,6 +3,7 @@
  *
  * Everything that touches axis order is in this module. Affines are 16 numbers, row by row.
  */
+import type { AcquiredSlices } from "./acquired.ts";
 import { AppError } from "./errors.ts";
 
 export type Triple = [number, number, number];
@@ -22,6 +23,8 @@ export interface SourceGrid {
   affine: Affine;
   axisOf: Triple;
   flipped: [boolean, boolean, boolean];
+  /** Of a DICOM series whose slices lean or lie unevenly; null where they are the grid's own. */
+  acquired: AcquiredSlices | null;
 }
 
 export function columnLengths(affine: Affine): Triple {
@@ -69,7 +72,7 @@ export function sourceGrid(shape: Triple, affine: Affine): SourceGrid {
     flipped[out] = r[3 * out + axis]! < 0;
     for (const c of [0, 1, 2]) r[3 * out + c] = 0;
   }
-  return { shape, affine, axisOf, flipped };
+  return { shape, affine, axisOf, flipped, acquired: null };
 }
 
 /** (z, y, x) of the array in memory. */

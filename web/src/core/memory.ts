@@ -13,7 +13,7 @@ const UNKNOWN_DEVICE_GB = 4;
 export interface ScanSize {
   shape: Triple;
   affine: Affine;
-  /** Of the file, or of what exists of the files at once. */
+  /** Of the file, or of what exists of the files at once, and of slices that are to be resampled. */
   fileBytes: number;
 }
 
