@@ -12,6 +12,7 @@ import functools
 import gzip
 import http.server
 import importlib.util
+import math
 import platform
 import shutil
 import sys
@@ -44,10 +45,10 @@ WebAssembly.Memory = new Proxy(WebAssembly.Memory, {construct(kind, words) {
   const memory = new kind(...words); memories.push(memory); return memory; }});
 const ort = await import('./ort/ort.wasm.min.mjs');
 ort.env.wasm.wasmPaths = new URL('./ort/', location.href).href;
-window.bench = async (file, shape, threads, runs) => {
+window.bench = async (file, shape, threads, runs, level) => {
   ort.env.wasm.numThreads = threads;
   const session = await ort.InferenceSession.create(file,
-    {executionProviders: ['wasm'], graphOptimizationLevel: 'all'});
+    {executionProviders: ['wasm'], graphOptimizationLevel: level});
   let state = 1;
   const values = Float32Array.from({length: shape.reduce((a, b) => a * b)},
     () => (state = (state * 48271) % 2147483647) / 2147483647 - 0.5);
@@ -147,7 +148,8 @@ def _windows(chromium: Any, address: str, site: Path, options: argparse.Namespac
         page.goto(address + "bench.html")
         while page.title() != "ready":
             time.sleep(0.1)
-        order = [f"{address}bench.onnx", [1, 1, *size], options.threads, options.runs]
+        level = "disabled" if math.prod(size) > 1 << 18 else "all"  # as web/src/runtime.ts does it
+        order = [f"{address}bench.onnx", [1, 1, *size], options.threads, options.runs, level]
         found = page.evaluate("(order) => bench(...order)", order)
         context.close()
         text = " x ".join(map(str, size))

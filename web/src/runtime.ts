@@ -6,6 +6,10 @@ import type { Answer } from "./core/parity.ts";
 
 /** More threads than this share one window with little gain, and phones get hot. */
 const MAX_THREADS = 8;
+/** Windows of more voxels, 64^3, run the graph as it is. What ONNX Runtime works out beforehand stays in memory: at 96^3
+ * 623 MB, without it 452 MB, for 4 % of the time. At 32 x 64 x 64 there is room, and it would be 11 %.
+ * Source: benchmarks/results/web.md. */
+const MANY_VOXELS = 1 << 18;
 
 export interface Model {
   description: ModelDescription;
@@ -32,10 +36,11 @@ export async function openNetwork(folder: string, script: string, provider: "was
   ort.env.wasm.wasmPaths = folder;
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
+  const graphOptimizationLevel =
+    provider === "wasm" && patch[0] * patch[1] * patch[2] > MANY_VOXELS ? "disabled" : "all";
   let session: Ort.InferenceSession;
   try {
-    session = await ort.InferenceSession.create(onnx,
-      { executionProviders: [provider], graphOptimizationLevel: "all" });
+    session = await ort.InferenceSession.create(onnx, { executionProviders: [provider], graphOptimizationLevel });
   } catch (error) {
     throw explained(error, "the browser does not take the network");
   }
