@@ -83,7 +83,7 @@ def _simplify(model: Any) -> None:
 
     optimizer.fold_constants(model)
     rewriter.rewrite(model, [remove_optional_bias_from_conv_rule])
-    # Folding names its results without asking which names are taken, and constants are kept by name.
+    # Constants are kept by name from here on, so names come first.
     for tidy in (common.RemoveUnusedNodesPass(), common.NameFixPass(),
                  common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), common.OutputFixPass()):
         tidy(model)
