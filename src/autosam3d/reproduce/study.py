@@ -25,8 +25,8 @@ from autosam3d.reproduce.plan import RunSpec
 
 _VALIDATIONS = 3
 """Of a run with a budget."""
-_GRIDS_LOOKED_AT = 8
-"""Test cases, at most, that are read for the estimate."""
+_GRIDS_LOOKED_AT = 4
+"""Test cases, at most, that are read for the estimate: a large CT takes seconds, and every plan waits for them."""
 
 
 @dataclass(frozen=True)
