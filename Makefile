@@ -38,7 +38,7 @@ $(VENV)-mobile/.ok: $(VENV)/.ok constraints-mobile.txt
 	@touch $@
 
 test-mobile: $(VENV)-mobile/.ok
-	OMP_NUM_THREADS=1 $(VENV)-mobile/bin/python -m pytest -q -n 2 tests/test_mobile.py
+	OMP_NUM_THREADS=1 $(VENV)-mobile/bin/python -m pytest -q -n 2 tests/export/test_mobile.py
 
 lint: $(VENV)/.ok
 	$(PY) -m ruff check src tests benchmarks examples

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from autosam3d.models.attention import WindowAttention, offset_table, split_windows, window_seams
+from autosam3d.models.autosam.attention import WindowAttention, offset_table, split_windows, window_seams
 from measured import in_child, measure, write_result
 
 GRID, WINDOW, SHIFT, DIM, HEADS, SEED = (16, 16, 16), (8, 8, 8), (4, 4, 4), 768, 12, 0

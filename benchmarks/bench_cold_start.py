@@ -24,11 +24,11 @@ import sys, time
 started = time.process_time()
 from pathlib import Path
 import numpy as np
-import autosam3d.batch, autosam3d.io
+import autosam3d.scans.batch, autosam3d.io
 from autosam3d.io.memory import peak_bytes, resident_bytes
-from autosam3d.model_choice import ModelWish, open_model
+from autosam3d.scans.open_model import ModelWish, open_model
 if sys.argv[2] == "torch":
-    import torch, autosam3d.checkpoint
+    import torch, autosam3d.checkpoints.checkpoint
 else:
     __import__(sys.argv[2])
 imported, before = time.process_time() - started, resident_bytes()
@@ -75,11 +75,11 @@ def make_models(folder: Path, recipe: Any = None, prepare: Any = None) -> tuple[
     """
     import torch
 
-    from autosam3d import export
-    from autosam3d.checkpoint import load_model, save_checkpoint
+    from autosam3d.checkpoints.checkpoint import load_model, save_checkpoint
+    from autosam3d.export import export
+    from autosam3d.export.onnx_graph import with_half_weights
     from autosam3d.models.build import build_network
-    from autosam3d.onnx_graph import with_half_weights
-    from autosam3d.recipe import load_recipe, recipe_from_dict
+    from autosam3d.recipes.recipe import load_recipe, recipe_from_dict
 
     if recipe is None:
         tree = load_recipe("openkbp").as_dict()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autosam3d.models.mask_decoder import conv_enlarged
+from autosam3d.models.autosam.mask_decoder import conv_enlarged
 from measured import in_child, measure, write_result
 
 SEED = 0

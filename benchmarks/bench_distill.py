@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from autosam3d.checkpoint import save_checkpoint
-from autosam3d.dataset import open_dataset
-from autosam3d.distill import student_recipe
+from autosam3d.checkpoints.checkpoint import save_checkpoint
+from autosam3d.data.folder import open_dataset
+from autosam3d.data.phantom import write_phantom_dataset
 from autosam3d.models.build import build_network
-from autosam3d.phantom import write_phantom_dataset
-from autosam3d.recipe import Recipe, load_recipe
-from autosam3d.train import TeacherSource, train
+from autosam3d.recipes.recipe import Recipe, load_recipe
+from autosam3d.training.distill import student_recipe
+from autosam3d.training.train import TeacherSource, train
 from measured import write_result
 
 SEED, EDGE, CASES, EPOCHS = 0, 64, 4, 3

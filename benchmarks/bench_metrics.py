@@ -23,7 +23,7 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
-from autosam3d.metrics import evaluate_case
+from autosam3d.evaluation.metrics import evaluate_case
 
 SHAPE, SPACING_MM, TOLERANCES_MM, SEED = (160, 256, 256), (3.0, 1.5, 1.5), (1.0, 2.0), 0
 # About the 13 organs of BTCV, as radii in mm of balls of like volume; they are made ellipsoids and moved by the seed.

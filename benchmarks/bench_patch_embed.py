@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autosam3d.models.encoder import PatchEmbed
+from autosam3d.models.autosam.encoder import PatchEmbed
 from measured import in_child, measure, write_result
 
 DIM, SCALE, SEED = 768, 4, 0

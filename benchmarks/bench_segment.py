@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from autosam3d.inference import SegmentOptions, plan_memory, segment
+from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, stitch
+from autosam3d.geometry.preprocess import HuWindow, Preprocess, find_body, plan_grid, prepare_ct
+from autosam3d.geometry.restore import restore_labels
+from autosam3d.inference.pipeline import SegmentOptions, plan_memory, segment
 from autosam3d.labels import LabelMap
-from autosam3d.patches import Stitcher, Tiling, grid_starts, stitch
-from autosam3d.preprocess import HuWindow, Preprocess, find_body, plan_grid, prepare_ct
-from autosam3d.recipe import Recipe, load_recipe
-from autosam3d.restore import restore_labels
+from autosam3d.recipes.recipe import Recipe, load_recipe
 from autosam3d.volume import Volume
 
 RESULT = Path(__file__).parent / "results" / "segment.json"

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO / "tests/serve"), str(REPO / "tests")]
+sys.path[:0] = [str(REPO / "tests/services/serve"), str(REPO / "tests")]
 
 from load import Held, Load, burst  # noqa: E402
 from running import Running, running, until  # noqa: E402
 
-from autosam3d.certificate import cpu_name  # noqa: E402
+from autosam3d.export.certificate import cpu_name  # noqa: E402
 from serving import phantom_ct  # noqa: E402
 
 COUNT, RESULT = 200, REPO / "benchmarks/results/serve.md"

@@ -10,7 +10,7 @@ import time
 import torch
 
 from autosam3d.io.memory import peak_bytes, resident_bytes
-from autosam3d.slicewise.model import measure_seconds, random_sam, vit_sizes
+from autosam3d.studies.slicewise.model import measure_seconds, random_sam, vit_sizes
 from measured import write_result
 
 

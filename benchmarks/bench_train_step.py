@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from autosam3d.data import CropDataset, CropLoader, StepSampler, cache_cases
-from autosam3d.dataset import open_dataset
-from autosam3d.models.autosam import AutoSam
+from autosam3d.data.cache import CropDataset, CropLoader, StepSampler, cache_cases
+from autosam3d.data.folder import open_dataset
+from autosam3d.data.phantom import write_phantom_dataset
+from autosam3d.models.autosam.network import AutoSam
 from autosam3d.models.spec import AutoSamSpec
-from autosam3d.phantom import write_phantom_dataset
-from autosam3d.recipe import Augment, load_recipe
+from autosam3d.recipes.recipe import Augment, load_recipe
 from measured import in_child, measure, write_result
 
 SEED, EDGE = 0, 64

@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from autosam3d.checkpoint import load_model
-from autosam3d.export_web import write_web_folder
-from autosam3d.exported import load_exported, open_export
-from autosam3d.inference import segment
+from autosam3d.checkpoints.checkpoint import load_model
+from autosam3d.checkpoints.exported import load_exported, open_export
+from autosam3d.export.onnx_graph import onnx_model, with_half_weights
+from autosam3d.export.web import write_web_folder
+from autosam3d.inference.pipeline import segment
 from autosam3d.io import read_ct, read_segmentation, write_segmentation
-from autosam3d.onnx_graph import onnx_model, with_half_weights
 
 REPO = Path(__file__).resolve().parents[1]
 FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _exported(folder: Path) -> Path:
-    from autosam3d.export import export_model
+    from autosam3d.export.export import export_model
 
     export_model(load_model(), folder)
     return folder

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autosam3d.checkpoint import load_model
-from autosam3d.exported import FILES_OF, RUNTIMES, installed_backends, load_exported, open_export
-from autosam3d.golden import load_golden
-from autosam3d.onnx_graph import with_half_weights
-from autosam3d.parity import measure_parity
+from autosam3d.checkpoints.checkpoint import load_model
+from autosam3d.checkpoints.exported import FILES_OF, RUNTIMES, installed_backends, load_exported, open_export
+from autosam3d.export.golden import load_golden
+from autosam3d.export.onnx_graph import with_half_weights
+from autosam3d.export.parity import measure_parity
 
 ROUNDS = 4
 

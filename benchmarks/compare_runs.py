@@ -3,7 +3,7 @@
     python benchmarks/compare_runs.py students "tiny, KD=eval/tiny_kd" "tiny=eval/tiny_own"
 
 Each argument after the first is NAME=FOLDER of an `autosam3d evaluate`. Writes results/NAME.md and .csv (Dice per
-case). Differences are to the model named next, paired by case, as `autosam3d.statistics` tests them.
+case). Differences are to the model named next, paired by case, as `autosam3d.evaluation.statistics` tests them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import itertools
 import sys
 from pathlib import Path
 
-from autosam3d.scores import organ_scores, read_json
-from autosam3d.statistics import Estimate, Key, compare, estimate, over_organs, p_text, with_holm
+from autosam3d.evaluation.scores import organ_scores, read_json
+from autosam3d.evaluation.statistics import Estimate, Key, compare, estimate, over_organs, p_text, with_holm
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosam3d.checkpoint import load_model
-from autosam3d.data import CropDataset, cache_cases, with_background
-from autosam3d.dataset import open_dataset
-from autosam3d.losses import dice_ce_loss, teacher_mse
-from autosam3d.metrics import dice_per_label
-from autosam3d.teacher import cache_probabilities, load_teacher
+from autosam3d.checkpoints.checkpoint import load_model
+from autosam3d.data.cache import CropDataset, cache_cases, with_background
+from autosam3d.data.folder import open_dataset
+from autosam3d.evaluation.metrics import dice_per_label
+from autosam3d.training.losses import dice_ce_loss, teacher_mse
+from autosam3d.training.teacher import cache_probabilities, load_teacher
 from measured import write_result
 
 CROPS = 48

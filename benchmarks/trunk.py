@@ -60,9 +60,9 @@ def make_model(folder: Path, ct: Path, network: dict[str, Any]) -> None:
     """A run folder and an export."""
     import torch
 
+    from autosam3d.geometry.preprocess import prepare_ct
     from autosam3d.io import read_ct
-    from autosam3d.preprocess import prepare_ct
-    from autosam3d.recipe import load_recipe, recipe_from_dict
+    from autosam3d.recipes.recipe import load_recipe, recipe_from_dict
     from bench_cold_start import make_models
 
     tree = load_recipe("btcv").as_dict()
@@ -88,12 +88,12 @@ def run_row(folder: Path, name: str) -> dict[str, Any]:
     began, used = time.perf_counter(), time.process_time()
     from dataclasses import replace
 
-    import autosam3d.inference as inference
+    import autosam3d.inference.pipeline as inference
+    from autosam3d.geometry.patches import Tiling, grid_starts
+    from autosam3d.geometry.preprocess import plan_grid
     from autosam3d.io import read_ct, write_segmentation
     from autosam3d.io.memory import peak_bytes
-    from autosam3d.model_choice import ModelWish, open_model
-    from autosam3d.patches import Tiling, grid_starts
-    from autosam3d.preprocess import plan_grid
+    from autosam3d.scans.open_model import ModelWish, open_model
 
     which, backend, overlap, crop, air = ROWS[name]
     place = folder / which / ("run" if backend == "torch" else "export")

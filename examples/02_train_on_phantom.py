@@ -6,10 +6,10 @@
 import sys
 from pathlib import Path
 
-from autosam3d.dataset import open_dataset
-from autosam3d.phantom import write_phantom_dataset
-from autosam3d.recipe import load_recipe
-from autosam3d.train import Observer, train
+from autosam3d.data.folder import open_dataset
+from autosam3d.data.phantom import write_phantom_dataset
+from autosam3d.recipes.recipe import load_recipe
+from autosam3d.training.train import Observer, train
 
 folder, overrides = Path(sys.argv[1]), sys.argv[2:]
 

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import autosam3d
-from autosam3d.checkpoint import load_model
-from autosam3d.dataset import open_dataset
-from autosam3d.distill import student_recipe
-from autosam3d.export import export_model
-from autosam3d.exported import load_exported
-from autosam3d.train import Observer, TeacherSource, train
+from autosam3d.checkpoints.checkpoint import load_model
+from autosam3d.checkpoints.exported import load_exported
+from autosam3d.data.folder import open_dataset
+from autosam3d.export.export import export_model
+from autosam3d.training.distill import student_recipe
+from autosam3d.training.train import Observer, TeacherSource, train
 
 teacher, dataset, scan, folder = map(Path, sys.argv[1:5])
 

@@ -1,6 +1,6 @@
 """The real command line in milliseconds: `run` and `start` fork a process that has imported everything.
 
-In the fork runs `autosam3d.cli.main` with its own arguments, working folder, environment, resource limits, stdout,
+In the fork runs `autosam3d.cli.main.main` with its own arguments, working folder, environment, resource limits, stdout,
 stderr and exit code; nothing is replaced but that typer has read the signatures of the commands before. It is a
 process, so it can be killed, run out of memory or write into a full disk without harm to the test.
 """
@@ -26,12 +26,13 @@ from typing import Any
 _SERVER = """
 import encodings.ascii, gc, json, os, resource, runpy, signal, sys, time
 import PIL.Image, rich.progress, torch, torch.utils.tensorboard, typer.main
-import autosam3d.cli, autosam3d.train, autosam3d.describe, autosam3d.report, autosam3d.io.dicom, autosam3d.prepare
-import autosam3d.batch, autosam3d.checkpoint, autosam3d.overlay, autosam3d.phantom, autosam3d.model_choice
-import autosam3d.io.archive, autosam3d.models.autosam
+import autosam3d.cli.main, autosam3d.training.train, autosam3d.checkpoints.describe, autosam3d.evaluation.report
+import autosam3d.io.dicom.series, autosam3d.data.download, autosam3d.scans.batch, autosam3d.checkpoints.checkpoint
+import autosam3d.evaluation.overlay, autosam3d.data.phantom, autosam3d.scans.open_model
+import autosam3d.io.dicom.archive, autosam3d.models.autosam.network
 torch.set_num_threads(1)
 PIL.Image.init()
-command = typer.main.get_command(autosam3d.cli.app)  # 50 ms of reading signatures
+command = typer.main.get_command(autosam3d.cli.main.app)  # 50 ms of reading signatures
 typer.main.get_command = lambda app: command
 
 def run(request):
@@ -51,7 +52,7 @@ def run(request):
             runpy.run_path(request["script"], run_name="__main__")
             code = 0
         else:
-            autosam3d.cli.main()
+            autosam3d.cli.main.main()
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -79,7 +80,7 @@ for line in sys.stdin:
     request = json.loads(line)
     if "warm" in request:
         # The dry run that foresees a network's memory is slow the first time it meets an operator.
-        autosam3d.checkpoint.load_model(request["warm"]).predictor.activation_bytes(1)
+        autosam3d.checkpoints.checkpoint.load_model(request["warm"]).predictor.activation_bytes(1)
         print(json.dumps(None), flush=True)
         continue
     if "load" in request:
@@ -242,9 +243,9 @@ def write_model(folder: Path, seed: int = 0, model: Mapping[str, Any] | None = N
     """A model of `mini_recipe` with `changes`, or with another `model` section, as ``folder/best.json``."""
     import torch
 
-    from autosam3d.checkpoint import save_checkpoint
+    from autosam3d.checkpoints.checkpoint import save_checkpoint
     from autosam3d.models.build import build_network
-    from autosam3d.recipe import recipe_from_dict
+    from autosam3d.recipes.recipe import recipe_from_dict
     from mini_run import mini_recipe
 
     torch.manual_seed(seed)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosam3d.checkpoint import LoadedModel
+from autosam3d.checkpoints.checkpoint import LoadedModel
+from autosam3d.checkpoints.model_file import meta_text, sealed
 from autosam3d.io.files import sha256_of
-from autosam3d.model_file import meta_text, sealed
 from made_once import made_once
 from mini_run import mini_recipe
 
@@ -56,7 +56,7 @@ def make_patches(count: int = 2) -> np.ndarray:
 @functools.cache
 def mini_export(seed: int = 0) -> Path:
     """An export folder (read-only, please); another seed is another network."""
-    from autosam3d.export import export_model
+    from autosam3d.export.export import export_model
 
     return made_once(f"mini_export_{seed}", lambda folder: export_model(loaded(Convolutions(seed)), folder))
 

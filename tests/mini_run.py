@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from autosam3d.dataset import write_index
+from autosam3d.data.folder import write_index
 from autosam3d.io import write_ct, write_segmentation
 from autosam3d.io.files import sha256_of
 from autosam3d.labels import LabelMap
-from autosam3d.models.sam_weights import _expected_shapes
+from autosam3d.models.autosam.sam_weights import _expected_shapes
 from autosam3d.models.spec import VITS
-from autosam3d.recipe import Recipe, dump_recipe, recipe_from_dict
+from autosam3d.recipes.recipe import Recipe, dump_recipe, recipe_from_dict
 from autosam3d.volume import Segmentation, Volume
 
 LABELS = LabelMap(organs=("right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autosam3d import phantom
+from autosam3d.data import phantom
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = ["train.epochs=1", "optim.warmup_epochs=0", "sampling.patches_per_volume=1", "model.patch_size=[16, 32, 32]",

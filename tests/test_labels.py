@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosam3d.labels import _KNOWN, LabelMap, remap, remap_by_name
-from autosam3d.recipe import load_recipe, recipe_names
+from autosam3d.recipes.recipe import load_recipe, recipe_names
 
 SIDED = LabelMap(organs=("liver", "right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),))
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autosam3d.models.sam_names import POSITIONS, POSITIONS_TWIN, SamSizes
-from autosam3d.slicewise.model import SliceSam, random_sam
+from autosam3d.models.autosam.sam_names import POSITIONS, POSITIONS_TWIN, SamSizes
+from autosam3d.studies.slicewise.model import SliceSam, random_sam
 
 SIZES = SamSizes(
     image_size=64, token_size=8, embed_dim=16, num_blocks=3, num_heads=2, mlp_dim=40, attn_window=3,

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from autosam3d.export_web import write_web_folder
-from autosam3d.exported import open_export
-from autosam3d.io.nifti_write import write_ct
-from autosam3d.phantom import make_phantom
+from autosam3d.checkpoints.exported import open_export
+from autosam3d.data.phantom import make_phantom
+from autosam3d.export.web import write_web_folder
+from autosam3d.io.nifti.write import write_ct
 from made_once import made_once
 
 REPO = Path(__file__).resolve().parents[1]
@@ -45,8 +45,8 @@ def web_export() -> Path:
         return Path(ready)
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package, reason="needs the extra export")
-    from autosam3d.checkpoint import load_model
-    from autosam3d.export import export_model
+    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.export.export import export_model
 
     model = REPO / "src/autosam3d/weights/openkbp_tiny"
     return made_once("web_export", lambda folder: export_model(load_model(model), folder))

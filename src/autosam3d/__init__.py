@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autosam3d.checkpoint import load_model
-    from autosam3d.inference import segment
+    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.inference.pipeline import segment
     from autosam3d.io import read_ct, read_segmentation, write_segmentation
     from autosam3d.volume import Segmentation, Volume
 
@@ -21,10 +21,10 @@ __all__ = ["Segmentation", "Volume", "load_model", "read_ct", "read_segmentation
 _HOMES = {
     "Segmentation": "autosam3d.volume",
     "Volume": "autosam3d.volume",
-    "load_model": "autosam3d.checkpoint",
+    "load_model": "autosam3d.checkpoints.checkpoint",
     "read_ct": "autosam3d.io",
     "read_segmentation": "autosam3d.io",
-    "segment": "autosam3d.inference",
+    "segment": "autosam3d.inference.pipeline",
     "write_segmentation": "autosam3d.io",
 }
 

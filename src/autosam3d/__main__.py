@@ -1,4 +1,4 @@
-from autosam3d.cli import main
+from autosam3d.cli.main import main
 
 if __name__ == "__main__":
     main()

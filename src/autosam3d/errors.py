@@ -9,7 +9,7 @@
     ├── ResourceError        5   memory, disk, time
     └── BatchError           6   a folder was worked through and some cases failed
 
-A message is three facts: what was expected, what was found, what to do. `cli.py` prints it as one line,
+A message is three facts: what was expected, what was found, what to do. `cli` prints it as one line,
 ``error[CODE] where: fault; remedy``, and is the only module that turns it into an exit code.
 A caller's own bug stays ``ValueError`` or ``TypeError``.
 """

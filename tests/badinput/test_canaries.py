@@ -12,10 +12,10 @@ import make_dicom
 import pytest
 from make_nifti import BROKEN as BROKEN_NIFTI
 
-from autosam3d.checkpoint import load_model
+from autosam3d.checkpoints.checkpoint import load_model
 from autosam3d.errors import AutoSam3dError
 from autosam3d.io import read_ct
-from autosam3d.workers.scan import ScanJob, segment_scan
+from autosam3d.services.workers.scan import ScanJob, segment_scan
 from command_line import mini_model, run
 
 pytest.importorskip("highdicom", reason="the dicom extra is not installed")

@@ -10,17 +10,17 @@ import make_dicom
 import pytest
 from hostile_names import NAMES
 
-from autosam3d.batch import check_inputs
 from autosam3d.errors import AutoSam3dError, VolumeError
 from autosam3d.io import ReadOptions, read_ct
-from autosam3d.io.archive import unpacked_scan
+from autosam3d.io.dicom.archive import unpacked_scan
+from autosam3d.scans.batch import check_inputs
 from command_line import contents
 
 pytest.importorskip("highdicom", reason="the dicom extra is not installed")
 
-from autosam3d.io.dicom_identity import identify
-from autosam3d.io.dicom_source import read_source_series
-from autosam3d.pacs.ledger import job_id
+from autosam3d.io.dicom.identity import identify
+from autosam3d.io.dicom.source import read_source_series
+from autosam3d.services.pacs.ledger import job_id
 
 
 def test_members_of_archives_lead_nowhere(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autosam3d.checkpoints.model_file import content_sha256
 from autosam3d.io.files import sha256_of
-from autosam3d.model_file import content_sha256
 from command_line import mini_model, run, unchanged, write_model
 from mini_run import mini_recipe, write_mini_dataset, write_recipe, write_sam
 

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from autosam3d.recipe import dump_recipe
+from autosam3d.recipes.recipe import dump_recipe
 from command_line import mini_model, run, unchanged, write_model
 from mini_run import mini_recipe, write_mini_dataset, write_recipe
 

@@ -13,7 +13,7 @@ import pytest
 
 from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io import read_ct
-from autosam3d.io.archive import ZipLimits, unpack_zip, unpacked_scan
+from autosam3d.io.dicom.archive import ZipLimits, unpack_zip, unpacked_scan
 from command_line import contents, run
 from exports import mini_export
 from serving import dicom_folder, phantom_ct, zipped

@@ -20,8 +20,9 @@ pytest.importorskip("pydicom", reason="the dicom extra is not installed")
 import make_dicom as bad
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
-from autosam3d.io import ReadOptions, dicom_files, read_ct, read_segmentation, write_segmentation
-from autosam3d.io.dicom_tags import hashed
+from autosam3d.io import ReadOptions, read_ct, read_segmentation, write_segmentation
+from autosam3d.io.dicom import files as dicom_files
+from autosam3d.io.dicom.tags import hashed
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation
 

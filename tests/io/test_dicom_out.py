@@ -21,9 +21,11 @@ import pydicom
 from matplotlib.path import Path as Polygon
 
 from autosam3d.errors import AutoSam3dError, VolumeError
-from autosam3d.io import ReadOptions, dicom_rtstruct, dicom_seg, read_ct
-from autosam3d.io.dicom_codes import cielab
-from autosam3d.io.dicom_source import Algorithm, SourceSeries, read_source_series
+from autosam3d.io import ReadOptions, read_ct
+from autosam3d.io.dicom import rtstruct as dicom_rtstruct
+from autosam3d.io.dicom import seg as dicom_seg
+from autosam3d.io.dicom.codes import cielab
+from autosam3d.io.dicom.source import Algorithm, SourceSeries, read_source_series
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, Volume
 

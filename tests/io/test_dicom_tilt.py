@@ -15,9 +15,11 @@ import make_dicom as bad
 import pydicom
 
 from autosam3d.errors import VolumeError
-from autosam3d.io import dicom_rtstruct, dicom_seg, read_ct, read_segmentation, write_segmentation
-from autosam3d.io.dicom_source import Algorithm, read_source_series
-from autosam3d.io.outlines import filled
+from autosam3d.io import read_ct, read_segmentation, write_segmentation
+from autosam3d.io.dicom import rtstruct as dicom_rtstruct
+from autosam3d.io.dicom import seg as dicom_seg
+from autosam3d.io.dicom.outlines import filled
+from autosam3d.io.dicom.source import Algorithm, read_source_series
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from autosam3d.io.outlines import filled, outlines
+from autosam3d.io.dicom.outlines import filled, outlines
 
 
 def _area(outline: np.ndarray) -> float:

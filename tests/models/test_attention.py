@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosam3d.models.attention import (
+from autosam3d.models.autosam.attention import (
     WindowAttention,
     merge_windows,
     offset_table,
@@ -123,7 +123,7 @@ def test_merging_undoes_splitting(
 
 
 def test_bfloat16_on_a_cpu_is_as_close_as_bfloat16_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosam3d.models.attention import _ChunkedAttention
+    from autosam3d.models.autosam.attention import _ChunkedAttention
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, 64, width, requires_grad=True) for width in (40, 40, 32))

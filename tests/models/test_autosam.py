@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autosam3d.models.autosam import AutoSam
-from autosam3d.models.sam_weights import freeze_sam, frozen_names
+from autosam3d.models.autosam.network import AutoSam
+from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names
 from autosam3d.models.spec import AutoSamSpec
 
 SMALL: dict[str, Any] = {

@@ -13,7 +13,7 @@ from monai.networks.nets.unetr import UNETR
 from torch import Tensor, nn
 
 from autosam3d.errors import MissingExtraError
-from autosam3d.models.baselines import NnUnet, Unetr
+from autosam3d.models.baselines.monai import NnUnet, Unetr
 from autosam3d.models.build import build_network
 from autosam3d.models.parameters import count_parameters
 from autosam3d.models.spec import NetworkSpec, NnFormerSpec, NnUnetSpec, SwinUnetrSpec, UnetrSpec
@@ -174,7 +174,7 @@ def test_other_shapes_are_refused(spec: NetworkSpec, shape: tuple[int, ...]) -> 
 def test_without_monai_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.partition(".")[0] == "monai"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "autosam3d.models.baselines")
+    monkeypatch.delitem(sys.modules, "autosam3d.models.baselines.monai")
     with pytest.raises(MissingExtraError) as caught:
         build_network(NNUNET)
     assert caught.value.exit_code == 2 and "monai" in caught.value.fault and "[baselines]" in caught.value.remedy

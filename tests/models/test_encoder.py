@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autosam3d.models import spec as spec_module
-from autosam3d.models.adapter import SpatialAdapter
-from autosam3d.models.autosam import AutoSam
-from autosam3d.models.encoder import ImageEncoder, PatchEmbed, resize_line, resize_plane
-from autosam3d.models.sam_weights import load_sam
+from autosam3d.models.autosam.adapter import SpatialAdapter
+from autosam3d.models.autosam.encoder import ImageEncoder, PatchEmbed, resize_line, resize_plane
+from autosam3d.models.autosam.network import AutoSam
+from autosam3d.models.autosam.sam_weights import load_sam
 from autosam3d.models.spec import AutoSamSpec, VitSpec
 
 SMALL_SAM = VitSpec(embed_dim=24, num_blocks=4, num_heads=2, taps=(0, 1, 2, 3), pretrain_grid=16)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from autosam3d.models.baselines.nnformer import NnFormer, SelfAttention, SkipAttention
 from autosam3d.models.build import build_network
-from autosam3d.models.nnformer import NnFormer, SelfAttention, SkipAttention
 from autosam3d.models.spec import NnFormerSpec
 
 SPEC = NnFormerSpec(num_outputs=3, patch_size=(20, 24, 28), embed_dim=12, num_heads=(2, 3, 4), attn_windows=(4, 3, 2))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosam3d.models.mask_decoder import MaskDecoder, conv_enlarged
-from autosam3d.models.prompt_generator import PromptGenerator, instance_norm, resize
+from autosam3d.models.autosam.mask_decoder import MaskDecoder, conv_enlarged
+from autosam3d.models.autosam.prompt_generator import PromptGenerator, instance_norm, resize
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autosam3d.models.build import build_network
-from autosam3d.models.res_unet import ResUnet
 from autosam3d.models.spec import ResUnetSpec
+from autosam3d.models.students.res_unet import ResUnet
 
 
 def network(**settings: object) -> ResUnet:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from autosam3d.errors import CheckpointError
-from autosam3d.models.attention import resize_table
-from autosam3d.models.autosam import AutoSam
-from autosam3d.models.sam_weights import convert_sam_state, frozen_names, load_sam
+from autosam3d.models.autosam.attention import resize_table
+from autosam3d.models.autosam.network import AutoSam
+from autosam3d.models.autosam.sam_weights import convert_sam_state, frozen_names, load_sam
 from autosam3d.models.spec import VITS, AutoSamSpec
 
 transformers = pytest.importorskip("transformers")

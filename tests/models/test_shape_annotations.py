@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from autosam3d.models import adapter, attention, autosam, encoder, mask_decoder, prompt_generator
+from autosam3d.models.autosam import adapter, attention, encoder, mask_decoder, prompt_generator
+from autosam3d.models.autosam import network as autosam
 from autosam3d.models.spec import AutoSamSpec
 
 jaxtyping = pytest.importorskip("jaxtyping")

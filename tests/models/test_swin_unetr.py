@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from autosam3d.models import swin_attention
+from autosam3d.inference.openvino_runtime import openvino_core
 from autosam3d.models.build import build_network
 from autosam3d.models.instance_norm import norm_leaky
 from autosam3d.models.pointwise import double
 from autosam3d.models.spec import SwinUnetrSpec
-from autosam3d.models.swin_attention import WindowAttention, mix_windows, widen
-from autosam3d.models.swin_cut import Cut
-from autosam3d.models.swin_unetr import SwinUnetr
-from autosam3d.openvino_runtime import openvino_core
+from autosam3d.models.students import swin_attention
+from autosam3d.models.students.swin_attention import WindowAttention, mix_windows, widen
+from autosam3d.models.students.swin_cut import Cut
+from autosam3d.models.students.swin_unetr import SwinUnetr
 
 SwinUNETR = pytest.importorskip("monai.networks.nets.swin_unetr").SwinUNETR
 
@@ -256,7 +256,7 @@ def test_another_shape_is_refused() -> None:
 def exported() -> tuple[Any, np.ndarray, np.ndarray]:
     """The graph, a crop, and the logits that PyTorch has for it."""
     pytest.importorskip("onnxscript")
-    from autosam3d.onnx_graph import onnx_model
+    from autosam3d.export.onnx_graph import onnx_model
 
     _, ours = pair(12)
     ct = torch.randn(1, 1, 32, 32, 64, generator=torch.Generator().manual_seed(4))

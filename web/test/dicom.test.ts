@@ -20,7 +20,7 @@ import { zipMembers } from "../src/core/zip.ts";
 const folder = new URL("./vectors/", import.meta.url);
 const pool = new Uint8Array(gunzipSync(readFileSync(new URL("dicom.bin.gz", folder))));
 const vectors = JSON.parse(readFileSync(new URL("dicom.json", folder), "utf8"));
-/** Where the objects go that Python then reads (tests/test_web.py). */
+/** Where the objects go that Python then reads (tests/web/test_web.py). */
 const OUT = process.env.AUTOSAM3D_WEB_OUT;
 const wasm = new URL("../node_modules/@cornerstonejs/codec-openjpeg/dist/openjpegwasm_decode.wasm", import.meta.url);
 const openJpeg = jpeg2000Of(new Uint8Array(readFileSync(wasm)));
@@ -42,7 +42,7 @@ function read(given: Source[], series?: string): Promise<DicomScan> {
   return readSeries(given, { where: "scan", series, admit: () => undefined, progress: () => undefined, jpeg2000 });
 }
 
-/** As in `make_dicom_vectors.py` and tests/test_web_dicom.py. */
+/** As in `make_dicom_vectors.py` and tests/web/test_web_dicom.py. */
 const labelled = ({ voxels }: DicomScan) => Uint8Array.from(voxels, (hu) => (hu > 900 ? 3 : hu > 100 ? 2 : hu > 0 ? 1 : 0));
 
 const refused = vectors.series.filter((r: Row) => r.code);

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autosam3d.io.nifti import read_nifti_ct, read_nifti_labels
-from autosam3d.io.nifti_write import write_array, write_ct, write_segmentation
+from autosam3d.io.nifti.read import read_nifti_ct, read_nifti_labels
+from autosam3d.io.nifti.write import write_array, write_ct, write_segmentation
 from autosam3d.io.options import DEFAULTS, ReadOptions
 from autosam3d.volume import Segmentation, Volume
 
@@ -21,7 +21,7 @@ def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
         UsageError: SERIES_CHOICE, VOLUME_INDEX; MissingExtraError where DICOM support is not installed.
     """
     if Path(path).is_dir() and not str(path).lower().endswith((".nii", ".nii.gz")):
-        from autosam3d.io.dicom import read_dicom_series  # pydicom is optional and slow to import
+        from autosam3d.io.dicom.series import read_dicom_series  # pydicom is optional and slow to import
 
         return read_dicom_series(path, options)
     return read_nifti_ct(path, options)

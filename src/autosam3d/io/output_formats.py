@@ -8,7 +8,7 @@ from pathlib import Path
 
 import autosam3d
 from autosam3d.errors import UsageError
-from autosam3d.io.nifti_write import write_segmentation
+from autosam3d.io.nifti.write import write_segmentation
 from autosam3d.io.options import ReadOptions
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, SourceGrid
@@ -73,19 +73,19 @@ def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, opti
         settings: of the run, where UIDs are to follow from them.
 
     Raises:
-        VolumeError: as `dicom_source.read_source_series`. MissingExtraError.
+        VolumeError: as `io.dicom.source.read_source_series`. MissingExtraError.
     """
     if not form.is_dicom:
         return _write_nifti
-    from autosam3d.io.dicom_source import Algorithm, read_source_series  # pydicom is optional and slow to import
+    from autosam3d.io.dicom.source import Algorithm, read_source_series  # pydicom is optional and slow to import
 
     made_by = Algorithm(f"autosam3d {model}", autosam3d.__version__, sha256, settings)
     series = read_source_series(source, grid, options)
     if form is RTSTRUCT:
-        from autosam3d.io.dicom_rtstruct import write_rtstruct
+        from autosam3d.io.dicom.rtstruct import write_rtstruct
 
         return lambda path, labels, names: write_rtstruct(path, labels, series, names, made_by)
-    from autosam3d.io.dicom_seg import write_dicom_seg
+    from autosam3d.io.dicom.seg import write_dicom_seg
 
     kind = "labelmap" if form is SEG_LABELMAP else "binary"
     return lambda path, labels, names: write_dicom_seg(path, labels, series, names, made_by, kind)
@@ -98,4 +98,4 @@ def _write_nifti(path: Path, segmentation: Segmentation, labels: LabelMap) -> tu
 
 def _demand_extra() -> None:
     """MissingExtraError now rather than after minutes of work."""
-    import autosam3d.io.dicom_rtstruct  # noqa: F401
+    import autosam3d.io.dicom.rtstruct  # noqa: F401

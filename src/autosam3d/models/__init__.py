@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: AutoSAM, its students, the baselines."""

@@ -32,23 +32,23 @@ def build_network(spec: NetworkSpec, side_outputs: bool = False) -> nn.Module:
 
 def _build(spec: NetworkSpec) -> nn.Module:
     if isinstance(spec, AutoSamSpec):
-        from autosam3d.models.autosam import AutoSam
+        from autosam3d.models.autosam.network import AutoSam
 
         return AutoSam(spec)
     if isinstance(spec, SwinUnetrSpec):
-        from autosam3d.models.swin_unetr import SwinUnetr
+        from autosam3d.models.students.swin_unetr import SwinUnetr
 
         return SwinUnetr(spec)
     if isinstance(spec, ResUnetSpec):
-        from autosam3d.models.res_unet import ResUnet
+        from autosam3d.models.students.res_unet import ResUnet
 
         return ResUnet(spec)
     if isinstance(spec, NnFormerSpec):
-        from autosam3d.models.nnformer import NnFormer
+        from autosam3d.models.baselines.nnformer import NnFormer
 
         return NnFormer(spec)
     try:
-        from autosam3d.models.baselines import build_baseline
+        from autosam3d.models.baselines.monai import build_baseline
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("monai", "einops"):

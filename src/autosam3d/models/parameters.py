@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from autosam3d.models.autosam.sam_weights import frozen_names
 from autosam3d.models.build import build_network
-from autosam3d.models.sam_weights import frozen_names
 from autosam3d.models.spec import VITS, AutoSamSpec, NetworkSpec
 
 _TABLES = ("depth_embed", "rel_pos_d")

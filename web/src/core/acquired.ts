@@ -1,7 +1,7 @@
 /**
  * Slices as a scanner made them, and the straight, even grid that they are resampled to: there and back.
  *
- * The counterpart of `io/acquired.py`, rounded where NumPy rounds.
+ * The counterpart of `io/dicom/acquired.py`, rounded where NumPy rounds.
  */
 import type { Affine, SourceGrid, Triple } from "./grid.ts";
 

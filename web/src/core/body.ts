@@ -1,4 +1,4 @@
-/** The cuboid around the patient: `find_body` of `preprocess.py`, number for number. */
+/** The cuboid around the patient: `find_body` of `geometry/preprocess.py`, number for number. */
 import type { Triple } from "./grid.ts";
 
 const COARSE_MM = 5;

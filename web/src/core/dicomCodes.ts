@@ -1,4 +1,4 @@
-/** What an organ is called in DICOM objects: coded concepts, labels, colours; `io/dicom_codes.py` once more. */
+/** What an organ is called in DICOM objects: coded concepts, labels, colours; `io/dicom/codes.py` once more. */
 import type { Triple } from "./grid.ts";
 import type { Organ } from "./model.ts";
 
@@ -9,7 +9,7 @@ export const ANATOMICAL_STRUCTURE: Code = ["91723000", "SCT", "Anatomical struct
 const SIDES: Record<string, Code> = { right: ["24028007", "SCT", "Right"], left: ["7771000", "SCT", "Left"] };
 /** Concepts of the label table that name an organ of either side. */
 const EITHER_SIDE = new Set(["45289007"]);
-/** sRGB to XYZ and the white of both, as `dicom_codes.py` has them. */
+/** sRGB to XYZ and the white of both, as `io/dicom/codes.py` has them. */
 const RGB_TO_XYZ_D50 = [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169],
   [0.0139322, 0.0971045, 0.7141733]] as const;
 const WHITE_D50 = [0.96422, 1, 0.82521] as const;

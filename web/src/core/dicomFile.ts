@@ -1,5 +1,5 @@
 /**
- * One CT image of a DICOM series: the header that its place and its numbers depend on; `io/dicom_files.py` once more.
+ * One CT image of a DICOM series: the header that its place and its numbers depend on; `io/dicom/files.py` once more.
  *
  * Messages name a file by its place in the sorted folder, never by what stands in it.
  */

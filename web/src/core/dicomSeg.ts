@@ -1,7 +1,7 @@
 /**
  * DICOM SEG out: a segmentation as an object beside its series, one coded segment an organ, a bit a voxel.
  *
- * The attributes are those of `io/dicom_seg.py`; frames without a voxel are left out, as there.
+ * The attributes are those of `io/dicom/seg.py`; frames without a voxel are left out, as there.
  */
 import { asAcquired, sliceShape } from "./acquired.ts";
 import { ANATOMICAL_STRUCTURE, cielab, organCode, organSide, organText, type Code } from "./dicomCodes.ts";

@@ -1,7 +1,7 @@
 /**
  * A DICOM series in: the slices of one CT scan, put in order and into one volume, or refused with the reason.
  *
- * The counterpart of `io/dicom.py`, with its limits, codes and words. A series of a tilted gantry, or with uneven slices,
+ * The counterpart of `io/dicom/series.py`, with its limits, codes and words. A series of a tilted gantry, or with uneven slices,
  * is resampled to a straight and even grid, which remembers its slices.
  */
 import { movedBy, onGrid, straightGrid } from "./acquired.ts";

@@ -1,4 +1,4 @@
-/** What a DICOM object made from a series takes over from it: whose it is, and which images; `io/dicom_source.py`. */
+/** What a DICOM object made from a series takes over from it: whose it is, and which images; `io/dicom/source.py`. */
 import { sliceShape, sliceStart } from "./acquired.ts";
 import { UIDS, type CtSlice } from "./dicomFile.ts";
 import { parseDicom } from "./dicomParse.ts";

@@ -1,4 +1,4 @@
-/** NIfTI files in: header and voxels, distrusted as `io/nifti_header.py` and `io/nifti.py` distrust them. */
+/** NIfTI files in: header and voxels, distrusted as `io/nifti/header.py` and `io/nifti/read.py` distrust them. */
 import { AppError, sizeText } from "./errors.ts";
 import { canonicalAffine, canonicalShape, checkAffine, checkExtent, columnLengths, cornersApartVox, sourceGrid,
   toCanonical, type Affine, type SourceGrid, type Triple } from "./grid.ts";

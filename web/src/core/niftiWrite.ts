@@ -1,4 +1,4 @@
-/** NIfTI files out: labels on the very grid of their scan, with the bytes that `io/nifti_write.py` writes. */
+/** NIfTI files out: labels on the very grid of their scan, with the bytes that `io/nifti/write.py` writes. */
 import { fromCanonical, type Affine, type SourceGrid, type Triple } from "./grid.ts";
 import { HeaderFields } from "./nifti.ts";
 import type { Organ } from "./model.ts";

@@ -1,4 +1,4 @@
-/** Does one runtime say what another said? The measures of `parity.py` on one window, with the export's bounds. */
+/** Does one runtime say what another said? The measures of `export/parity.py` on one window, with the export's bounds. */
 import type { ModelDescription } from "./model.ts";
 
 /** Of one window: [K, D, H, W] each. */

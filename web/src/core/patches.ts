@@ -1,4 +1,4 @@
-/** Patch grid, Gaussian importance and stitching: the counterpart of `patches.py`. */
+/** Patch grid, Gaussian importance and stitching: the counterpart of `geometry/patches.py`. */
 import type { Triple } from "./grid.ts";
 import { roundHalfEven } from "./preprocess.ts";
 

@@ -1,4 +1,4 @@
-/** From a scan to the numbers a model sees: `plan_grid` and `prepare_ct` of `preprocess.py`, bit for bit. */
+/** From a scan to the numbers a model sees: `plan_grid` and `prepare_ct` of `geometry/preprocess.py`, bit for bit. */
 import { findBody, type Box } from "./body.ts";
 import type { Triple } from "./grid.ts";
 import type { ModelDescription } from "./model.ts";

@@ -1,5 +1,5 @@
 /**
- * Linear interpolation between two grids that cover the same extent, slice by slice; the counterpart of `resample.py`.
+ * Linear interpolation between two grids that cover the same extent, slice by slice; the counterpart of `geometry/resample.py`.
  *
  * Every step is rounded to float32 as NumPy rounds it, so that both give the same bits.
  */

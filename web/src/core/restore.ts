@@ -1,4 +1,4 @@
-/** From probabilities on the prepared grid to labels on the scan's own: `SlabRestorer` of `restore.py`, bit for bit. */
+/** From probabilities on the prepared grid to labels on the scan's own: `SlabRestorer` of `geometry/restore.py`, bit for bit. */
 import type { Triple } from "./grid.ts";
 import type { Slab } from "./patches.ts";
 import { boxShape, type Undo } from "./preprocess.ts";

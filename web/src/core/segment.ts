@@ -1,4 +1,4 @@
-/** From a prepared scan to labels: windows, one after another, stitched and restored; the line of `inference.py`. */
+/** From a prepared scan to labels: windows, one after another, stitched and restored; the line of `inference/pipeline.py`. */
 import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
 import type { ModelDescription } from "./model.ts";

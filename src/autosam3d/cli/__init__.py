@@ -1,0 +1,1 @@
+"""What a person types: all that prints, and alone in exiting."""

@@ -1,0 +1,132 @@
+"""``autosam3d nnunet``: the real nnU-Net v2 on a dataset of ours, in one command that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autosam3d.cli.console import on_task, one_line, progress_bars
+from autosam3d.errors import UsageError
+
+# An epoch on a CPU can take minutes: so often a line says that it is at work.
+STEP_LINE_S = 60.0
+
+
+def nnunet(
+    data: Annotated[Path, typer.Argument(help="Dataset folder in the nnU-Net v2 layout, with splits_final.json.")],
+    out: Annotated[Path, typer.Argument(help="Run folder: nnU-Net's own folders, predictions, evaluation.")],
+    preset: Annotated[str, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = "default",
+    configuration: Annotated[str, typer.Option(help="3d_fullres, 3d_lowres or 2d.")] = "3d_fullres",
+    fold: Annotated[int, typer.Option(help="Which split of splits_final.json.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Default nnU-Net's 1000.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for so long instead; the rate falls with it.")] = None,
+    iterations: Annotated[int, typer.Option(help="Steps of an epoch.")] = 250,
+    patch: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="A smaller crop, in voxels, than nnU-Net plans; "
+                                              "the result is named reduced.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Crops of a step, instead of the planned ones.")] = None,
+    tta: Annotated[bool, typer.Option(help="Predict with mirror images, as nnU-Net does.")] = True,
+    test: Annotated[bool, typer.Option(help="Also predict imagesTs.")] = True,
+    tolerance: Annotated[list[float] | None, typer.Option(help="NSD tolerance in mm; repeat it for several.")] = None,
+    python: Annotated[Path | None, typer.Option(help="bin/python of the environment that has nnunetv2; default this "
+                                                     "one.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 takes the cores of this process.")] = 0,
+) -> None:
+    """Plan, train and predict with the real nnU-Net v2, and evaluate it with our metrics and its own."""
+    import re
+
+    from autosam3d.studies.nnunet.evaluation import evaluate_run, write_result
+    from autosam3d.studies.nnunet.run import NnunetPlan, train_and_predict
+
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device):
+        raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, mps, cuda or cuda:N", "name one of these")
+    for mm in tolerance or ():
+        if not 0 <= mm < 1000:
+            raise UsageError("USAGE", f"--tolerance {mm:g}", "expected 0 to 1000 mm", "try 1")
+    plan = NnunetPlan(preset=preset, configuration=configuration, fold=fold, epochs=epochs, minutes=minutes,
+                      iterations=iterations, patch=_patch(patch), batch=batch, tta=tta)
+    with progress_bars() as bars:
+        view = _View(bars)
+        try:
+            result = train_and_predict(data, out, plan, python=python, device=device, threads=threads,
+                                       parts=("validation", "test") if test else ("validation",), on_told=view.on_told)
+        except (KeyboardInterrupt, SystemExit):
+            view.say(f"what is finished in {out} is kept; the same command goes on from here")
+            raise
+        scored = {}
+        for part in result.truth:
+            task = bars.add_task(f"comparing {part}", total=None)
+            scored[part] = evaluate_run(result, part, tolerances_mm=tuple(tolerance or (1.0,)), python=python,
+                                        threads=threads, progress=on_task(bars, task), on_told=view.on_told)
+    write_result(result)
+    size = " x ".join(map(str, result.patch))
+    typer.echo(f"{result.name} {result.nnunet}, {result.network} with {result.parameters / 1e6:.2f} M parameters, crop "
+               f"{size}, batch {result.batch}: {result.steps} steps in {result.minutes:.1f} min")
+    if result.reduced:
+        typer.echo(f"reduced: {'; '.join(result.reduced)}")
+    for part, (evaluation, agreement) in scored.items():
+        typer.echo(f"{part}, {evaluation.summary()}")
+        typer.echo(f"{part}: {agreement}")
+    typer.echo(f"wrote {out / 'predictions'}, {out / 'evaluation'} and {out / 'result.json'}")
+
+
+def _patch(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        z, y, x = (int(n) for n in text.split(","))
+    except ValueError:
+        raise UsageError("USAGE", f"--patch {text}", "expected three whole numbers Z,Y,X", "as 32,64,64") from None
+    return z, y, x
+
+
+class _View:
+    """Bars where stderr is a terminal, and a line for each thing that ends."""
+
+    def __init__(self, bars: Any) -> None:
+        self.bars = bars
+        self._task = bars.add_task("nnU-Net", total=None)
+        self._last, self._said_at = "", 0.0
+
+    def on_told(self, stage: str, told: dict[str, Any]) -> None:
+        kind = told["kind"]
+        if kind in ("step", "epoch"):
+            self.bars.update(self._task, description=f"training, loss {told['loss']:.3f}", total=1000,
+                             completed=round(1000 * told["share"]))
+        if kind in ("scan", "bar"):
+            self.bars.update(self._task, description=one_line(told.get("text") or f"predicting {told.get('name')}"),
+                             total=told["total"], completed=told["done"])
+        line = _line(stage, told)
+        if kind == "step" and time.monotonic() - self._said_at > STEP_LINE_S:
+            line = f"nnU-Net trains: {told['share']:.0%} of the budget, {told['steps']} steps, loss {told['loss']:.3f}"
+        if line and line != self._last:
+            self._last, self._said_at = line, time.monotonic()
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        self.bars.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(stage: str, told: dict[str, Any]) -> str | None:
+    match told["kind"]:
+        case "stage":
+            return f"nnU-Net {stage}: {told['text']}"
+        case "planned":
+            return (f"nnU-Net plans {told['network']} of {told['stages']} stages, crop "
+                    f"{' x '.join(map(str, told['patch']))} (planned {' x '.join(map(str, told['planned_patch']))}), "
+                    f"batch {told['batch']}, {' x '.join(f'{mm:.3g}' for mm in told['spacing_mm'])} mm")
+        case "network":
+            return f"nnU-Net trains {told['parameters'] / 1e6:.2f} M parameters"
+        case "epoch":
+            return (f"nnU-Net epoch {told['epoch']}: {told['share']:.0%} of the budget, {told['steps']} steps, loss "
+                    f"{told['loss']:.3f}, pseudo Dice {told['dice']:.3f}")
+        case "bar" if told["done"] % max(1, told["total"] // 4) == 0 and told["done"]:
+            return f"nnU-Net {stage}: {told['text']} {told['done']} of {told['total']}"
+        case "scan":
+            return f"nnU-Net predicts {told['done'] + 1} of {told['total']}: {told['name']}" if told["name"] else None
+        case "tail":
+            return "nnU-Net's last lines: " + " | ".join(told["lines"])
+    return None

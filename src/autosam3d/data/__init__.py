@@ -1,0 +1,1 @@
+"""Datasets: found, downloaded, invented; cases cached, cropped, augmented."""

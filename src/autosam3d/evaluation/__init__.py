@@ -1,0 +1,1 @@
+"""How good a segmentation is: scores, statistics, pictures, a report."""

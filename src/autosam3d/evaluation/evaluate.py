@@ -1,0 +1,291 @@
+"""A folder of predicted segmentations against a folder of true ones: pairs, grids and organ names, then scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from autosam3d.errors import UsageError, VolumeError
+from autosam3d.evaluation.metrics import evaluate_case
+from autosam3d.evaluation.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
+from autosam3d.io import ReadOptions, read_segmentation
+from autosam3d.io.options import DEFAULTS
+from autosam3d.labels import LabelMap
+from autosam3d.volume import Segmentation, same_grid
+
+__all__ = ["Evaluation", "case_name", "evaluate_folder", "read_pair", "write_csv", "write_json"]
+
+log = logging.getLogger(__name__)
+
+_ENDINGS = (".nii.gz", ".nii")
+# TotalSegmentator has 117; a CT or a picture has thousands.
+_MAX_UNNAMED = 256
+
+
+def evaluate_folder(
+    predictions: str | Path,
+    truth: str | Path,
+    *,
+    labels: LabelMap | Mapping[int, str] | None = None,
+    tolerances_mm: Sequence[float] = (1.0,),
+    ct_folder: str | Path | None = None,
+    options: ReadOptions = DEFAULTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a folder of predictions, or one file, against the truth.
+
+    Files pair by case name: ``CASE.nii.gz`` or ``CASE_0000.nii.gz``. Organs are `labels`; else those that the
+    predictions name; else those of the ``dataset.json`` beside the truth folder; else bare numbers. Where a side
+    names its organs, it is matched by name and may number them differently; organs that the truth's names lack are
+    not scored, and neither are, case by case, those that an ``annotated.json`` beside the truth folder lacks.
+
+    Args:
+        tolerances_mm: of the NSD; the first one is the headline.
+        ct_folder: scans for pictures; default the ``images*`` sibling of a ``labels*`` truth folder, if it exists.
+        options: for reading both sides.
+        progress: called with (done, total) before the first and after each case.
+
+    Raises:
+        UsageError: PATHS (a file against a folder), DUP_CASE (two files of one case).
+        VolumeError: NO_PAIRS; SHAPE or AFFINE_MISMATCH (more than 1e-3 voxel) between the two grids of a case;
+            LABEL_RANGE for values that no organ has; and what the reader raises. A missing prediction is no
+            exception, see `Evaluation.missing`.
+    """
+    predictions, truth, tolerances_mm = Path(predictions), Path(truth), tuple(float(t) for t in tolerances_mm)
+    predicted, true = _files_of(predictions, truth)
+    names = sorted(predicted.keys() & true.keys())
+    if not names:
+        raise VolumeError("NO_PAIRS", predictions, f"expected files named as in {truth} ({_few(sorted(true))}), got "
+                          f"{_few(sorted(predicted))}", "give both files of a case the same name")
+    missing, extra = sorted(true.keys() - predicted.keys()), sorted(predicted.keys() - true.keys())
+    warnings = []
+    if missing:
+        warnings.append(f"the truth has {counted(len(missing), 'case')} without a prediction: {_few(missing)}")
+    if extra:
+        warnings.append(f"{counted(len(extra), 'prediction')} without a truth left out: {_few(extra)}")
+    for warning in warnings:
+        log.warning("%s: %s", predictions, warning)
+    naming = _Naming(labels, truth if truth.is_dir() else truth.parent)
+    scans = _scans(Path(ct_folder) if ct_folder is not None else None, truth if truth.is_dir() else truth.parent)
+    cases = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(done, len(names))
+        cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name), options))
+    if progress is not None:
+        progress(len(names), len(names))
+    warnings += naming.warnings
+    finest_mm = min((min(case.spacing_mm) for case in cases), default=0.0)
+    for t in tolerances_mm:
+        if t < finest_mm:
+            warnings.append(f"NSD at {t:g} mm is below the voxel edges ({finest_mm:.2f} mm or more): only surface that "
+                            "coincides exactly counts")
+    return Evaluation(
+        cases=tuple(cases), organs=naming.used(), tolerances_mm=tolerances_mm,
+        predictions=predictions, truth=truth, missing=tuple(missing), extra=tuple(extra), warnings=tuple(warnings),
+    )
+
+
+def case_name(path: str | Path) -> str:
+    """``CASE`` of ``CASE.nii.gz`` and of nnU-Net's ``CASE_0000.nii.gz``."""
+    name = Path(path).name
+    for ending in _ENDINGS:
+        if name.lower().endswith(ending):
+            name = name[: -len(ending)]
+            break
+    return name.removesuffix("_0000")
+
+
+def read_pair(
+    case: CaseResult, organs: Mapping[int, str], options: ReadOptions = DEFAULTS
+) -> tuple[Segmentation, Segmentation]:
+    """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0."""
+    prediction, truth = (read_segmentation(path, options) for path in (case.prediction_path, case.truth_path))
+    naming = _Naming(organs, case.truth_path.parent, drop_unknown=True)
+    pair = naming.resolve(case.name, prediction, truth, (case.prediction_path, case.truth_path))[:2]
+    return replace(prediction, labels=pair[0], organs=dict(organs)), replace(truth, labels=pair[1], organs=dict(organs))
+
+
+class _Naming:
+    """Which number is which organ, on each side of each case."""
+
+    def __init__(
+        self, labels: LabelMap | Mapping[int, str] | None, truth_folder: Path, drop_unknown: bool = False
+    ) -> None:
+        self.warnings: list[str] = []
+        self._drop_unknown = drop_unknown
+        self._given = dict(labels.by_index if isinstance(labels, LabelMap) else labels) if labels is not None else None
+        self._of_dataset = _dataset_organs(truth_folder.parent / "dataset.json")
+        self._annotated = _annotated(truth_folder.parent / "annotated.json")
+        self._used: dict[int, str] = {}
+
+    def resolve(
+        self, case: str, prediction: Segmentation, truth: Segmentation, paths: tuple[Path, Path]
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str], tuple[str, ...]]:
+        """(prediction, truth, organs to score, organs not annotated), both arrays in the numbers of the organs."""
+        truth_names = truth.organs or {k: n for k, n in self._of_dataset.items() if n != "ignore"}
+        organs = self._given or prediction.organs or truth_names
+        if not organs:
+            values = np.union1d(_values(prediction.labels), _values(truth.labels))
+            if len(values) > _MAX_UNNAMED:
+                raise VolumeError("NOT_LABELS", paths[0], f"expected a label map, got {len(values)} different values "
+                                  "in it and in the truth", "give label maps, or name the organs with --recipe")
+            organs = {int(v): f"label {v}" for v in values if v}
+        predicted, true = self._without_ignored(prediction.labels, truth.labels)
+        predicted = self._renumber(predicted, prediction.organs, organs, paths[0])
+        true = self._renumber(true, truth_names, organs, paths[1])
+        drawn = {_plain(name) for name in truth_names.values()}
+        scored = {k: name for k, name in organs.items() if not drawn or _plain(name) in drawn}
+        if len(scored) < len(organs) and not self._drop_unknown:
+            lacking = [name for k, name in organs.items() if k not in scored]
+            self._warn(f"organs that the truth does not have are not scored: {_few(lacking)}")
+        known = self._annotated.get(case) if self._annotated is not None else None
+        unknown = tuple(name for name in scored.values() if known is not None and _plain(name) not in known)
+        scored = {k: name for k, name in scored.items() if name not in unknown}
+        self._used |= scored
+        return predicted, true, scored, unknown
+
+    def used(self) -> dict[int, str]:
+        """Label to name of all organs that were scored in some case, sorted."""
+        return dict(sorted(self._used.items()))
+
+    def _without_ignored(self, prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both as background where the truth has the label that ``dataset.json`` declares as "ignore"."""
+        ignore = next((number for number, name in self._of_dataset.items() if name == "ignore"), None)
+        if ignore is None:
+            return prediction, truth
+        keep = truth != ignore
+        return prediction * keep, truth * keep
+
+    def _renumber(
+        self, labels: np.ndarray, names: Mapping[int, str], organs: Mapping[int, str], path: Path
+    ) -> np.ndarray:
+        present = [int(v) for v in _values(labels) if v]
+        numbers = {_plain(name): number for number, name in organs.items()}
+        table = {v: numbers.get(_plain(names[v]), 0) for v in present if v in names}
+        table |= {v: v for v in present if v not in names and not names and v in organs}
+        unknown = [v for v in present if v not in table]
+        if unknown and not self._drop_unknown:
+            expected, got = (_few([str(k) for k in some]) for some in (names or organs, unknown))
+            raise VolumeError("LABEL_RANGE", path, f"expected labels {expected} and 0, got {got}",
+                              "name the organs of these labels, or remap them to 0")
+        dropped = [names[v] for v, number in table.items() if number == 0]
+        if dropped and not self._drop_unknown:
+            self._warn(f"organs that are not looked for count as background: {_few(dropped)}")
+        if all(v == number for v, number in table.items()):
+            return labels
+        lookup = np.zeros(max(present) + 1, np.uint16)
+        lookup[list(table)] = list(table.values())
+        return lookup[labels]
+
+    def _warn(self, warning: str) -> None:
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            log.warning("%s", warning)
+
+
+def _evaluate_pair(
+    name: str, prediction_path: Path, truth_path: Path, naming: _Naming, tolerances_mm: tuple[float, ...],
+    ct_path: Path | None, options: ReadOptions,
+) -> CaseResult:
+    prediction, truth = (read_segmentation(path, options) for path in (prediction_path, truth_path))
+    if prediction.shape != truth.shape:
+        raise VolumeError("SHAPE", prediction_path, f"expected {_axes(truth.shape)} voxels (z, y, x) as the truth has, "
+                          f"got {_axes(prediction.shape)}", "resample the prediction onto the grid of its truth")
+    if not same_grid(prediction, truth):
+        raise VolumeError("AFFINE_MISMATCH", prediction_path, f"expected the grid of {truth_path}, got one that lies "
+                          "more than 0.001 voxel off", "write the prediction with the affine of its scan")
+    predicted, true, organs, unknown = naming.resolve(name, prediction, truth, (prediction_path, truth_path))
+    warnings = [f"prediction: {w}" for w in prediction.warnings] + [f"truth: {w}" for w in truth.warnings]
+    if not true.any():
+        warnings.append("truth: all background")
+    scores = evaluate_case(predicted, true, truth.spacing_mm, organs, tolerances_mm)
+    return CaseResult(
+        name=name, scores=tuple(scores), shape=truth.shape, spacing_mm=truth.spacing_mm, ct_path=ct_path,
+        prediction_path=prediction_path, truth_path=truth_path, not_annotated=unknown, warnings=tuple(warnings),
+    )
+
+
+def _files_of(predictions: Path, truth: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Case name to file on both sides; two single files are one case, whatever their names."""
+    for path in (predictions, truth):
+        if not path.exists():
+            raise VolumeError("NOT_FOUND", path, "expected a NIfTI file or a folder of them, got nothing",
+                              "check the path")
+    if predictions.is_dir() != truth.is_dir():
+        raise UsageError("PATHS", predictions, f"expected two files or two folders, got one of each (truth: {truth})",
+                         "name the file of the case on both sides")
+    if truth.is_dir():
+        return _by_case(predictions), _by_case(truth)
+    return {case_name(truth): predictions}, {case_name(truth): truth}
+
+
+def _by_case(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.name.lower().endswith(_ENDINGS) or path.name.startswith(".") or path.is_dir():
+            continue
+        name = case_name(path)
+        if name in found:
+            raise UsageError("DUP_CASE", path, f"expected one file for a case, got {found[name].name} too",
+                             "remove one")
+        found[name] = path
+    return found
+
+
+def _scans(ct_folder: Path | None, truth_folder: Path) -> dict[str, Path]:
+    if ct_folder is None and truth_folder.name.startswith("labels"):
+        ct_folder = truth_folder.with_name("images" + truth_folder.name.removeprefix("labels"))
+    elif ct_folder is not None and not ct_folder.is_dir():
+        raise VolumeError("NOT_FOUND", ct_folder, "expected a folder of scans, got none", "check the path")
+    return _by_case(ct_folder) if ct_folder is not None and ct_folder.is_dir() else {}
+
+
+def _dataset_organs(path: Path) -> dict[int, str]:
+    """Label to organ of an nnU-Net ``dataset.json`` (version 2: name to number; version 1: number to name)."""
+    if not path.is_file():
+        return {}
+    try:
+        labels = json.loads(read_text_capped(path))["labels"]
+        pairs = [(v, k) if isinstance(v, int) else (int(k), str(v)) for k, v in labels.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise VolumeError("DATASET", path, "expected labels with one number for each organ, got something else",
+                          "correct the file, or give the organs of a recipe") from None
+    return {number: name for number, name in pairs if number > 0}
+
+
+def _annotated(path: Path) -> dict[str, set[str]] | None:
+    """Case to the organs that were drawn there; the truth of the others is unknown. None without such a file."""
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(read_text_capped(path))
+        return {str(case): {_plain(organ) for organ in organs} for case, organs in tree.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise VolumeError("DATASET", path, "expected each case with the list of its drawn organs, got something else",
+                          "correct or remove the file") from None
+
+
+def _values(labels: np.ndarray) -> np.ndarray:
+    seen = np.zeros(int(labels.max(initial=0)) + 1, bool)
+    for plane in labels:  # a slice at a time: indexes of eight bytes are made of its voxels
+        seen[plane] = True
+    return np.flatnonzero(seen)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _axes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "none"

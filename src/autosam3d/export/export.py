@@ -1,0 +1,303 @@
+"""From a trained model to a folder that runs without torch: ONNX, OpenVINO, what phones take, a description, a proof.
+
+The proof comes before the folder: a backend that does not say what PyTorch says is reason to write nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autosam3d.checkpoints.checkpoint import LoadedModel
+from autosam3d.checkpoints.exported import (
+    BACKENDS,
+    INT8,
+    NOT_RUN_HERE,
+    PACKAGE_OF,
+    RUNTIMES,
+    Export,
+    is_export,
+    load_exported,
+)
+from autosam3d.checkpoints.model_file import meta_text, sealed
+from autosam3d.checkpoints.probe import measure_cost
+from autosam3d.checkpoints.targets import MOBILE, demand_exportable, demand_mobile
+from autosam3d.errors import CheckpointError, MissingExtraError
+from autosam3d.export.certificate import certificate_text, cpu_name, make_certificate
+from autosam3d.export.description import describe_use
+from autosam3d.export.golden import Golden, golden_windows, make_golden, save_golden
+from autosam3d.export.int8 import Int8, Scans, demand_bounds, write_int8
+from autosam3d.export.onnx_graph import OPSET, onnx_model, with_half_weights
+from autosam3d.export.parity import Parity, measure_parity
+from autosam3d.inference.onnx_file import labels_note
+from autosam3d.inference.openvino_runtime import openvino_core
+from autosam3d.io import folders
+from autosam3d.io.files import sha256_of
+from autosam3d.recipes.recipe import Recipe
+from autosam3d.volume import Volume
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done and their number."""
+_STEPS = 6
+_INT8_STEPS = 3
+_WRITERS = {"litert": "litert_torch", "executorch": "executorch", "coreml": "coremltools"}
+"""Mobile target to the package that writes it."""
+_PHANTOM_SEED = 0
+_WINDOWS = {"phantom": 2, "scan": 4}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of an export."""
+
+    folder: Path
+    sizes: dict[str, int]
+    """File, or folder, to its bytes."""
+    rows: list[Parity]
+    not_run: dict[str, str]
+    """Targets that were written and not run, each with the reason: nothing is proved of them."""
+    organs_not_shown: list[str]
+    int8: Int8 | None = None
+
+
+def export_model(
+    model: LoadedModel,
+    folder: Path,
+    *,
+    targets: Sequence[str] = (),
+    ct: Volume | None = None,
+    int8: Scans | None = None,
+    threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a model as ONNX and OpenVINO IR, and for phones where asked, with its certificate; all of it, or nothing.
+
+    Args:
+        model: trained.
+        folder: new; with `overwrite` also one that an export wrote before. Nothing else is ever replaced.
+        targets: of `MOBILE`, written besides.
+        ct: a scan of the kind that the model is for, whose windows become the golden case and go into the folder; None
+            takes a phantom, which shows abdominal organs or none at all.
+        int8: scans that make and judge an INT8 network beside the others, with `ct`; None makes none.
+        threads: of the runtimes, in the certificate.
+        progress: called after each step.
+
+    Raises:
+        CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`; INT8, that one does.
+        UsageError: EXISTS, or TARGET, one that is none or does not run this network.
+        MissingExtraError: a package that writes or runs one of the files is not installed.
+    """
+    recipe = model.recipe
+    targets = sorted(set(targets), key=list(MOBILE).index) if set(targets) <= set(MOBILE) else targets
+    demand_exportable(recipe.model)
+    demand_mobile(recipe.model, targets)
+    _demand_extra(targets)
+    demand_replaceable(folder, overwrite)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, _STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None))
+
+    trained = model.network.to("cpu").float().eval()
+    stored = with_half_weights(trained)
+    with folders.staged_folder(folder) as stage:
+        _write_graphs(stored, recipe, stage)
+        step()
+        for target in targets:
+            _write_mobile(target, stored, recipe, stage)
+            step()
+        scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom()
+        windows, trained_logits = golden_windows(scan, recipe, _runner(trained), _WINDOWS["scan" if ct else "phantom"])
+        step()
+        started = time.perf_counter()
+        stored_logits = _runner(stored)(windows)
+        seconds = time.perf_counter() - started
+        golden = make_golden(windows, stored_logits, trained_logits)
+        save_golden(stage / "golden.npz", golden)
+        organs = recipe.labels.organs
+        rows = [measure_parity(stored_logits, golden, organs, backend="pytorch", version=torch.__version__,
+                               threads=torch.get_num_threads(), seconds=seconds, reference=trained_logits,
+                               judge_logits=False)]
+        step()
+        backends = [*BACKENDS, *(target for target in targets if target in RUNTIMES)]
+        not_run = {target: NOT_RUN_HERE for target in targets if target not in RUNTIMES}
+        for backend in backends:
+            rows.append(_run(stage, model, backend, threads, golden, stored_logits))
+            step()
+        _demand_parity(rows, folder)
+        made = None
+        if int8 is not None:
+            made = write_int8(stage, recipe, int8, threads, step)
+            demand_bounds(made, folder)
+            backends.append(INT8)
+            rows.append(_run(stage, model, INT8, threads, golden, stored_logits))
+            _demand_parity(rows, folder)
+            step()
+        certificate = make_certificate(rows, source, sha256_of(stage / "model.onnx"), not_run, made and made.as_dict())
+        (stage / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n", "utf-8")
+        (stage / "certificate.md").write_text(certificate_text(certificate, rows), "utf-8")
+        # The probe reads the folder as any user would, so it needs a description that is whole.
+        _write_meta(stage, _meta(model, _entries(stage)))
+        costs = {backend: measure_cost(stage, backend, threads) for backend in backends}
+        memory = {backend: cost.activation_bytes for backend, cost in costs.items() if cost is not None}
+        _write_meta(stage, _meta(model, _entries(stage), memory))
+        step()
+        sizes = {path.name: sum(p.stat().st_size for p in _files(path)) for path in sorted(stage.iterdir())}
+    return Exported(folder, sizes, rows, not_run, certificate["organs_not_shown"], made)
+
+
+def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
+    import openvino
+
+    labels = labels_note(["background", *recipe.labels.organs])
+    graph = onnx_model(stored, recipe.model.patch_size)
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = "labels", labels
+    onnx_path = stage / "model.onnx"
+    onnx_path.write_bytes(graph.SerializeToString(deterministic=True))
+    # Not `convert_model`, which reports its use to a server.
+    ir = openvino_core().read_model(onnx_path)
+    ir.set_rt_info(labels, ["autosam3d", "labels"])
+    # The large weights are float16 already; compressing the rest, biases and norms, costs accuracy and saves nothing.
+    openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)
+
+
+def _write_mobile(target: str, stored: nn.Module, recipe: Recipe, stage: Path) -> None:
+    form = stored, recipe.model.patch_size, ["background", *recipe.labels.organs]
+    path = stage / MOBILE[target]
+    if target == "litert":
+        from autosam3d.export.litert_graph import litert_model
+
+        path.write_bytes(litert_model(*form))
+    elif target == "executorch":
+        from autosam3d.export.executorch_graph import executorch_program
+
+        path.write_bytes(executorch_program(*form))
+    else:
+        from autosam3d.export.coreml_graph import write_coreml
+
+        write_coreml(*form, path)
+
+
+def _run(
+    stage: Path, model: LoadedModel, backend: str, threads: int, golden: Golden, stored_logits: np.ndarray
+) -> Parity:
+    """The golden case on a runtime."""
+    export = Export(stage, _meta(model, _entries(stage)), model.recipe)
+    predictor = load_exported(export, backend, threads, output="logits").predictor
+    logits, seconds = _timed(predictor.predict, golden.ct)
+    return measure_parity(logits, golden, model.recipe.labels.organs, backend=backend, version=predictor.version,
+                          threads=threads, seconds=seconds, reference=stored_logits, int8=backend == INT8)
+
+
+def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | None = None) -> dict[str, Any]:
+    recipe = model.recipe
+    mobile = [target for target in MOBILE if any(name.split("/")[0] == MOBILE[target] for name in files)]
+    return sealed({
+        "kind": "export", "recipe": recipe.as_dict(), "weights": {"file": "model.onnx", **files["model.onnx"]},
+        "files": files, "use": describe_use(recipe, OPSET, mobile, "openvino_int8.xml" in files),
+        "metrics": dict(model.metrics),
+        "trained_weights_sha256": model.sha256, "memory": memory or {},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions(mobile)},
+        "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    })
+
+
+def _write_meta(stage: Path, meta: dict[str, Any]) -> None:
+    (stage / "model.json").write_text(meta_text(meta), "utf-8")
+
+
+def _entries(stage: Path) -> dict[str, Any]:
+    return {path.relative_to(stage).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            for path in _files(stage) if path != stage / "model.json"}
+
+
+def _files(path: Path) -> list[Path]:
+    """All files of a folder, or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _packages(target: str) -> list[str]:
+    """What writes a mobile target and, where something does, what runs it."""
+    return list(dict.fromkeys([_WRITERS[target], *([PACKAGE_OF[target]] if target in RUNTIMES else [])]))
+
+
+def _versions(mobile: Sequence[str]) -> dict[str, str]:
+    import importlib.metadata
+
+    names = ["onnx", "onnxscript", *BACKENDS, *(name for target in mobile for name in _packages(target))]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits window by window, in float32."""
+
+    def run(windows: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.concatenate([network(torch.from_numpy(w[None])).numpy() for w in windows])
+
+    return run
+
+
+def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tuple[np.ndarray, float]:
+    run(windows[:1])  # what a runtime prepares at its first call does not count
+    started = time.perf_counter()
+    logits = run(windows)
+    return logits, time.perf_counter() - started
+
+
+def _demand_parity(rows: list[Parity], folder: Path) -> None:
+    for row in rows:
+        if row.faults():
+            raise CheckpointError("INT8" if row.int8 else "PARITY", folder, f"{row.backend} {row.version} does not say "
+                                  f"what PyTorch says: {'; '.join(row.faults())}", "nothing was written; train longer "
+                                  "(an untrained network has no clear answers), or report it with the model")
+
+
+def missing_packages() -> list[str]:
+    """Those of the extra `export` that are not installed."""
+    import importlib.util
+
+    return [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
+
+
+def _demand_extra(targets: Sequence[str]) -> None:
+    import importlib.util
+
+    for where, extra, missing in (
+        ("export", "export", missing_packages()),
+        *((target, "mobile", [name for name in _packages(target) if importlib.util.find_spec(name) is None])
+          for target in targets),
+    ):
+        if missing:
+            raise MissingExtraError("MISSING_EXTRA", where, f"expected the packages {', '.join(missing)}, got none",
+                                    f'pip install "autosam3d[{extra}]"')
+
+
+def demand_replaceable(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but an export which may be replaced.
+
+    Raises:
+        UsageError: EXISTS.
+    """
+    folders.demand_replaceable(folder, overwrite, is_export, "an export")
+
+
+def _phantom() -> tuple[Volume, str]:
+    from autosam3d.data.phantom import make_phantom
+
+    return make_phantom(_PHANTOM_SEED)[0], f"windows of a synthetic abdomen (phantom {_PHANTOM_SEED}), no patient"

@@ -1,0 +1,1 @@
+"""DICOM series in; DICOM SEG and RTSTRUCT out."""

@@ -1,0 +1,137 @@
+"""What one DICOM file is, by its header alone: which object, of which series and study, of what kind."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from autosam3d.errors import VolumeError
+from autosam3d.io.dicom.files import PIXEL_TAGS, dicom_bytes
+from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom, tag_text
+from autosam3d.io.files import open_regular, readable
+
+# isort: split
+# Below the tags, which say what to install where pydicom is absent.
+import pydicom
+from pydicom.uid import UID, ExplicitVRBigEndian
+
+_TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
+         "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
+# Numbers with a dot between each two; zeros that lead one are wrong, and common.
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
+_REMEDY = "send or export it again"
+# Headers of multi-frame images have a few kilobytes a frame.
+_MAX_HEADER_BYTES = 16 << 20
+# How much may follow the pixels, such as padding.
+_MAX_TRAILER_BYTES = 1 << 16
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+# Neither a thickness in mm nor a number of frames; NaN and infinity are no numbers either.
+_MAX_NUMBER = 1e6
+# (FFFE,E0DD) with its length of zero ends compressed pixels. *Source*: DICOM PS3.5 section A.4.
+_SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DicomIdentity:
+    """UIDs and what a rule asks for; texts are the file's own and may name a patient."""
+
+    study: str
+    series: str
+    instance: str
+    sop_class: str
+    modality: str
+    body_part: str
+    description: str
+    image_type: str
+    thickness_mm: float | None
+    num_frames: int
+
+
+def identify(path: Path, where: str) -> DicomIdentity:
+    """Read the header of one file.
+
+    Args:
+        path: of the file.
+        where: what messages call it.
+
+    Raises:
+        VolumeError: NOT_DICOM, SLICE_CORRUPT, NESTING, LENGTH, CODEC, UNREADABLE; TAG_INVALID where a UID is absent or
+            no UID.
+    """
+    with quiet_pydicom():
+        content = dicom_bytes(path, where)
+        if content is None:
+            raise VolumeError("NOT_DICOM", where, "expected a DICOM file", _REMEDY)
+        return _identity(_header(io.BytesIO(content), where), where)
+
+
+def identify_image(path: Path, where: str) -> DicomIdentity:
+    """As `identify`, of an image of any size without reading all of it; demands that it reaches to its pixels' end.
+
+    Raises:
+        VolumeError: as `identify`.
+    """
+    with quiet_pydicom(), open_regular(path) as file, readable(where):
+        start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
+        header = _header(start, where)
+        _demand_whole_pixels(file, header, start.tell(), where)
+    return _identity(header, where)
+
+
+def _header(content: BinaryIO, where: str) -> Any:
+    """The tags that are asked for; `content` stands where the pixels begin."""
+    try:
+        return pydicom.dcmread(content, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+    except RecursionError:
+        raise VolumeError("NESTING", where, "its sequences are nested too deeply", _REMEDY) from None
+    except DAMAGE:
+        raise VolumeError("SLICE_CORRUPT", where, "it is cut or damaged", _REMEDY) from None
+
+
+def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> None:
+    syntax = UID(str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", "")))
+    size = os.fstat(file.fileno()).st_size
+    file.seek(at)
+    element = file.read(12)
+    is_whole = len(element) == 12 and element[:4] in PIXEL_TAGS
+    if is_whole:
+        # Tag and length, with the VR and two reserved bytes between. *Source*: DICOM PS3.5 section 7.1.
+        begin = 8 if syntax.is_transfer_syntax and syntax.is_implicit_VR else 12
+        length = int.from_bytes(element[begin - 4 : begin], "big" if syntax == ExplicitVRBigEndian else "little")
+        if length == _UNDEFINED_LENGTH:
+            file.seek(max(at + begin, size - _MAX_TRAILER_BYTES))
+            is_whole = _SEQUENCE_END in file.read(_MAX_TRAILER_BYTES)
+        else:
+            is_whole = 0 < length <= size - at - begin
+    if not is_whole:
+        raise VolumeError("SLICE_CORRUPT", where, "it ends before or inside its pixels", _REMEDY)
+
+
+def _identity(header: Any, where: str) -> DicomIdentity:
+    texts = {keyword: tag_text(header, keyword) for keyword in _TAGS}
+    uids = [texts[keyword] for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
+    if not all(_UID.fullmatch(uid) for uid in uids):
+        raise VolumeError("TAG_INVALID", where, "expected valid UIDs of study, series and object", _REMEDY)
+    return DicomIdentity(
+        study=uids[0], series=uids[1], instance=uids[2], sop_class=texts["SOPClassUID"],
+        modality=texts["Modality"].upper(), body_part=texts["BodyPartExamined"],
+        description=texts["SeriesDescription"], image_type="\\".join(_image_type(texts["ImageType"])),
+        thickness_mm=_number(texts["SliceThickness"]), num_frames=max(1, int(_number(texts["NumberOfFrames"]) or 1)),
+    )
+
+
+def _image_type(text: str) -> list[str]:
+    """pydicom shows several values as a list in Python's writing."""
+    return [word.strip(" '\"") for word in text.strip("[]").split(",")]
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) < _MAX_NUMBER else None

@@ -1,0 +1,222 @@
+"""From what the user named to a model that segments: a run folder, a packed model, an export, or nothing at all.
+
+torch is imported only where a checkpoint is to be run or exported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import autosam3d
+from autosam3d.checkpoints.exported import (
+    BACKENDS,
+    INT8,
+    Export,
+    installed_backends,
+    load_exported,
+    no_int8,
+    open_export,
+)
+from autosam3d.checkpoints.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
+from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
+from autosam3d.io.files import write_text_atomic
+from autosam3d.io.memory import demand_ram
+from autosam3d.scans.backend import cache_folder, fastest_backend, wished_backend
+from autosam3d.scans.batch import SourcedModel
+
+_log = logging.getLogger(__name__)
+
+_STUDENTS = ("swin_unetr", "res_unet")
+"""Networks that were made to be exported: it takes them half a minute."""
+_GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/kfd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWish:
+    """How a model is to be run."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int = 1
+    sam: str | None = None
+    max_ram_bytes: int | None = None
+
+
+def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
+    """The model at `path`, ready to segment; None takes the one of the package.
+
+    An export is run by the backend that was wished for, else by the fastest one here. A checkpoint is exported once,
+    into the user's cache, where another backend than PyTorch is named, and also where nothing is named, the network is
+    a student, no GPU would run it, and what an export needs is installed. Else PyTorch runs it.
+
+    Raises:
+        CheckpointError: NO_MODEL, or a broken model.
+        UsageError: BACKEND or DEVICE, which the model cannot be run on.
+        MissingExtraError: the backend is not installed.
+    """
+    backend = wished_backend(wish.backend)
+    json_path = find_checkpoint(path) if path is not None else packaged_model()
+    if wish.max_ram_bytes is not None:
+        demand_model_ram(json_path, wish.max_ram_bytes)
+    if read_meta(json_path).get("kind") == "export":
+        if backend == "torch":
+            raise UsageError("BACKEND", "torch", "expected a checkpoint for PyTorch, got an export",
+                             "name the run folder, or another backend")
+        return _run_export(open_export(json_path), backend, wish)
+    if backend == "auto" and (model := _run_student(json_path, wish)) is not None:
+        return model
+    if backend in ("auto", "torch"):
+        import torch
+
+        from autosam3d.checkpoints.checkpoint import load_model
+        from autosam3d.inference.torch_runtime import pick_device
+
+        torch.set_num_threads(wish.threads)
+        return load_model(json_path, sam=wish.sam, device=pick_device(wish.device))
+    if backend == INT8:  # it takes scans to make it
+        raise no_int8(json_path)
+    if backend not in BACKENDS:
+        raise UsageError("BACKEND", backend, "expected an export for it, got a checkpoint",
+                         f"autosam3d export {path or json_path.parent} FOLDER --target {backend}, then name FOLDER")
+    _demand_cpu(wish)
+    return _run_export(_cached_export(json_path, wish), backend, wish)
+
+
+def kept_export(path: Path | None) -> Export | None:
+    """The exported form of a model, where it is one or where `open_model` has made it one; nothing is made now.
+
+    Raises:
+        CheckpointError: NO_MODEL, or a broken model.
+    """
+    json_path = find_checkpoint(path) if path is not None else packaged_model()
+    return open_export(json_path) if read_meta(json_path).get("kind") == "export" else _kept_export(json_path)
+
+
+def _run_export(export: Export, backend: str, wish: ModelWish) -> SourcedModel:
+    _demand_cpu(wish)
+    return load_exported(export, fastest_backend(export, wish.threads) if backend == "auto" else backend, wish.threads)
+
+
+def _demand_cpu(wish: ModelWish) -> None:
+    if wish.device not in ("auto", "cpu"):
+        raise UsageError("DEVICE", wish.device, "expected auto or cpu: the runtimes of exports run on the CPU here",
+                         "leave the device out, or run a checkpoint with --backend torch")
+
+
+def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
+    """A student's checkpoint as its export, for a user who wished nothing; None where PyTorch is to run it.
+
+    Whatever goes wrong on this way, PyTorch is there.
+    """
+    meta = read_meta(json_path)
+    # A teacher would take minutes to export, and is seldom run twice on a CPU.
+    if meta.get("kind") != "model" or recipe_of(meta, json_path).model.network not in _STUDENTS:
+        return None
+    if not installed_backends() or wish.device not in ("auto", "cpu") or (wish.device == "auto" and _has_gpu()):
+        return None
+    folder = _export_folder(json_path)
+    refused = folder.with_name(f"{folder.name}.refused")
+    if _kept_export(json_path) is None and (refused.exists() or not _can_export(wish)):
+        return None
+    try:
+        return _run_export(_cached_export(json_path, wish), "auto", wish)
+    except (AutoSam3dError, RuntimeError, ImportError) as error:
+        fault = error.fault if isinstance(error, AutoSam3dError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        _log.warning("%s: it cannot be run as an export (%s); PyTorch runs it", json_path, fault)
+        if isinstance(error, CheckpointError):
+            with contextlib.suppress(AutoSam3dError, OSError):  # only saves the next run the attempt
+                refused.parent.mkdir(parents=True, exist_ok=True)
+                write_text_atomic(refused, f"{fault}\n")
+        return None
+
+
+def _has_gpu() -> bool:
+    """Whether PyTorch would take one; it is asked only where a driver is there, because the question takes a second."""
+    if not any(Path(driver).exists() for driver in _GPU_DRIVERS) and shutil.which("nvidia-smi") is None:
+        return False
+    from autosam3d.inference.torch_runtime import pick_device
+
+    return pick_device("auto") != "cpu"
+
+
+def _can_export(wish: ModelWish) -> bool:
+    if wish.max_ram_bytes is not None:  # an export takes memory of its own
+        return False
+    from autosam3d.export.export import missing_packages
+
+    return not missing_packages()
+
+
+def _kept_export(json_path: Path) -> Export | None:
+    """The export of a checkpoint in the user's cache, if it is whole."""
+    try:
+        export = open_export(_export_folder(json_path))
+        for name in export.meta["files"]:
+            export.path(name)
+    except (CheckpointError, OSError):
+        return None
+    return export if export.meta.get("trained_weights_sha256") == _weights_sha256(json_path) else None
+
+
+def _export_folder(json_path: Path) -> Path:
+    return cache_folder() / "exports" / f"{_weights_sha256(json_path)[:32]}-{autosam3d.__version__}"
+
+
+def _weights_sha256(json_path: Path) -> str:
+    return str(read_meta(json_path)["weights"].get("sha256"))
+
+
+def _cached_export(json_path: Path, wish: ModelWish) -> Export:
+    """The export of a checkpoint in the user's cache, made now where there is none that is whole."""
+    if (export := _kept_export(json_path)) is not None:
+        return export
+    folder = _export_folder(json_path)
+    _log.warning("%s: exporting it once to %s; the next runs begin at once", json_path, folder)
+    import torch
+
+    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.export.export import export_model
+
+    torch.set_num_threads(wish.threads)
+    model = load_model(json_path, sam=wish.sam)
+    # The cache is ours: whatever lies there and is not a whole export of this model makes room.
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            folder.unlink()
+    made = export_model(model, folder, threads=wish.threads, overwrite=True)
+    if made.organs_not_shown:
+        _log.info("the parity of that export was shown on a phantom, which has no %s", ", ".join(made.organs_not_shown))
+    return open_export(folder)
+
+
+def demand_model_ram(json_path: Path, max_ram_bytes: int) -> None:
+    """Refuse to load a model whose weights alone do not fit; nothing is read but its JSON.
+
+    Args:
+        json_path: of a checkpoint.
+        max_ram_bytes: the limit for the whole process.
+
+    Raises:
+        ResourceError: MEMORY.
+        CheckpointError: the JSON is none of a model.
+    """
+    meta = read_meta(json_path)
+    if meta.get("kind") == "export":
+        return  # runtimes map the file, and what they hold is part of the plan of the first scan
+    from autosam3d.models.parameters import count_parameters  # torch, which other runtimes do without
+
+    try:
+        network_bytes = 4 * count_parameters(recipe_of(meta, json_path).model).total
+    except RuntimeError:
+        return  # sizes that no tensor can have: loading will say so
+    # The tensors of the files (this one, and SAM's where it is apart) and the network that they are copied into.
+    size = meta["weights"].get("bytes")
+    file_bytes = max(size if isinstance(size, int) else 0, network_bytes)
+    demand_ram(network_bytes + file_bytes, json_path, max_ram_bytes, work="loading the model",
+               remedy="take a smaller model or a machine with more memory")

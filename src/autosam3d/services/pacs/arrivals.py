@@ -1,0 +1,141 @@
+"""Series that were sent to us: which are whole, which a rule takes, and what is forgotten when."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autosam3d.errors import ResourceError, VolumeError
+from autosam3d.io.dicom.identity import DicomIdentity, identify_image
+from autosam3d.services.pacs.incoming import Incoming
+from autosam3d.services.pacs.ledger import DEAD, WAITING, Job, job_id
+from autosam3d.services.pacs.rule import Rule, SeriesFacts
+from autosam3d.services.pacs.service import Service, named_faults
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+_AFTER_FAULT_SECONDS = 10.0
+_HOUSEKEEPING_SECONDS = 3600.0
+_DAY_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """How series that come are taken up."""
+
+    rule: Rule
+    model: str
+    """SHA-256."""
+    settings: str
+    settle_seconds: float = 60.0
+    """A series that has not grown for so long is taken for whole."""
+    keep_seconds: float = 3600.0
+    """Its files are kept for so long after it has grown last, so that slices which come late find the others."""
+    keep_failed_days: float = 7.0
+    """Files of a series that was given up are kept for so long: nobody can fetch them again."""
+
+
+def look(service: Service, incoming: Incoming, how: Arrivals) -> int:
+    """Take up what is whole and meets the rule, forget what is old; the number of series taken up."""
+    with named_faults():
+        num_new = sum(_take_up(key, service, incoming, how) for key in incoming.due(how.settle_seconds))
+        for key in incoming.old(max(how.keep_seconds, how.settle_seconds)):
+            # A job that waits has not taken its files yet.
+            job = _job_of(key, service, incoming, how)
+            if job is None or job.state != WAITING:
+                incoming.drop(key)
+    return num_new
+
+
+def forget_failed(service: Service, how: Arrivals) -> None:
+    """Take away images of series that were given up long ago."""
+    for job in service.ledger.jobs():
+        if job.state == DEAD and job.received and service.now() - job.changed > how.keep_failed_days * _DAY_SECONDS:
+            service.state.forget(job.id)
+
+
+def run_forever(service: Service, incoming: Incoming, how: Arrivals, sleep: Callable[[float], None] = time.sleep
+                ) -> None:
+    """Take up and work until the process is told to stop; a disk that is full is waited for, and told of once."""
+    kept_house, is_faulty = float("-inf"), False
+    while True:
+        try:
+            if time.monotonic() - kept_house > _HOUSEKEEPING_SECONDS:
+                forget_failed(service, how)
+                kept_house = time.monotonic()
+            look(service, incoming, how)
+            if not service.work_once():
+                sleep(_LOOK_SECONDS)
+            is_faulty = False
+        except ResourceError as error:
+            if not is_faulty:
+                _log.warning("%s: %s: %s; %s", error.where, error.code, error.fault, error.remedy)
+            is_faulty = True
+            sleep(_AFTER_FAULT_SECONDS)
+
+
+def _take_up(key: str, service: Service, incoming: Incoming, how: Arrivals) -> bool:
+    names = incoming.objects(key)
+    if not names:  # a process was killed between making the folder and putting the first object there
+        incoming.drop(key)
+        return False
+    job = _job_of(key, service, incoming, how)
+    if job is not None and job.is_open:
+        return False  # looked at again when it has ended
+    incoming.looked(key, len(names))
+    # Given up, and its images are gone: it was sent again as it was asked for.
+    is_anew = job is not None and job.state == DEAD and not service.state.series(job.id).is_dir()
+    if job is not None and not is_anew and not _is_more(job, names, service):
+        return False
+    try:
+        images = [identify_image(incoming.folder / key / name, f"series {key[:16]}") for name in sorted(names)]
+    except VolumeError as error:
+        _log.warning("%s: passed over: %s: %s", error.where, error.code, error.fault)
+        return False
+    missed = _missed(images, how.rule)
+    if missed:
+        _log.info("series %s: passed over by the rule (%s)", key[:16], missed)
+        return False
+    return service.ledger.add(images[0].study, images[0].series, how.model, how.settings, len(names), service.now(),
+                              received=names, anew=is_anew)
+
+
+def _is_more(job: Job, names: frozenset[str], service: Service) -> bool:
+    """Whether a series that has been dealt with has come again with more than before, and whole."""
+    known = service.ledger.received(job.id)
+    num_new = len(names - known)
+    if num_new == 0:
+        _log.info("%s: nothing in it is new, it is %s", job.id, job.state)
+        return False
+    if not known <= names:
+        fault = f"{num_new} more objects came when its images had been deleted"
+        service.ledger.note(job.id, "LATE", fault)
+        _log.warning("%s: LATE: %s; send the whole series again", job.id, fault)
+        return False
+    return True
+
+
+def _missed(images: list[DicomIdentity], rule: Rule) -> str:
+    first = images[0]
+    if any(image.study != first.study for image in images):
+        return "its objects name several studies"
+    # A frame is a slice; more than the rule allows need not be counted.
+    slices = {f"{image.instance}/{frame}": (image.image_type, image.thickness_mm)
+              for image in images for frame in range(min(image.num_frames, rule.max_slices + 1))}
+    facts = SeriesFacts(modality=first.modality, body_part=first.body_part, description=first.description,
+                        num_instances=len(slices))
+    return rule.misses(facts) or rule.misses_images(slices)
+
+
+def _job_of(key: str, service: Service, incoming: Incoming, how: Arrivals) -> Job | None:
+    """The job that a series has by now; its UID stands in its objects alone."""
+    for name in sorted(incoming.objects(key)):
+        try:
+            series = identify_image(incoming.folder / key / name, key).series
+        except VolumeError:
+            continue
+        return service.ledger.get(job_id(series, how.model, how.settings))
+    return None

@@ -1,0 +1,305 @@
+"""An archive by DICOMweb: what is there (QIDO-RS), whole series onto the disk (WADO-RS), results back (STOW-RS).
+
+Every answer is distrusted: sizes are capped while they stream, times are bounded, redirects are not followed, and
+what comes is what was asked for or nothing. No message repeats a name, a number or a URL below the root.
+
+*Source*: DICOM PS3.18, sections 10.4 (retrieve), 10.5 (store) and 10.6 (search).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from autosam3d.errors import MissingExtraError
+from autosam3d.services.pacs.credentials import Credentials
+from autosam3d.services.pacs.faults import ArchiveError
+from autosam3d.services.pacs.multipart import BrokenMultipartError, TooLargeError, body_of, boundary_of, write_parts
+from autosam3d.services.pacs.rule import SeriesFacts
+
+try:
+    import requests
+    import urllib3
+except ImportError:
+    raise MissingExtraError("MISSING_EXTRA", "DICOMweb", "it needs requests, which is not installed",
+                            'pip install "autosam3d[pacs]"') from None
+
+_JSON = "application/dicom+json"
+_FILES = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+# It becomes a part of an address, so it may be no "..".
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
+_PAGE = 100
+_MAX_PAGES = 10_000
+_CHUNK_BYTES = 1 << 20
+# Tags by number, as QIDO-RS names them in its answers.
+_STUDY, _SERIES, _INSTANCE = "0020000D", "0020000E", "00080018"
+_MODALITY, _BODY_PART, _DESCRIPTION = "00080060", "00180015", "0008103E"
+_IMAGE_TYPE, _THICKNESS, _NUM_IN_STUDY, _NUM_IN_SERIES = "00080008", "00180050", "00201208", "00201209"
+_FAILED, _STORED, _REFERENCED = "00081198", "00081199", "00081155"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What an archive may take of our time and disk."""
+
+    connect_seconds: float = 10.0
+    read_seconds: float = 30.0
+    """Without a byte."""
+    answer_seconds: float = 120.0
+    """For all of an answer that is no image data."""
+    fetch_seconds: float = 3600.0
+    max_json_bytes: int = 64 << 20
+    max_file_bytes: int = 512 << 20
+    max_series_bytes: int = 8 << 30
+    max_files: int = 20_000
+
+
+@dataclass(frozen=True)
+class FoundStudy:
+    """One study that has a series of the modality asked for."""
+
+    uid: str
+    num_instances: int | None
+    """None where the archive does not count."""
+
+
+@dataclass(frozen=True)
+class FoundSeries:
+    """One series, as far as the archive's index tells of it."""
+
+    study: str
+    uid: str
+    facts: SeriesFacts
+
+
+class DicomWeb:
+    """A DICOMweb service at one root.
+
+    Args:
+        url: of the root, checked by `credentials.demand_safe_transport`.
+        credentials: sent with every request to it, and nowhere else.
+        verify: False takes any certificate; a path names the authorities to believe.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, url: str, credentials: Credentials | None = None, verify: bool | str = True,
+                 limits: Limits | None = None) -> None:
+        self._root = url.rstrip("/")
+        self.name = urlsplit(url).netloc
+        """Host and port, for messages."""
+        self._limits = limits or Limits()
+        self._session = requests.Session()
+        # Neither proxies nor a .netrc of the environment: what goes where is said on the command line alone.
+        self._session.trust_env = False
+        self._session.verify = verify
+        if credentials is not None:
+            self._session.headers["Authorization"] = credentials.header
+        if verify is False:
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def studies(self, modality: str, since: str | None = None) -> Iterator[FoundStudy]:
+        """Studies with a series of `modality`, page by page; `since` is the first StudyDate, as YYYYMMDD."""
+        wish: dict[str, Any] = {"ModalitiesInStudy": modality, "includefield": (_NUM_IN_STUDY,)}
+        if since is not None:
+            wish["StudyDate"] = f"{since}-"
+        for item in self._search("studies", wish, _STUDY):
+            yield FoundStudy(_uid(item, _STUDY, self.name), _integer(item, _NUM_IN_STUDY))
+
+    def series(self, study: str) -> list[FoundSeries]:
+        """All series of a study."""
+        fields = (_MODALITY, _BODY_PART, _DESCRIPTION, _NUM_IN_SERIES)
+        found = []
+        for item in self._search(f"studies/{study}/series", {"includefield": fields}, _SERIES):
+            facts = SeriesFacts(modality=_text(item, _MODALITY), body_part=_text(item, _BODY_PART),
+                                description=_text(item, _DESCRIPTION), num_instances=_integer(item, _NUM_IN_SERIES))
+            found.append(FoundSeries(study, _uid(item, _SERIES, self.name), facts))
+        return found
+
+    def instances(self, study: str, series: str) -> dict[str, tuple[str, float | None]]:
+        """SOPInstanceUID to (ImageType with backslashes, SliceThickness in mm or None) of a series."""
+        fields = (_IMAGE_TYPE, _THICKNESS)
+        found = {}
+        for item in self._search(f"studies/{study}/series/{series}/instances", {"includefield": fields}, _INSTANCE):
+            thickness = _number(item, _THICKNESS)
+            found[_uid(item, _INSTANCE, self.name)] = "\\".join(map(str, _values(item, _IMAGE_TYPE))), thickness
+        return found
+
+    def has(self, study: str, series: str, instance: str) -> bool:
+        """Whether the archive has that very object."""
+        items = self._page(f"studies/{study}/instances", {"SOPInstanceUID": instance, "SeriesInstanceUID": series})
+        return any(_values(item, _INSTANCE) == [instance] for item in items)
+
+    def fetch(self, study: str, series: str, folder: Path) -> int:
+        """All objects of a series as files 000000.dcm and so on in `folder`, which is there; their number.
+
+        Raises:
+            ArchiveError: also where the answer is cut or holds what is no DICOM file.
+        """
+        limits = self._limits
+        deadline = time.monotonic() + limits.fetch_seconds
+
+        def open_part(number: int) -> BinaryIO:
+            return os.fdopen(os.open(folder / f"{number:06d}.dcm", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+        with self._answer("GET", f"studies/{study}/series/{series}", headers={"Accept": _FILES}) as answer:
+            self._demand_status(answer, (200,))
+            try:
+                boundary = boundary_of(answer.headers.get("Content-Type", ""))
+                num_files = write_parts(self._chunks(answer, deadline), boundary, open_part,
+                                        max_bytes=limits.max_series_bytes, max_part_bytes=limits.max_file_bytes,
+                                        max_parts=limits.max_files)
+            except BrokenMultipartError as error:
+                raise self._fault("BROKEN_ANSWER", f"the series did not come whole: {error}") from None
+            except TooLargeError as error:
+                raise ArchiveError("TOO_LARGE", self.name, f"the series is larger than allowed: {error}",
+                                   "look at the series, or raise the limits", retry=False) from None
+        return num_files
+
+    def store(self, study: str, path: Path, instance: str) -> None:
+        """One DICOM file into a study.
+
+        Raises:
+            ArchiveError: NOT_STORED, also where the answer does not name it as stored.
+        """
+        boundary = f"autosam3d-{os.urandom(16).hex()}"
+        body, length = body_of([path], boundary)
+        headers = {"Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
+                   "Content-Length": str(length), "Accept": _JSON}
+        with self._answer("POST", f"studies/{study}", headers=headers, data=_Sized(body, length)) as answer:
+            self._demand_status(answer, (200, 202, 409))
+            told = self._json(answer)
+        told = told[0] if isinstance(told, list) and len(told) == 1 else told
+        if not isinstance(told, dict):
+            raise self._fault("BROKEN_ANSWER", "expected a store response, got something else")
+        stored = [value for item in _values(told, _STORED) for value in _values(item, _REFERENCED)]
+        if instance not in stored or _values(told, _FAILED):
+            raise self._fault("NOT_STORED", "it does not name the result as stored")
+
+    def _search(self, path: str, wish: Mapping[str, Any], identity: str) -> Iterator[Mapping[str, Any]]:
+        """Pages until one brings nothing new: some archives ignore the offset, some give short pages."""
+        seen: set[str] = set()
+        for _ in range(_MAX_PAGES):
+            items = self._page(path, {**wish, "limit": str(_PAGE), "offset": str(len(seen))})
+            fresh = [item for item in items if _uid(item, identity, self.name) not in seen]
+            for item in fresh:
+                uid = _uid(item, identity, self.name)
+                if uid not in seen:
+                    seen.add(uid)
+                    yield item
+            if not fresh:
+                return
+        raise self._fault("TOO_LARGE", f"more than {_MAX_PAGES} pages of answers")
+
+    def _page(self, path: str, wish: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        with self._answer("GET", path, headers={"Accept": _JSON}, params=dict(wish)) as answer:
+            self._demand_status(answer, (200, 204))
+            items = [] if answer.status_code == 204 else self._json(answer)
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise self._fault("BROKEN_ANSWER", "expected a list of datasets in JSON, got something else")
+        return items
+
+    @contextmanager
+    def _answer(self, method: str, path: str, **how: Any) -> Iterator[Any]:
+        limits = self._limits
+        try:
+            with self._session.request(method, f"{self._root}/{path}", stream=True, allow_redirects=False,
+                                       timeout=(limits.connect_seconds, limits.read_seconds), **how) as answer:
+                yield answer
+        except requests.exceptions.SSLError:
+            raise self._fault("TLS", "its certificate cannot be trusted",
+                              "name its authority with --ca-file") from None
+        except requests.exceptions.Timeout:
+            raise self._fault("SERVER_DOWN", f"no answer within {limits.read_seconds:g} s") from None
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError):
+            raise self._fault("SERVER_DOWN", "it cannot be reached, or ends the connection") from None
+
+    def _demand_status(self, answer: Any, good: Sequence[int]) -> None:
+        status = answer.status_code
+        if status in good:
+            return
+        if status in (401, 403):
+            raise self._fault("AUTH", f"it answers {status}: we are not let in", "check --auth-file")
+        if status == 404:
+            raise self._fault("NOT_FOUND", "it answers 404: no such thing, or no DICOMweb service at this root",
+                              "check the URL, and whether the series is still there")
+        raise self._fault("SERVER_STATUS", f"it answers {status}")
+
+    def _json(self, answer: Any) -> Any:
+        deadline = time.monotonic() + self._limits.answer_seconds
+        content = bytearray()
+        for chunk in self._chunks(answer, deadline):
+            content += chunk
+            if len(content) > self._limits.max_json_bytes:
+                raise self._fault("TOO_LARGE", "an answer is larger than allowed")
+        try:
+            return json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise self._fault("BROKEN_ANSWER", "expected JSON, got something else or a part of it") from None
+
+    def _chunks(self, answer: Any, deadline: float) -> Iterator[bytes]:
+        """Bytes as they come, not waiting for a full chunk, so that a trickle meets the deadline."""
+        while True:
+            chunk = answer.raw.read1(_CHUNK_BYTES, decode_content=True)
+            if not chunk:
+                return
+            yield chunk
+            if time.monotonic() > deadline:
+                raise self._fault("SLOW", "the answer takes too long")
+
+    def _fault(self, code: str, fault: str, remedy: str = "look at the archive; it is tried again") -> ArchiveError:
+        return ArchiveError(code, self.name, fault, remedy)
+
+
+class _Sized:
+    """A body of known length that is sent as it is made; requests asks for `__len__` and iterates."""
+
+    def __init__(self, chunks: Iterator[bytes], length: int) -> None:
+        self._chunks, self._length = chunks, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._chunks
+
+
+def _values(item: Mapping[str, Any], tag: str) -> list[Any]:
+    element = item.get(tag)
+    values = element.get("Value") if isinstance(element, dict) else None
+    return values if isinstance(values, list) else []
+
+
+def _text(item: Mapping[str, Any], tag: str) -> str:
+    return next((value for value in _values(item, tag) if isinstance(value, str)), "").strip()
+
+
+def _integer(item: Mapping[str, Any], tag: str) -> int | None:
+    number = _number(item, tag)
+    return int(number) if number is not None and 0 <= number < 10**9 else None
+
+
+def _number(item: Mapping[str, Any], tag: str) -> float | None:
+    value = next(iter(_values(item, tag)), None)
+    try:  # numbers come as text from some archives
+        return float(value) if isinstance(value, (int, float, str)) else None
+    except ValueError:
+        return None
+
+
+def _uid(item: Mapping[str, Any], tag: str, where: str) -> str:
+    """Nothing but digits and dots goes into a URL or a ledger."""
+    values = _values(item, tag)
+    if len(values) == 1 and isinstance(values[0], str) and _UID.fullmatch(values[0].strip()):
+        return values[0].strip()
+    raise ArchiveError("BROKEN_ANSWER", where, "expected a valid UID in each answer", "look at the archive")

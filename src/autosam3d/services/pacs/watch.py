@@ -1,0 +1,115 @@
+"""Looking at an archive again and again: what is new, what stands still, what a rule takes."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from autosam3d.services.pacs.dicomweb import DicomWeb, FoundSeries
+from autosam3d.services.pacs.faults import ArchiveError
+from autosam3d.services.pacs.ledger import job_id
+from autosam3d.services.pacs.rule import Rule
+from autosam3d.services.pacs.service import Service
+
+_log = logging.getLogger(__name__)
+
+_MOST_POLL_SECONDS = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How an archive is watched."""
+
+    rule: Rule
+    model: str
+    """SHA-256."""
+    settings: str
+    poll_seconds: float = 60.0
+    settle_seconds: float = 60.0
+    """A study that has not grown for so long is taken for whole."""
+    days: int | None = None
+    """Studies whose StudyDate is older are not looked at; None looks at all."""
+
+
+def look(service: Service, archive: DicomWeb, watch: Watch) -> int:
+    """Take up what is new, is whole, and meets the rule; the number of series.
+
+    Studies are counted, page by page; only one whose number of objects has changed since the last look is looked into.
+
+    Raises:
+        ArchiveError
+    """
+    since = None
+    if watch.days is not None:
+        since = (datetime.date.today() - datetime.timedelta(days=watch.days)).strftime("%Y%m%d")
+    num_new = 0
+    for modality in watch.rule.modality:
+        for study in archive.studies(modality, since):
+            series: list[FoundSeries] | None = None
+            num = study.num_instances
+            if num is None:
+                series = [_counted(one, archive) for one in archive.series(study.uid)]
+                num = sum(one.facts.num_instances or 0 for one in series)
+            if not service.ledger.saw_study(study.uid, num, service.now(), watch.settle_seconds):
+                continue
+            found = archive.series(study.uid) if series is None else series
+            num_new += sum(_take_up(one, service, archive, watch) for one in found)
+            service.ledger.settle(study.uid)
+    return num_new
+
+
+def run_once(service: Service, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep) -> None:
+    """One look, a second one where something may still have been growing, and the work that is due."""
+    look(service, archive, watch)
+    if service.ledger.unsettled():
+        sleep(watch.settle_seconds)
+        look(service, archive, watch)
+    # What fails is not tried again before its time, which is the next command's business.
+    while service.work_once():
+        pass
+
+
+def run_forever(service: Service, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Look and work until the process is told to stop; an archive that is away is waited for, and told of once."""
+    num_failures = 0
+    while True:
+        try:
+            look(service, archive, watch)
+            if num_failures:
+                _log.warning("%s: it answers again", archive.name)
+            num_failures = 0
+            looked = time.monotonic()
+            # Nothing is tried while the archive is away: that would use up the tries of every job.
+            while time.monotonic() - looked < watch.poll_seconds and service.work_once():
+                pass
+        except ArchiveError as error:
+            num_failures += 1
+            if num_failures == 1:
+                _log.warning("%s: %s: %s; %s", error.where, error.code, error.fault, error.remedy)
+        sleep(min(_MOST_POLL_SECONDS, watch.poll_seconds * 2.0 ** min(num_failures, 10) if num_failures
+                  else watch.poll_seconds))
+
+
+def _take_up(found: FoundSeries, service: Service, archive: DicomWeb, watch: Watch) -> bool:
+    if watch.rule.misses(found.facts):
+        return False
+    key, num = job_id(found.uid, watch.model, watch.settings), found.facts.num_instances
+    if num is not None and service.ledger.knows(key, num):
+        return False
+    images = archive.instances(found.study, found.uid)
+    missed = watch.rule.misses_images(images)
+    if missed:
+        _log.info("%s: passed over by the rule (%s)", key, missed)
+        return False
+    return service.ledger.add(found.study, found.uid, watch.model, watch.settings, len(images), service.now())
+
+
+def _counted(found: FoundSeries, archive: DicomWeb) -> FoundSeries:
+    """For archives that count nothing."""
+    if found.facts.num_instances is not None:
+        return found
+    num = len(archive.instances(found.study, found.uid))
+    return replace(found, facts=replace(found.facts, num_instances=num))

@@ -1,0 +1,184 @@
+"""What every request passes first: whose it is, what it may ask, and what every answer says about the page."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import json
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from autosam3d.services.addresses import is_loopback
+from autosam3d.services.serve.faults import ServiceFault
+from autosam3d.services.serve.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+
+OPEN = ("/health", "/auth/", "/auth", "/auth/token")
+"""Asked without a token: by whoever watches the service, and by clients that want to know whether one is needed."""
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_MAX_RANGES = 8
+_PAGE = {
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-embedder-policy": "require-corp",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy":
+        "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; connect-src 'self' data: blob:; "
+        "img-src 'self' data: blob:; style-src 'self'; font-src 'self' data:; manifest-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Guard:
+    """Wraps the application: request id, Host, Origin, token, headers of the answer, and one log line without names."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+        self._app, self._settings = app, settings
+        self._names = {name.lower() for name in settings.allow_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status, body_is_whole = time.monotonic(), 0, not _has_body(scope)
+
+        async def take() -> Message:
+            nonlocal body_is_whole
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                body_is_whole = True
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _PAGE.items():
+                    headers.setdefault(name, value)
+                headers["x-request-id"] = request_id
+                if not body_is_whole:
+                    headers["connection"] = "close"  # uvicorn else goes on to take what is sent, for ever
+                if self._settings.token is not None or not _is_static(scope):
+                    headers["cache-control"] = "no-store"
+            await send(message)
+
+        fault = self._refusal(scope)
+        if fault is not None:
+            await refuse(fault, request_id, answer, _challenge(fault))
+        else:
+            _drop_many_ranges(scope)
+            await self._app(scope, take, answer)
+        # Neither path nor query: a job's id in it is all that it takes to see its result.
+        route = getattr(scope.get("route"), "path", "-")
+        _log.info("request %s: %s %s %d in %.0f ms", request_id, scope["method"], route, status,
+                  1000 * (time.monotonic() - began))
+
+    def _refusal(self, scope: Scope) -> ServiceFault | None:
+        headers = Headers(scope=scope)
+        if not self._is_our_name(headers.getlist("host"), scope):
+            return ServiceFault(403, "HOST", "the service is not known by this name; start it with --allow-host NAME")
+        if not _is_our_page(headers, scope["method"]):
+            return ServiceFault(403, "ORIGIN", "requests from the pages of other sites are refused")
+        token = self._settings.token
+        shown = shown_token(headers.get("authorization", ""))
+        if token is not None and scope["path"] not in OPEN and not is_token(shown, token):
+            return ServiceFault(401, "TOKEN", "expected Authorization: Bearer with the service's token")
+        return None
+
+    def _is_our_name(self, hosts: list[str], scope: Scope) -> bool:
+        """Against DNS rebinding: a page whose name was made to mean this machine sends that name."""
+        if len(hosts) != 1:
+            return False
+        name = _without_port(hosts[0]).lower()
+        if name in self._names:
+            return True
+        local = str((scope.get("server") or ("",))[0])
+        if is_loopback(local) and is_loopback(name):
+            return True
+        try:
+            return ipaddress.ip_address(name.strip("[]")) == ipaddress.ip_address(local.partition("%")[0])
+        except ValueError:
+            return False
+
+
+async def refuse(fault: ServiceFault, request_id: str, send: Send, more: Sequence[tuple[str, str]] = ()) -> None:
+    """Answer with a fault, without an application."""
+    body = json.dumps(fault.body(request_id)).encode()
+    headers = [("content-type", "application/json"), ("content-length", str(len(body))), *fault.headers.items(), *more]
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": fault.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def shown_token(authorization: str) -> str:
+    """What a request shows: Bearer, or the password of Basic, which browsers ask people for."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).decode("ascii").partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return ""
+
+
+def is_token(shown: str, token: str) -> bool:
+    """Compared in a time that says nothing of how much of it was right."""
+    return secrets.compare_digest(shown.encode("utf-8", errors="replace"), token.encode())
+
+
+def _challenge(fault: ServiceFault) -> Sequence[tuple[str, str]]:
+    """Two headers: browsers do not find Basic in one that names other schemes, too."""
+    if fault.status != 401:
+        return ()
+    return (("www-authenticate", 'Basic realm="autosam3d: any name, and the token as password"'),
+            ("www-authenticate", "Bearer"))
+
+
+def _is_our_page(headers: Headers, method: str) -> bool:
+    """Against forms and scripts of other sites, which browsers send with an Origin that is not ours."""
+    origin = headers.get("origin")
+    if origin is not None:
+        scheme, _, place = origin.partition("://")
+        return scheme in ("http", "https") and place.lower() == headers.get("host", "").lower()
+    return method in _SAFE or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+def _is_static(scope: Scope) -> bool:
+    path = scope["path"]
+    return path == "/" or path.startswith(("/assets/", "/ort/", "/model/", "/icon", "/manifest", "/licenses"))
+
+
+def _drop_many_ranges(scope: Scope) -> None:
+    """A request for thousands of parts of a file is answered with the file."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    scope["headers"] = [(name, value) for name, value in headers
+                        if name != b"range" or value.count(b",") < _MAX_RANGES]
+
+
+def request_id_of(request: Any) -> str:
+    return request.scope.get("state", {}).get("request_id", "-")

@@ -1,0 +1,224 @@
+"""Who works off the queue: a thread a worker process, and one that deletes what is old."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autosam3d.errors import AutoSam3dError
+from autosam3d.io import ReadOptions
+from autosam3d.services.serve.faults import ServiceFault
+from autosam3d.services.serve.settings import ServeSettings, SteadyClock
+from autosam3d.services.serve.store import DONE, FAILED, Job, JobStore
+from autosam3d.services.workers.messages import ModelFacts, WorkerSettings, result_message
+from autosam3d.services.workers.scan import ScanJob
+from autosam3d.services.workers.worker import JobCancelled, Worker
+
+_log = logging.getLogger(__name__)
+
+UPLOAD = "upload"
+"""Folder in a job's folder with what was sent."""
+RESULT = "result"
+_SWEEP_SECONDS = 30.0
+_MAX_PAUSE_SECONDS = 30.0
+
+
+@dataclass
+class Progress:
+    """Of a scan at work."""
+
+    stage: str = "starting"
+    done: int = 0
+    total: int = 1
+    segmenting_since: float | None = None
+
+    def told(self, stage: str, done: int, total: int) -> None:
+        if stage == "segmenting" and self.segmenting_since is None:
+            self.segmenting_since = time.monotonic()
+        self.stage, self.done, self.total = stage, done, total
+
+    @property
+    def percent(self) -> float:
+        """Reading counts as nothing, writing as the last two hundredths."""
+        share = {"segmenting": 0.98 * self.done / max(1, self.total), "writing": 0.98}.get(self.stage, 0.0)
+        return round(100 * share, 1)
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.stage != "segmenting" or not self.done or self.segmenting_since is None:
+            return None
+        return round((time.monotonic() - self.segmenting_since) / self.done * (self.total - self.done), 1)
+
+
+class Runner:
+    """Works off a store's queue.
+
+    Args:
+        settings: of the service.
+        workers: of each worker process.
+        store: whose jobs' folders lie in `settings.folder` / "jobs".
+    """
+
+    def __init__(self, settings: ServeSettings, workers: WorkerSettings, store: JobStore, clock: SteadyClock) -> None:
+        self._settings, self._store, self._clock = settings, store, clock
+        self._workers = [Worker(workers) for _ in range(settings.workers)]
+        self._running: dict[str, tuple[Worker, Progress]] = {}
+        self._deleted: set[str] = set()
+        self._lock, self._wake = threading.Lock(), threading.Condition()
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> ModelFacts:
+        """Load the model and begin.
+
+        Raises:
+            AutoSam3dError: as `Worker.start`.
+        """
+        facts = self._workers[0].start()
+        self._threads = [threading.Thread(target=self._work, args=(worker,), name=f"worker-{number}", daemon=True)
+                         for number, worker in enumerate(self._workers)]
+        self._threads.append(threading.Thread(target=self._sweep, name="sweep", daemon=True))
+        for thread in self._threads:
+            thread.start()
+        return facts
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        with self._wake:
+            self._wake.notify_all()
+
+    def progress(self, job_id: str) -> Progress | None:
+        with self._lock:
+            found = self._running.get(job_id)
+        return None if found is None else found[1]
+
+    def folder(self, job_id: str) -> Path:
+        return self._settings.folder / "jobs" / job_id
+
+    def delete(self, job_id: str) -> None:
+        """A job and its files are gone; a scan at work is given up."""
+        with self._lock:
+            found = self._running.get(job_id)
+            if found is not None:
+                self._deleted.add(job_id)
+                found[0].cancel()
+        self._store.remove(job_id)
+        if found is None:  # else its thread does it, after the process has ended
+            shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def begin_stop(self) -> None:
+        """Begin nothing new. May be called in a signal handler."""
+        self._stopping = True
+
+    def stop(self, deadline: float) -> None:
+        """Let scans at work finish until `deadline` (monotonic); what is not finished then waits for the next start."""
+        self.begin_stop()
+        self.wake()
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for worker in self._workers:
+            worker.close()
+        for thread in self._threads:
+            thread.join(10)
+
+    def _work(self, worker: Worker) -> None:
+        pause = 1.0
+        while not self._stopping:
+            try:
+                job = self._store.take()
+                if job is not None:
+                    self._run(worker, job)
+                else:
+                    with self._wake:
+                        self._wake.wait(0.5)
+                pause = 1.0
+            except (OSError, sqlite3.Error) as error:
+                # A disk that fails for a while, over a network for example.
+                _log.error("the folder of jobs cannot be used (%s), next try in %.0f s", type(error).__name__, pause)
+                time.sleep(pause)
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+        worker.close()
+
+    def _run(self, worker: Worker, job: Job) -> None:
+        progress = Progress()
+        with self._lock:
+            self._running[job.id] = (worker, progress)
+        folder = self.folder(job.id)
+        began = time.monotonic()
+        try:
+            outcome = self._segment(worker, job, folder, progress)
+        except JobCancelled:
+            outcome = None
+        finally:
+            with self._lock:
+                del self._running[job.id]
+                deleted = job.id in self._deleted
+                self._deleted.discard(job.id)
+        if deleted:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._store.remove(job.id)
+        elif outcome is None:
+            shutil.rmtree(folder / RESULT, ignore_errors=True)
+            self._store.put_back(job.id)
+        else:
+            state, told = outcome
+            if state == FAILED:
+                shutil.rmtree(folder / RESULT, ignore_errors=True)
+            self._store.end(job.id, state, told, self._clock.now())
+            shutil.rmtree(folder / UPLOAD, ignore_errors=True)
+        _log.info("job of request %s: %s after %.1f s", job.request.get("request_id"),
+                  "deleted" if deleted else "put back" if outcome is None else
+                  outcome[0] if outcome[0] == DONE else outcome[1]["code"], time.monotonic() - began)
+
+    def _segment(self, worker: Worker, job: Job, folder: Path, progress: Progress) -> tuple[str, dict]:
+        try:
+            source = folder / UPLOAD / job.request["upload"]
+            shutil.rmtree(folder / RESULT, ignore_errors=True)  # of an attempt that was interrupted
+            (folder / RESULT).mkdir(mode=0o700)
+            scan = ScanJob(source=source, folder=folder / RESULT, forms=tuple(job.request["forms"]),
+                           read=ReadOptions(**job.request["read"]), overlap=job.request.get("overlap"))
+            with self._lock:
+                if job.id in self._deleted:
+                    raise JobCancelled
+            result = worker.segment(scan, progress.told)
+        except AutoSam3dError as error:
+            return FAILED, ServiceFault.of(error).as_dict()
+        except OSError as error:
+            _log.error("job of request %s: %s", job.request.get("request_id"), type(error).__name__)
+            return FAILED, ServiceFault(507, "IO", "the service's disk failed; try again later").as_dict()
+        if not result.files:
+            return FAILED, ServiceFault.of(next(iter(result.refused.values()))).as_dict()
+        return DONE, result_message(result, (source, folder))
+
+    def _sweep(self) -> None:
+        while not self._stopping:
+            try:
+                self.sweep()
+            except (OSError, sqlite3.Error) as error:
+                _log.error("old jobs cannot be deleted (%s)", type(error).__name__)
+            until = time.monotonic() + min(_SWEEP_SECONDS, self._settings.keep_seconds / 2)
+            while not self._stopping and time.monotonic() < until:
+                time.sleep(0.2)
+
+    def sweep(self) -> None:
+        """Delete what is older than it may become."""
+        for job_id in self._store.old(self._clock.now() - self._settings.keep_seconds):
+            self.delete(job_id)
+
+
+def worker_settings(base: WorkerSettings, settings: ServeSettings) -> WorkerSettings:
+    """`base`, with temporary files where the service removes them."""
+    return replace(base, scratch=settings.folder / "tmp")

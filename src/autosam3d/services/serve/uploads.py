@@ -1,0 +1,304 @@
+"""A request's body to disk as it comes: counted, timed, and given up where it is too large or too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from autosam3d.services.serve.faults import ServiceFault
+from autosam3d.services.serve.settings import ServeSettings
+
+MULTIPART = "multipart/form-data"
+RAW = ("application/octet-stream", "application/zip", "application/x-zip-compressed", "application/gzip",
+       "application/x-gzip", "application/nifti", "application/x-nifti", "application/dicom")
+_MAX_FILES, _MAX_FIELDS, _MAX_FIELD_BYTES = 5000, 16, 1 << 16
+_WRITE_BYTES = 1 << 18
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ROOM_LEFT_BYTES = 256 << 20
+"""Of the disk, which an upload leaves free for results."""
+_DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 15.0
+
+
+@dataclass
+class Upload:
+    """What came."""
+
+    source: Path
+    """The file; the folder of several."""
+    fields: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+def demand_body(request: Request, settings: ServeSettings) -> None:
+    """Refuse by the headers alone.
+
+    Raises:
+        ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 LENGTH, 507 NO_SPACE.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ServiceFault(415, "CONTENT_ENCODING", "expected a body without Content-Encoding; .nii.gz and .zip are "
+                           "sent as they are")
+    kind = _content_type(request)
+    if kind not in (MULTIPART, *RAW):
+        raise ServiceFault(415, "CONTENT_TYPE", f"expected {MULTIPART} with a file, or {RAW[0]} with the scan alone")
+    length = request.headers.get("content-length")
+    if length is not None and not (length.isascii() and length.isdigit() and len(length) < 20):
+        raise ServiceFault(400, "LENGTH", "expected a number in Content-Length")
+    size = int(length or 0)
+    if size > settings.max_upload_bytes:
+        raise _too_large(settings)
+    if shutil.disk_usage(settings.folder).free < size + _ROOM_LEFT_BYTES:
+        raise _no_room()
+
+
+async def discard(request: Request, places: asyncio.Semaphore) -> None:
+    """Take in a small body that is refused, so that its sender gets to read why.
+
+    Args:
+        places: how many may be at it together: hundreds would leave the others waiting.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > _DISCARD_BYTES:
+        return
+    taken = 0
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS), places:
+            async for chunk in request.stream():
+                taken += len(chunk)
+                if taken > _DISCARD_BYTES:
+                    return
+    except (TimeoutError, ClientDisconnect, RuntimeError):
+        return
+
+
+async def receive(request: Request, folder: Path, settings: ServeSettings, threads: Executor,
+                  file_fields: tuple[str, ...] = ("file",)) -> Upload:
+    """Write the body into `folder`, which is new; its names play no part.
+
+    Args:
+        file_fields: names of the form's parts that are scans; several together are the slices of one series.
+
+    Raises:
+        ServiceFault: 400 MULTIPART, BODY_CUT, NO_FILE; 408 SLOW; 413 TOO_LARGE; 507 NO_SPACE.
+    """
+    folder.mkdir(mode=0o700, parents=True)
+    upload = Upload(folder)
+    body = _chunks(request, settings)
+    loop = asyncio.get_running_loop()
+
+    async def on_disk(work: Callable[[], None]) -> None:
+        try:
+            await loop.run_in_executor(threads, work)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise _no_room() from None
+            raise ServiceFault(507, "IO", "the service's disk failed; try again later", 30) from None
+
+    sink = _Sink(folder)
+    try:
+        if _content_type(request) == MULTIPART:
+            form = _Form(request, sink, file_fields, upload.fields)
+            async for chunk in body:
+                form.write(chunk)
+                if sink.is_full:
+                    await on_disk(sink.flush)
+            form.finish()
+        else:
+            sink.begin()
+            async for chunk in body:
+                sink.add(chunk)
+                if sink.is_full:
+                    await on_disk(sink.flush)
+            sink.end()
+        await on_disk(sink.flush)
+    finally:
+        sink.close()
+    upload.num_bytes = sink.num_bytes
+    if not sink.paths or not sink.num_bytes:
+        raise ServiceFault(400, "NO_FILE", f"expected a scan in the part {' or '.join(file_fields)}, got none")
+    upload.source = sink.paths[0] if len(sink.paths) == 1 else folder
+    return upload
+
+
+async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[bytes]:
+    """The body as it comes, no more than one chunk beyond the limit, from a sender who keeps up."""
+    total, began = 0, time.monotonic()
+    window_began, window_bytes = began, 0
+    expected = int(request.headers.get("content-length") or -1)
+    slow = ServiceFault(408, "SLOW", "the body came too slowly; try again over a better connection")
+    stream = request.stream()
+    while True:
+        try:
+            # Only the sender is timed, not what is done with a chunk.
+            async with asyncio.timeout(settings.chunk_seconds):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise slow from None
+        except ClientDisconnect:
+            raise ServiceFault(400, "BODY_CUT", "the body ended before its end") from None
+        if chunk is None:
+            break
+        now = time.monotonic()
+        total += len(chunk)
+        window_bytes += len(chunk)
+        if total > settings.max_upload_bytes:
+            raise _too_large(settings)
+        if now - began > settings.upload_seconds:
+            raise slow
+        if now - window_began > settings.rate_seconds:
+            if window_bytes < settings.min_rate * (now - window_began):
+                raise slow
+            window_began, window_bytes = now, 0
+        yield chunk
+    if 0 <= expected != total:
+        raise ServiceFault(400, "BODY_CUT", "the body ended before its end")
+
+
+class _Sink:
+    """Files under our own names; what is added waits in memory until it is flushed in a thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._file = folder, None
+        self._pending: list[tuple[str, bytes]] = []
+        self._pending_bytes = 0
+        self.paths: list[Path] = []
+        self.num_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._pending_bytes >= _WRITE_BYTES or len(self._pending) > 1000
+
+    def begin(self) -> None:
+        self.paths.append(self._folder / f"{len(self.paths) + 1:06d}")
+        self._pending.append(("begin", b""))
+
+    def add(self, data: bytes) -> None:
+        self._pending.append(("data", data))
+        self._pending_bytes += len(data)
+        self.num_bytes += len(data)
+
+    def end(self) -> None:
+        self._pending.append(("end", b""))
+
+    def flush(self) -> None:
+        """In a thread: what waits is written."""
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        opened = len(self.paths) - sum(kind == "begin" for kind, _ in pending)
+        for kind, data in pending:
+            if kind == "begin":
+                self._file = self._open(self.paths[opened])
+                opened += 1
+            elif kind == "data" and self._file is not None:
+                self._file.write(data)
+            elif kind == "end":
+                self.close()
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    @staticmethod
+    def _open(path: Path) -> BinaryIO:
+        return path.open("xb", buffering=0)
+
+
+class _Form:
+    """A multipart body, parsed as it comes."""
+
+    def __init__(self, request: Request, sink: _Sink, file_fields: tuple[str, ...], fields: dict[str, str]) -> None:
+        _, options = parse_options_header(request.headers.get("content-type", ""))
+        boundary = options.get(b"boundary", b"")
+        if not 1 <= len(boundary) <= 200:
+            raise _bad_form()
+        self._sink, self._file_fields, self._fields = sink, file_fields, fields
+        self._header = [bytearray(), bytearray()]
+        self._disposition = b""
+        self._name, self._text = "", bytearray()
+        self._is_file, self._ended, self._num_files, self._num_fields = False, False, 0, 0
+        self._parser = MultipartParser(boundary, {
+            "on_part_begin": self._begin, "on_header_field": self._on_header(0), "on_header_value": self._on_header(1),
+            "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
+            "on_part_data": self._data, "on_part_end": self._end, "on_end": self._finished,
+        })
+
+    def write(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except (FormParserError, ValueError):
+            raise _bad_form() from None
+
+    def finish(self) -> None:
+        if not self._ended:
+            raise _bad_form()
+
+    def _begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header(self, which: int) -> Callable[[bytes, int, int], None]:
+        def take(data: bytes, start: int, end: int) -> None:
+            self._header[which] += data[start:end]
+
+        return take
+
+    def _header_end(self) -> None:
+        name, value = self._header
+        if name.lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        self._header = [bytearray(), bytearray()]
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", errors="replace")
+        self._is_file = self._name in self._file_fields
+        self._text = bytearray()
+        self._num_files += self._is_file
+        self._num_fields += not self._is_file
+        if self._num_files > _MAX_FILES or self._num_fields > _MAX_FIELDS:
+            raise ServiceFault(413, "PARTS", f"expected at most {_MAX_FILES} files and {_MAX_FIELDS} fields")
+        if self._is_file:
+            self._sink.begin()
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._is_file:
+            self._sink.add(bytes(data[start:end]))
+            return
+        self._text += data[start:end]
+        if len(self._text) > _MAX_FIELD_BYTES:
+            raise ServiceFault(413, "FIELD", "a field of the form is too long")
+
+    def _end(self) -> None:
+        if self._is_file:
+            self._sink.end()
+        else:
+            self._fields[self._name] = self._text.decode("utf-8", errors="replace")
+
+    def _finished(self) -> None:
+        self._ended = True
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", RAW[0]).partition(";")[0].strip().lower()
+
+
+def _too_large(settings: ServeSettings) -> ServiceFault:
+    return ServiceFault(413, "TOO_LARGE", f"expected at most {settings.max_upload_bytes >> 20} MiB")
+
+
+def _no_room() -> ServiceFault:
+    return ServiceFault(507, "NO_SPACE", "the service's disk is full; try again later", 60)
+
+
+def _bad_form() -> ServiceFault:
+    return ServiceFault(400, "MULTIPART", "expected a whole multipart form with the scan in one part")

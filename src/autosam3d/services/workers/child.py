@@ -1,0 +1,136 @@
+"""The worker process itself: loads the model once, then segments one scan after the other, as it is told.
+
+Orders come on stdin and answers go out on what was stdout, a line of JSON each; whatever libraries print goes nowhere.
+The process ends when nobody is left to give orders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from autosam3d.errors import AutoSam3dError, ResourceError
+from autosam3d.io.memory import resident_bytes, size_text
+from autosam3d.services.workers.messages import (
+    MAX_LINE,
+    ModelFacts,
+    WorkerSettings,
+    error_message,
+    result_message,
+    without_paths,
+)
+from autosam3d.services.workers.scan import ScanJob, ScanProgress, segment_scan
+
+Tell = Callable[[dict[str, Any]], None]
+
+# What libraries map beside the memory that they use: stacks, arenas, files.
+_ADDRESS_SLACK = 1 << 30
+# The order of the kernel's killer when memory is short: a worker before the service.
+_KILL_FIRST = "900"
+# Whoever asks the service how far a scan is gets an answer while the scan takes all cores.
+_NICE = 5
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment|"
+                            r"bad_alloc|Failed to allocate")
+
+
+def main() -> None:
+    """Take the settings from stdin, load the model, work until stdin ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(orders, sys.stdin.buffer), daemon=True).start()
+
+    def tell(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message).encode() + b"\n")
+        answers.flush()
+
+    # A log line may name a scan.
+    logging.disable(logging.CRITICAL)
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_KILL_FIRST, "ascii")
+    with contextlib.suppress(BrokenPipeError):
+        _work(WorkerSettings.from_dict(orders.get()), orders, tell)
+    os._exit(0)  # an orderly end would wait for the thread that listens
+
+
+def _listen(orders: queue.SimpleQueue[dict[str, Any]], stdin: BinaryIO) -> None:
+    while line := stdin.readline(MAX_LINE):
+        orders.put(json.loads(line))
+    os._exit(0)  # whoever gave orders is gone, in the middle of a scan or not
+
+
+def _work(settings: WorkerSettings, orders: queue.SimpleQueue[dict[str, Any]], tell: Tell) -> None:
+    from autosam3d.checkpoints.exported import ExportedModel
+    from autosam3d.scans.open_model import ModelWish, open_model
+
+    try:
+        # Without the limit: it would forbid the one export by which a student is run faster ever after.
+        model = open_model(settings.model, ModelWish(backend=settings.backend, device=settings.device, sam=settings.sam,
+                                                     threads=settings.threads))
+    except AutoSam3dError as error:
+        tell({"error": error_message(error, [])})
+        return
+    if "torch" in sys.modules and isinstance(model, ExportedModel):
+        tell({"again": True})  # the export was made just now, by libraries whose memory would stay
+        return
+    model.predictor.activation_bytes(1)
+    if settings.max_ram_bytes is not None:
+        _limit_address_space(settings.max_ram_bytes)
+    facts = ModelFacts.of(model)
+    tell({"ready": vars(facts)})
+    while True:
+        told = orders.get()
+        job = ScanJob.from_dict(told["job"])
+        private = (job.folder, job.source)
+        try:
+            with _memory_named(settings):
+                result = segment_scan(job, model, _progress(tell), settings.max_ram_bytes)
+            tell({"done": result_message(result, private)})
+        except AutoSam3dError as error:
+            tell({"error": error_message(error, private)})
+        except OSError as error:
+            reason = without_paths(error.strerror or type(error).__name__, private).lower()
+            tell({"error": error_message(ResourceError("IO", "scan", f"a file operation failed ({reason})",
+                                                       "check the disk and try again"), private)})
+
+
+def _progress(tell: Tell) -> ScanProgress:
+    return lambda stage, done, total: tell({"progress": [stage, done, total]})
+
+
+@contextlib.contextmanager
+def _memory_named(settings: WorkerSettings) -> Any:
+    """Turn the many words for memory that has run out into one."""
+    try:
+        yield
+    except AutoSam3dError:
+        raise
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        allowed = "" if settings.max_ram_bytes is None else f", {size_text(settings.max_ram_bytes)} are allowed"
+        raise ResourceError("MEMORY", "scan", f"memory has run out{allowed}",
+                            "crop or resample the scan, or allow more memory") from None
+
+
+def _limit_address_space(max_ram_bytes: int) -> None:
+    """A bound for what the plan did not foresee, a decoder's appetite for example."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+        mapped = pages * resource.getpagesize()
+        limit = mapped + max(0, max_ram_bytes - resident_bytes()) + _ADDRESS_SLACK
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

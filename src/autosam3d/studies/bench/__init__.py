@@ -1,0 +1,1 @@
+"""How fast a scan is segmented here, by which runtime, and beside MONAI."""

@@ -1,0 +1,422 @@
+"""Training: one plain loop. START with `train`, which is the whole run from top to bottom.
+
+Everything random is drawn from (seed, epoch, position), so a run that was stopped anywhere and started again ends
+with the same weights as one that was not. A stop gives up the step or the validation at work and saves what was
+before it; several processes agree on it, between two steps and after each window of a validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autosam3d.data.cache import (
+    KEY_BYTES,
+    CachedCase,
+    CropDataset,
+    CropLoader,
+    StepSampler,
+    cache_cases,
+    demand_organs,
+    open_cached,
+)
+from autosam3d.data.folder import CaseSet
+from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.evaluation.metrics import dice_per_label
+from autosam3d.geometry.patches import Tiling
+from autosam3d.inference.pipeline import label_prepared
+from autosam3d.inference.torch_runtime import TorchPredictor
+from autosam3d.recipes.recipe import Recipe
+from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
+from autosam3d.training.run import (
+    Observer,
+    Run,
+    build_fabric,
+    copy_into,
+    demand_space,
+    hold_run_folder,
+    local_ranks,
+    prepare_run_folder,
+    resume,
+    save_model,
+    save_state,
+    start_run,
+    warnings_of_one_rank,
+)
+from autosam3d.training.runlog import RunLog
+from autosam3d.training.schedule import demand_full_rate, learning_rate
+from autosam3d.training.stopping import Interrupted, StopRequest
+from autosam3d.training.teacher import Teacher, cache_probabilities, load_teacher, open_probabilities
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a student's teacher is."""
+
+    path: str | Path
+    """A run folder, a packed model or a checkpoint's JSON."""
+    sam: str | Path | None = None
+    """Its SAM file, where that lies elsewhere than in its training."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    stopped_by: int | None
+    """The signal that stopped the run, the same in all processes; None when it is finished."""
+    epoch: int
+    best_dice: float | None
+    """Mean validation Dice of the best checkpoint; None without validation cases."""
+    seconds: float
+    rank: int = 0
+    """Of this process; the first one, 0, speaks for all."""
+
+
+def train(
+    recipe: Recipe,
+    cases: CaseSet,
+    run_folder: Path,
+    *,
+    sam: str | Path | None = None,
+    teacher: TeacherSource | None = None,
+    device: str = "auto",
+    cache_dir: Path | None = None,
+    observer: Observer | None = None,
+) -> TrainResult:
+    """Train, or go on training, the network of `recipe` on `cases`.
+
+    SIGTERM, SIGHUP, Ctrl-C and SIGUSR1 save and return; the same call goes on from there. In one process the stop comes
+    within an operation of the network and the time to save. Several processes stop at the end of the step, or of the
+    window of a validation, that they are in.
+
+    Args:
+        run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe.
+        sam: SAM weights, a file or a Hugging Face id. None trains everything from scratch.
+        teacher: whom the network learns from, as ``recipe.distill`` says. Not even opened where the labels alone count.
+        device: "auto", "cpu", "cuda" or "cuda:N". Started by `torchrun`, each process takes its own device.
+        cache_dir: for preprocessed cases; default ``run_folder/cache``.
+
+    Raises:
+        UsageError: the folder holds a run of another recipe or SAM file, or another process trains there; the device
+            is absent; the recipe's warm-up is as long as its training; it distils and there is no teacher.
+        VolumeError: a case is broken, an organ is nowhere, or the cases are not those that the run began with.
+        CheckpointError: the SAM file does not fit; the saved state cannot be read; the loss stayed non-finite (the
+            last good state is kept).
+        ResourceError: the disk is full or not writable.
+    """
+    demand_full_rate(recipe.optim, recipe.train.epochs)
+    fabric = build_fabric(device, recipe.train.precision)
+    observer = observer if observer and fabric.is_global_zero else Observer()
+    stop = StopRequest(echo_s=2.0 if fabric.world_size > 1 else 0.0)
+    with warnings_of_one_rank(fabric), hold_run_folder(run_folder, fabric), stop.listen():
+        prepare_run_folder(run_folder, recipe, fabric)
+        try:
+            with stop.at_once():
+                # What can be wrong at once comes before the cases, which may take an hour to prepare.
+                told_by = _load_teacher(recipe, teacher, fabric.device)
+                run = start_run(recipe, fabric, run_folder, sam, stop, observer, told_by)
+                demand_space(run)
+                cache_dir = cache_dir or run_folder / "cache"
+                train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir)
+                demand_organs(train_cases, recipe, cases.folder)
+                keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
+                run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+                resume(run)
+                train_cases = _ask_teacher(run, train_cases, cache_dir)
+        except Interrupted:
+            return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
+        dataset = CropDataset(train_cases, recipe)
+        sampler = StepSampler(dataset, recipe.train.batch_size, fabric.global_rank, fabric.world_size)
+        loader = CropLoader(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
+        runlog = RunLog(run_folder, run.progress.global_step, enabled=fabric.is_global_zero)
+        try:
+            _train_epochs(run, loader, sampler, val_cases, runlog)
+        except Interrupted:
+            pass
+        finally:
+            runlog.close()
+        return _leave(run)
+
+
+def _train_epochs(
+    run: Run, loader: CropLoader, sampler: StepSampler, val_cases: list[CachedCase], runlog: RunLog
+) -> None:
+    recipe, progress = run.recipe, run.progress
+    while progress.epoch < recipe.train.epochs:
+        _train_steps(run, loader, sampler, runlog)
+        last = progress.epoch + 1 == recipe.train.epochs
+        validated = last or (progress.epoch + 1) % recipe.train.validate_every == 0
+        if validated:
+            _validate_and_keep(run, val_cases, runlog)
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        if validated:
+            save_state(run)
+
+
+def _leave(run: Run) -> TrainResult:
+    progress = run.progress
+    finished = progress.epoch >= run.recipe.train.epochs
+    # A stop during a save, or before the first step after it, finds the state on disk already.
+    if not finished and (run.saved is None or replace(run.saved, seconds=progress.seconds) != progress):
+        save_state(run)
+    best = progress.best_dice if progress.best_dice >= 0 else None
+    signal = None if finished else run.stop.signal
+    return TrainResult(signal, progress.epoch, best, progress.seconds, run.fabric.global_rank)
+
+
+def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: RunLog) -> None:
+    """The remaining steps of the current epoch.
+
+    Raises:
+        Interrupted: a stop was asked for; `run` is as it was after its last whole step.
+        CheckpointError: NONFINITE.
+    """
+    recipe, progress, fabric = run.recipe, run.progress, run.fabric
+    sampler.epoch, sampler.first_step = progress.epoch, progress.step_in_epoch
+    run.demand_no_stop()
+    if len(sampler) == 0:
+        return
+    run.wrapped.train()
+    total = sampler.steps_per_epoch * recipe.train.epochs
+    mark = time.perf_counter()
+    for batch in loader:
+        waited = time.perf_counter() - mark
+        rate = _set_learning_rate(run, sampler.steps_per_epoch)
+        values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
+        run.bad_steps = 0 if good else run.bad_steps + 1
+        if run.bad_steps >= recipe.train.max_nan_steps:
+            save_state(run)
+            raise CheckpointError(
+                "NONFINITE", run.folder, f"the loss was not finite for {run.bad_steps} steps in a row at step "
+                f"{progress.global_step + 1}; the last good state is kept",
+                "start in a new folder (--out) with a lower optim.lr or train.precision=fp32")
+        progress.step_in_epoch += 1
+        progress.global_step += 1
+        took = time.perf_counter() - mark
+        progress.seconds += took
+        values |= {"lr": rate, "seconds": took, "data_wait": waited / took}
+        runlog.step(progress.epoch, progress.global_step, values)
+        run.observer.on_step(progress.global_step, total, values)
+        run.demand_no_stop()
+        if progress.global_step % recipe.train.save_every_steps == 0 and good:
+            save_state(run)
+        mark = time.perf_counter()
+
+
+def train_step(
+    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step. False, and no change of any weight, where loss or gradient is not finite.
+
+    Args:
+        voxels: B 1 D H W.
+        labels: B D H W.
+        probs: B K D H W, the teacher's, where they come from the cache.
+    """
+    loss, values = _loss(run, run.wrapped(voxels), voxels, labels, probs)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.fabric.backward(loss)
+    parameters = [p for p in run.network.parameters() if p.requires_grad]
+    limit = run.recipe.optim.clip_norm or math.inf
+    # The gradients of all ranks were averaged in backward, so this norm, and the decision, is the same on each.
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    good = bool(torch.isfinite(norm))
+    if good:
+        run.optimizer.step()
+        _update_average(run)
+    else:
+        log.warning("step %d: the gradient is not finite, step skipped", run.progress.global_step)
+    return {name: float(value.detach()) for name, value in values.items()} | {"grad_norm": float(norm)}, good
+
+
+def _loss(
+    run: Run, outputs: Tensor | list[Tensor], voxels: Tensor, labels: Tensor, probs: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is minimised, and its parts. A part that weighs nothing is not computed.
+
+    Of several `outputs`, those of deep supervision, each learns from the labels, and the finest from the teacher.
+
+    *Source*: paper, section 3.5, ``lambda * (Dice + CE) + (1 - lambda) * MSE``.
+    """
+    settings, distill = run.recipe.train, run.recipe.distill
+    weight = distill.label_weight if distill else 1.0
+    values: dict[str, Tensor] = {}
+    total = None
+    if weight > 0:
+        how = {"dice_weight": settings.dice_weight, "ce_weight": settings.ce_weight, "batch_dice": settings.batch_dice}
+        deep = isinstance(outputs, list)
+        own = deep_dice_ce_loss(outputs, labels, **how) if deep else dice_ce_loss(outputs, labels, **how)
+        values |= {"dice_loss": own.dice, "ce_loss": own.cross_entropy}
+        total = own.total if weight == 1 else weight * own.total
+    if distill and weight < 1:
+        assert run.teacher is not None
+        if probs is None:
+            with run.fabric.autocast():
+                probs = run.teacher.probabilities(voxels)
+        mse = teacher_mse(outputs[0] if isinstance(outputs, list) else outputs, probs, distill.mse_reduction)
+        values["teacher_mse"] = mse
+        total = (1 - weight) * mse if total is None else total + (1 - weight) * mse
+    assert total is not None
+    return total, {"loss": total, **values}
+
+
+def _update_average(run: Run) -> None:
+    if not run.average:
+        return
+    # The average of a young run would mostly remember the start: let its memory grow with the run.
+    decay = min(run.recipe.optim.ema, (1 + run.progress.global_step) / (10 + run.progress.global_step))
+    with torch.no_grad():
+        for name, tensor in run.tuned.items():
+            run.average[name].lerp_(tensor, 1 - decay)
+
+
+def _set_learning_rate(run: Run, steps_per_epoch: int) -> float:
+    optim, progress = run.recipe.optim, run.progress
+    epoch = progress.epoch + (progress.step_in_epoch / steps_per_epoch if optim.per_step else 0.0)
+    rate = learning_rate(epoch, run.recipe.train.epochs, optim)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    return rate
+
+
+@contextmanager
+def _averaged_weights(run: Run) -> Iterator[None]:
+    """Inside, the network has the averaged weights, where there are any."""
+    if not run.average:
+        yield
+        return
+    own = {name: tensor.clone() for name, tensor in run.tuned.items()}
+    copy_into(run.tuned, run.average)
+    try:
+        yield
+    finally:
+        copy_into(run.tuned, own)
+
+
+def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) -> None:
+    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
+    progress = run.progress
+    started = time.perf_counter()
+    with _averaged_weights(run):
+        dice = validate(run, val_cases) if val_cases else None
+        mean = float(np.nanmean(dice)) if dice is not None and np.isfinite(dice).any() else None
+        if mean is None or mean > progress.best_dice:
+            progress.best_epoch = progress.epoch
+            progress.best_dice = mean if mean is not None else progress.best_dice
+            save_model(run, _metrics_dict(run.recipe, dice, mean))
+    progress.seconds += time.perf_counter() - started
+    if mean is not None:
+        runlog.validation(progress.epoch, progress.global_step, _metrics_dict(run.recipe, dice, mean))
+        run.observer.on_message(f"epoch {progress.epoch + 1}: validation Dice {mean:.3f} "
+                                f"(best {progress.best_dice:.3f}, epoch {progress.best_epoch + 1})")
+
+
+def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
+    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ.
+
+    Raises:
+        Interrupted: on all ranks, after the same window.
+    """
+    recipe, fabric = run.recipe, run.fabric
+    was_training = run.network.training
+    run.network.eval()
+    predictor = TorchPredictor(run.network, recipe.model.patch_size, fabric.device, recipe.train.precision)
+    tiling = Tiling(overlap=recipe.train.val_overlap, importance=recipe.inference.importance)
+    table = np.full((len(cases), len(recipe.labels.organs)), np.nan)
+
+    def watch(done: int, total: int) -> None:
+        run.demand_no_stop(busy=True)
+
+    try:
+        for index in range(fabric.global_rank, len(cases), fabric.world_size):
+            case = cases[index]
+            predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
+                                       air=recipe.preprocess.air, progress=watch)
+            table[index] = dice_per_label(predicted, case.labels, recipe.labels.num_outputs)
+            run.observer.on_validation(min(index + fabric.world_size, len(cases)), len(cases))
+        while run.demand_no_stop():
+            pass  # ranks with fewer or smaller cases go on meeting the others
+    finally:
+        run.network.train(was_training)
+    if fabric.world_size > 1:
+        # Each row was filled by one rank; the others hold NaN there.
+        everyone = fabric.all_gather(fabric.to_device(torch.from_numpy(table)))
+        assert isinstance(everyone, Tensor)
+        table = np.nan_to_num(everyone.cpu().numpy(), nan=-1.0).max(axis=0)
+        table[table < 0] = np.nan
+    present = np.isfinite(table)
+    return np.where(present.any(0), np.nansum(table, 0) / np.maximum(present.sum(0), 1), np.nan)
+
+
+def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -> dict[str, Any]:
+    if dice is None:
+        return {}
+    organs = {name: (float(d) if np.isfinite(d) else None) for name, d in zip(recipe.labels.organs, dice, strict=True)}
+    return {"val_dice": mean, "val_dice_per_organ": organs}
+
+
+def _load_teacher(recipe: Recipe, source: TeacherSource | None, device: torch.device) -> Teacher | None:
+    if recipe.distill is None or recipe.distill.label_weight == 1:
+        return None
+    if source is None:
+        raise UsageError("NO_TEACHER", recipe.name, "expected a teacher, since the recipe distils",
+                         "use `autosam3d distill`, or set distill.lambda=1 to learn from the labels alone")
+    return load_teacher(source.path, recipe, sam=source.sam, device=device)
+
+
+def _ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[CachedCase]:
+    """The training cases with the teacher's probabilities, where those are kept on disk."""
+    distill, teacher = run.recipe.distill, run.teacher
+    if distill is None or teacher is None:
+        return cases
+    if distill.teacher_probs == "live":
+        if distill.label_weight > 0:
+            return cases
+        # Where the labels do not count they do not say where to look either: crops fall anywhere.
+        return [replace(case, centers=case.centers[:0]) for case in cases]
+    mine = cases[slice(run.fabric.local_rank, None, local_ranks())]
+
+    def watch(done: int, total: int) -> None:
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
+
+    checked = cache_probabilities(mine, teacher, run.recipe, cache_dir, run.observer.on_teacher, watch)
+    if run.fabric.world_size == 1:
+        return checked
+    run.fabric.barrier()
+    return open_probabilities(cases, teacher, run.recipe, cache_dir)
+
+
+def _cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Training and validation cases. Each rank makes or checks its share of its node's cache; all open the whole."""
+    recipe, fabric = run.recipe, run.fabric
+    wanted = [*cases.train, *(cases.val[: recipe.train.val_cases] if recipe.train.val_cases else cases.val)]
+
+    def watch(done: int, total: int) -> None:
+        run.observer.on_cache(done, total)
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
+
+    share = slice(fabric.local_rank, None, local_ranks())
+    cached = cache_cases(wanted[share], recipe, cache_dir, watch)
+    if fabric.world_size > 1:
+        mine = torch.zeros(len(wanted), KEY_BYTES, dtype=torch.uint8)
+        mine[share] = torch.tensor([list(bytes.fromhex(case.key)) for case in cached], dtype=torch.uint8).view(
+            -1, KEY_BYTES)
+        everyone = fabric.all_gather(fabric.to_device(mine))  # also waits until the cache is whole
+        assert isinstance(everyone, Tensor)
+        node = fabric.global_rank - fabric.local_rank
+        rows = (everyone[node + index % local_ranks(), index] for index in range(len(wanted)))
+        keys = [bytes(row.tolist()).hex() for row in rows]
+        cached = [open_cached(cache_dir, key, case.name) for key, case in zip(keys, wanted, strict=True)]
+    return cached[: len(cases.train)], cached[len(cases.train) :]

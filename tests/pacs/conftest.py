@@ -1,6 +1,0 @@
-import sys
-from pathlib import Path
-
-TESTS = Path(__file__).resolve().parents[1]
-for folder in (TESTS / "badinput", TESTS / "pacs"):
-    sys.path.insert(0, str(folder))
