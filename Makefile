@@ -41,7 +41,7 @@ test-mobile: $(VENV)-mobile/.ok
 	OMP_NUM_THREADS=1 $(VENV)-mobile/bin/python -m pytest -q -n 2 tests/export/test_mobile.py
 
 lint: $(VENV)/.ok
-	$(PY) -m ruff check src tests benchmarks examples
+	$(PY) -m ruff check src tests benchmarks examples web/test
 	$(PY) -m pyright
 	$(VENV)/bin/lint-imports
 

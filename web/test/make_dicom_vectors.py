@@ -20,12 +20,12 @@ from typing import Any
 import gdcm
 import numpy as np
 
+from autosam3d.data.phantom import make_phantom
 from autosam3d.errors import AutoSam3dError
 from autosam3d.io import read_ct
-from autosam3d.io.dicom_seg import planes_of
+from autosam3d.io.dicom.seg import planes_of
 from autosam3d.io.grid import grid_stored_as
-from autosam3d.io.nifti_write import write_ct
-from autosam3d.phantom import make_phantom
+from autosam3d.io.nifti.write import write_ct
 from autosam3d.volume import Segmentation, Volume
 
 REPO = Path(__file__).resolve().parents[2]

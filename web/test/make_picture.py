@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from autosam3d.export_web import write_web_folder
-from autosam3d.exported import open_export
+from autosam3d.checkpoints.exported import open_export
+from autosam3d.export.web import write_web_folder
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "benchmarks"))

@@ -15,17 +15,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from autosam3d.data.phantom import make_phantom
 from autosam3d.errors import VolumeError
-from autosam3d.inference import segment
+from autosam3d.export.description import describe_use
+from autosam3d.export.parity import BOUNDS
+from autosam3d.geometry.patches import gaussian_importance, grid_starts
+from autosam3d.geometry.preprocess import find_body, plan_grid, prepare_ct
+from autosam3d.inference.pipeline import segment
 from autosam3d.io import read_ct
-from autosam3d.io.nifti_write import write_ct, write_segmentation
+from autosam3d.io.nifti.write import write_ct, write_segmentation
 from autosam3d.labels import LabelMap
-from autosam3d.model_description import describe_use
-from autosam3d.parity import BOUNDS
-from autosam3d.patches import gaussian_importance, grid_starts
-from autosam3d.phantom import make_phantom
-from autosam3d.preprocess import find_body, plan_grid, prepare_ct
-from autosam3d.recipe import Recipe, load_recipe
+from autosam3d.recipes.recipe import Recipe, load_recipe
 from autosam3d.volume import Volume
 
 OUT = Path(__file__).parent / "vectors"
