@@ -38,7 +38,9 @@ def test_probabilities_and_logits_are_torchs(threads: int) -> None:
     predictor = OnnxPredictor(content(), WHERE, SIZE, LABELS, threads)
     probs = predictor.predict(patches)
     assert probs.dtype == np.float32 and probs.shape == (3, 3, *SIZE)
-    np.testing.assert_allclose(probs, np.exp(expected) / np.exp(expected).sum(1, keepdims=True), atol=1e-6)
+    # A softmax moves by at most half of what its logits move by (its Jacobian is p (1 - p) and -p q), and kernels of
+    # other processors move these by up to 1e-5.
+    np.testing.assert_allclose(probs, np.exp(expected) / np.exp(expected).sum(1, keepdims=True), atol=5e-6)
     np.testing.assert_array_equal(predictor.predict(patches[1:2]), probs[1:2])  # a batch is a loop
 
 
