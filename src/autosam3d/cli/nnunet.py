@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autosam3d.cli.console import on_task, one_line, progress_bars
+from autosam3d.cli.options import Tolerances
 from autosam3d.errors import UsageError
 
 # An epoch on a CPU can take minutes: so often a line says that it is at work.
@@ -29,7 +30,7 @@ def nnunet(
     batch: Annotated[int | None, typer.Option(help="Crops of a step, instead of the planned ones.")] = None,
     tta: Annotated[bool, typer.Option(help="Predict with mirror images, as nnU-Net does.")] = True,
     test: Annotated[bool, typer.Option(help="Also predict imagesTs.")] = True,
-    tolerance: Annotated[list[float] | None, typer.Option(help="NSD tolerance in mm; repeat it for several.")] = None,
+    tolerance: Tolerances = None,
     python: Annotated[Path | None, typer.Option(help="bin/python of the environment that has nnunetv2; default this "
                                                      "one.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
@@ -43,9 +44,6 @@ def nnunet(
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device):
         raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, mps, cuda or cuda:N", "name one of these")
-    for mm in tolerance or ():
-        if not 0 <= mm < 1000:
-            raise UsageError("USAGE", f"--tolerance {mm:g}", "expected 0 to 1000 mm", "try 1")
     plan = NnunetPlan(preset=preset, configuration=configuration, fold=fold, epochs=epochs, minutes=minutes,
                       iterations=iterations, patch=_patch(patch), batch=batch, tta=tta)
     with progress_bars() as bars:

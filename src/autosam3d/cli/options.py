@@ -15,6 +15,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
                                                        "Hugging Face id such as facebook/sam-vit-base.")]
 
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Train another network its own way on the "
+                                           "recipe's data: a preset (see autosam3d recipes), or a YAML file.")]
+
 
 def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device.lower()):
@@ -28,6 +31,13 @@ def _known_threads(threads: int) -> int:
     return threads
 
 
+def _known_tolerances(tolerances: list[float] | None) -> list[float] | None:
+    for mm in tolerances or ():
+        if not 0 <= mm < 1000:
+            raise UsageError("USAGE", f"--tolerance {mm:g}", "expected 0 to 1000 mm", "try 1")
+    return tolerances
+
+
 def _known_transform(name: str | None) -> str | None:
     if name not in (None, "sform", "qform"):
         raise UsageError("USAGE", f"--prefer {name}", "expected sform or qform", "name one of these")
@@ -39,6 +49,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads up to 1024; 0 takes the 
                                       callback=_known_threads)]
 
 Prefer = Annotated[str | None, typer.Option(help="sform or qform, where the two disagree.", callback=_known_transform)]
+Tolerances = Annotated[list[float] | None, typer.Option("--tolerance", callback=_known_tolerances,
+                                                        help="NSD tolerance in mm; repeat it for several.")]
 AssumeRas = Annotated[bool, typer.Option("--assume-ras", help="Take axes as RAS where the file does not say.")]
 Force = Annotated[bool, typer.Option("--force", help="Read files with implausible geometry or values.")]
 

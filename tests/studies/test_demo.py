@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from autosam3d.cli import demo
 from autosam3d.data import phantom
 from autosam3d.recipes.recipe import load_recipe
+from autosam3d.studies import demo
 from autosam3d.training.train import Observer, TrainResult
 from command_line import contents
 

@@ -1,0 +1,50 @@
+"""``autosam3d evaluate``: segmentations beside the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autosam3d.cli.console import on_task, progress_bars
+from autosam3d.cli.options import AssumeRas, Force, Prefer, Tolerances
+from autosam3d.errors import BatchError
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Segmentation file, or a folder of them.")],
+    truth: Annotated[Path, typer.Argument(help="True label map, or the folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json and report.html.")] = Path("evaluation"),
+    tolerance: Tolerances = None,
+    ct: Annotated[Path | None, typer.Option(help="Folder of the scans, for the pictures.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the organ names from this recipe.")] = None,
+    prefer: Prefer = None,
+    assume_ras: AssumeRas = False,
+    force: Force = False,
+) -> None:
+    """Compare segmentations with the truth: Dice, NSD, HD95, volumes, and a report with pictures."""
+    from autosam3d.evaluation.evaluate import evaluate_folder, write_csv, write_json
+    from autosam3d.evaluation.report import write_report
+    from autosam3d.evaluation.scores import counted
+    from autosam3d.io import ReadOptions
+    from autosam3d.io.folders import make_folder
+    from autosam3d.recipes.recipe import load_recipe
+
+    labels = load_recipe(recipe).labels if recipe else None
+    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
+    with progress_bars() as bars:
+        comparing = bars.add_task("comparing", total=None)
+        result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tuple(tolerance or (1.0,)),
+                                 ct_folder=ct, options=options, progress=on_task(bars, comparing))
+        make_folder(out)
+        write_csv(result, out / "scores.csv")
+        write_json(result, out / "scores.json")
+        drawing = bars.add_task("drawing the report", total=None)
+        write_report(result, out / "report.html", options=options, progress=on_task(bars, drawing))
+    typer.echo(result.summary())
+    typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
+    if result.missing:
+        cases = counted(len(result.missing), "case")
+        raise BatchError("MISSING", predictions, f"{cases} of the truth without a prediction: "
+                         f"{', '.join(result.missing[:5])}", "segment them, then evaluate again")
