@@ -6,19 +6,17 @@ inheritance. ``--set train.epochs=3`` overrides one key. Every number is checked
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from autosam3d.errors import RecipeError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.geometry.preprocess import Preprocess
 from autosam3d.labels import LabelMap
@@ -32,6 +30,7 @@ from autosam3d.models.spec import (
     UnetrSpec,
 )
 from autosam3d.recipes.sources import read_recipe_text, recipe_names, with_model
+from autosam3d.recipes.typed_tree import typed, with_overrides
 from autosam3d.recipes.yaml_text import dump_yaml, parse_yaml
 
 __all__ = ["Recipe", "dump_recipe", "load_recipe", "recipe_from_dict", "recipe_names", "with_overrides"]
@@ -338,6 +337,7 @@ class Recipe:
 
 
 _ADAPTER = TypeAdapter(Recipe)
+_UNIONS = {"model": ("network", _NETWORKS)}
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = (), model: str | Path | None = None) -> Recipe:
@@ -357,108 +357,15 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = (), model: str | 
     return recipe_from_dict(with_overrides(tree, overrides), where)
 
 
-def with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`tree` itself, after ``key.path=value`` overrides.
-
-    Raises:
-        RecipeError: one that is none.
-    """
-    for override in overrides:
-        _apply_override(tree, override)
-    return tree
-
-
 def recipe_from_dict(tree: Mapping[str, Any], where: str | Path = "recipe") -> Recipe:
     """A recipe from plain values, as `Recipe.as_dict` gives them or a YAML file holds them."""
     tree = dict(tree)
-    for path, value in _numbers(tree):
-        if not math.isfinite(value):
-            raise RecipeError("BAD_VALUE", f"{where}: {path}", f"expected a finite number, got {value}",
-                              "correct the value")
     model, labels = tree.get("model"), tree.get("labels")
     if isinstance(model, Mapping) and isinstance(labels, Mapping) and isinstance(labels.get("organs"), (list, tuple)):
         tree["model"] = {"num_outputs": len(labels["organs"]) + 1} | dict(model)
-    try:
-        return _ADAPTER.validate_json(json.dumps(tree, allow_nan=True), strict=True)
-    except ValidationError as error:
-        raise _explain(error, where) from None
-
-
-def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every float below `node` with its dotted path."""
-    if isinstance(node, float):
-        yield path, node
-    elif isinstance(node, (Mapping, list, tuple)):
-        items = node.items() if isinstance(node, Mapping) else enumerate(node)
-        for key, child in items:
-            yield from _numbers(child, f"{path}.{key}" if path else str(key))
+    return typed(_ADAPTER, tree, where, unions=_UNIONS)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
     return dump_yaml(recipe.as_dict())
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError("OVERRIDE", f"--set {override}", "expected KEY.PATH=VALUE",
-                          "write for example train.epochs=3")
-    value = parse_yaml(f"value: {text}", f"--set {override}")["value"]
-    node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise RecipeError("OVERRIDE", f"--set {override}", f"{part} is a value, not a section", "shorten the path")
-        node = child
-    node[parts[-1]] = value
-
-
-def _explain(error: ValidationError, where: str | Path) -> RecipeError:
-    """One line from pydantic's list: a typo with the nearest key if there is one, else the first fault."""
-    faults = error.errors(include_url=False)
-    for fault in faults:
-        if fault["loc"][:1] == ("model",) and fault["loc"][1:2] and fault["loc"][1] in _NETWORKS:
-            fault["loc"] = ("model", *fault["loc"][2:])  # without the tag of the union
-    first = next((f for f in faults if f["type"] == "unexpected_keyword_argument"), faults[0])
-    path = ".".join(str(p) for p in first["loc"])
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    if first["type"] == "unexpected_keyword_argument":
-        *section, key = [str(p) for p in first["loc"]]
-        near = difflib.get_close_matches(key, _known_keys(section), 1)
-        remedy = f"did you mean {'.'.join([*section, near[0]])}?" if near else "remove it"
-        return RecipeError("UNKNOWN_KEY", f"{where}: {path}", f"no such key{more}", remedy)
-    if first["type"] in ("missing", "missing_argument"):
-        return RecipeError("MISSING_KEY", f"{where}: {path}", f"expected a value, got none{more}", "add the key")
-    if first["type"] == "union_tag_invalid":
-        return RecipeError("BAD_VALUE", f"{where}: model.network", f"expected one of {', '.join(_NETWORKS)}, got "
-                           f"{_network_of(first['input'])}{more}", "correct the value")
-    message = first["msg"].removeprefix("Value error, ")
-    own_check = re.match(r"([a-z_.0-9]+): (?=expected)", message)  # a check of ours starts with the field at fault
-    if own_check:
-        message = message[own_check.end() :]
-        if path.rpartition(".")[2] != own_check[1]:
-            path = f"{path}.{own_check[1]}" if path else own_check[1]
-    elif "expected" not in message:
-        message = f"{message[0].lower()}{message[1:]}, got {first.get('input')!r}"
-    message = message if len(message) <= 300 else f"{message[:297]}..."
-    return RecipeError("BAD_VALUE", f"{where}: {path or 'recipe'}", f"{message}{more}", "correct the value")
-
-
-def _known_keys(section: list[str]) -> list[str]:
-    """Keys that the schema allows below `section`, in any of its variants."""
-    schema = _ADAPTER.json_schema()
-
-    def variants(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        if "$ref" in node:
-            yield from variants(schema["$defs"][node["$ref"].rsplit("/", 1)[1]])
-            return
-        yield node
-        for child in (*node.get("anyOf", ()), *node.get("oneOf", ())):
-            yield from variants(child)
-
-    nodes = list(variants(schema))
-    for part in section:
-        nodes = [v for node in nodes if part in node.get("properties", {}) for v in variants(node["properties"][part])]
-    return [key for node in nodes for key in node.get("properties", {})]
