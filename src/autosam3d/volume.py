@@ -138,8 +138,8 @@ def same_grid(a: Volume | Segmentation, b: Volume | Segmentation, tolerance_vox:
     return bool(apart_mm <= tolerance_vox * min(a.spacing_mm))
 
 
-def told(where: str | Path, warnings: Iterable[str]) -> tuple[str, ...]:
-    """`warnings`, after each was logged under the name of what it is about."""
+def log_warnings(where: str | Path, warnings: Iterable[str]) -> tuple[str, ...]:
+    """Log each warning under `where`, the name of what it is about, and return them all as a tuple."""
     warnings = tuple(warnings)
     for warning in warnings:
         _log.warning("%s: %s", where, warning)

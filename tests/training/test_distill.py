@@ -152,13 +152,13 @@ def test_live_probabilities_are_those_of_the_teachers_network(
 
 def test_the_cache_holds_what_the_teacher_says(cases: CaseSet, teacher: Path, folder: Path) -> None:
     recipe = student(teacher_overlap=0.0)
-    told_by = load_teacher(teacher, recipe, sam=None, device="cpu")
+    loaded_teacher = load_teacher(teacher, recipe, sam=None, device="cpu")
     plain = cache_cases(cases.train, recipe, folder / "cache")
-    case = cache_probabilities(plain, told_by, recipe, folder / "cache")[0]
+    case = cache_probabilities(plain, loaded_teacher, recipe, folder / "cache")[0]
     assert case.probs is not None
     # One window in the corner, as the network sees it; with overlap 0 windows of 16 in a scan of 24 still meet at 8.
     corner = np.ascontiguousarray(case.voxels[None, None, :16, :16, :16], np.float32)
-    probs = told_by.model.predictor.predict(corner)[0]
+    probs = loaded_teacher.model.predictor.predict(corner)[0]
     kept = with_background(case.probs[:, :8, :8, :8])
     assert np.abs(kept - probs[:, :8, :8, :8]).max() < 0.51 / 255 * recipe.labels.num_outputs
 
@@ -225,12 +225,12 @@ def test_a_damaged_cache_is_made_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = student()
-    told_by = load_teacher(teacher, recipe, sam=None, device="cpu")
+    loaded_teacher = load_teacher(teacher, recipe, sam=None, device="cpu")
     plain = cache_cases(cases.train[:2], recipe, tmp_path)
-    whole = [np.array(case.probs) for case in cache_probabilities(plain, told_by, recipe, tmp_path)]
+    whole = [np.array(case.probs) for case in cache_probabilities(plain, loaded_teacher, recipe, tmp_path)]
     victim = next((tmp_path / plain[1].key).glob(f"teacher-*.{suffix}"))
     damage(victim)
-    again = cache_probabilities(plain, told_by, recipe, tmp_path)
+    again = cache_probabilities(plain, loaded_teacher, recipe, tmp_path)
     assert "are damaged, making them again" in caplog.text
     assert all(np.array_equal(case.probs, probs) for case, probs in zip(again, whole, strict=True))
 
@@ -239,7 +239,7 @@ def test_a_killed_cache_goes_on_after_the_last_whole_case(
     cases: CaseSet, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = student()
-    told_by = load_teacher(teacher, recipe, sam=None, device="cpu")
+    loaded_teacher = load_teacher(teacher, recipe, sam=None, device="cpu")
     plain = cache_cases(cases.train, recipe, tmp_path)
     windows: list[int] = []
 
@@ -249,17 +249,17 @@ def test_a_killed_cache_goes_on_after_the_last_whole_case(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache_probabilities(plain, told_by, recipe, tmp_path, watch=kill_in_the_third_case)
+        cache_probabilities(plain, loaded_teacher, recipe, tmp_path, watch=kill_in_the_third_case)
     built: list[str] = []
     own = teacher_module._build_entry
     monkeypatch.setattr(teacher_module, "_build_entry", lambda *args: built.append(args[2].name) or own(*args))
-    cache_probabilities(plain, told_by, recipe, tmp_path)
+    cache_probabilities(plain, loaded_teacher, recipe, tmp_path)
     assert built == [case.name for case in plain[2:]]
 
 
 def test_crops_carry_probabilities_of_the_same_place(cases: CaseSet, teacher: Path, folder: Path) -> None:
     recipe = replace(student(), augment=Augment(flip_prob=0.5, scale_prob=0, affine_prob=0, rotate90_prob=0.5))
-    told_by = load_teacher(teacher, recipe, sam=None, device="cpu")
+    loaded_teacher = load_teacher(teacher, recipe, sam=None, device="cpu")
     plain = cache_cases(cases.train, recipe, folder / "cache")
     # A teacher who knows the truth.
     perfect = [replace(case, probs=np.stack([(case.labels == k) * np.uint8(255) for k in (1, 2)])) for case in plain]
@@ -267,7 +267,7 @@ def test_crops_carry_probabilities_of_the_same_place(cases: CaseSet, teacher: Pa
     for position in range(12):
         _, labels, probs = dataset[(0, position, position % 4)]
         assert torch.equal(probs.argmax(0).to(torch.uint8), labels)
-    assert told_by.origin["recipe"] == "mini"
+    assert loaded_teacher.origin["recipe"] == "mini"
 
 
 # ---- who may teach whom ----

@@ -21,7 +21,7 @@ from autosam3d.inference.memory import MemoryPlan, estimate_ram_bytes, fit_memor
 from autosam3d.inference.torch_runtime import Predictor
 from autosam3d.io.memory import resident_bytes, size_text
 from autosam3d.recipes.recipe import Recipe
-from autosam3d.volume import Segmentation, Volume, told
+from autosam3d.volume import Segmentation, Volume, log_warnings
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def begin_segment(volume: Volume, model: Model, options: SegmentOptions) -> Call
     memory = plan_memory(undo, predictor, options, volume.name)
     voxels = prepare_ct(volume, recipe.preprocess, undo).voxels
     walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, memory)
-    found = told(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
+    found = log_warnings(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
     affine, source, warnings = volume.affine, volume.source, (*volume.warnings, *found)
 
     def finish(progress: Progress | None) -> Segmentation:

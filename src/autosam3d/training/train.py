@@ -125,8 +125,8 @@ def train(
         try:
             with stop.at_once():
                 # What can be wrong at once comes before the cases, which may take an hour to prepare.
-                told_by = _load_teacher(recipe, teacher, fabric.device)
-                run = start_run(recipe, fabric, run_folder, sam, stop, observer, told_by)
+                loaded_teacher = _load_teacher(recipe, teacher, fabric.device)
+                run = start_run(recipe, fabric, run_folder, sam, stop, observer, loaded_teacher)
                 demand_space(run)
                 cache_dir = cache_dir or run_folder / "cache"
                 train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir)

@@ -28,7 +28,7 @@ from autosam3d.io.dicom.source import (
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom
 from autosam3d.io.files import atomic_write
 from autosam3d.labels import LabelMap
-from autosam3d.volume import Segmentation, told
+from autosam3d.volume import Segmentation, log_warnings
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
@@ -68,7 +68,7 @@ def write_rtstruct(
         dataset = _build(planes, series, labels, present, algorithm)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
                      lambda temporary: _verify(temporary, path, segmentation, planes, series, present))
-    return told(path, warnings)
+    return log_warnings(path, warnings)
 
 
 def _build(planes: np.ndarray, series: SourceSeries, labels: LabelMap, present: list[int], algorithm: Algorithm

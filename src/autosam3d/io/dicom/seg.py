@@ -30,7 +30,7 @@ from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom
 from autosam3d.io.files import atomic_write
 from autosam3d.io.grid import from_canonical
 from autosam3d.labels import LabelMap
-from autosam3d.volume import Segmentation, told
+from autosam3d.volume import Segmentation, log_warnings
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
@@ -88,7 +88,7 @@ def write_dicom_seg(
         dataset = _build(numbers[planes], series, labels, present, algorithm, kind)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
                      lambda temporary: _verify(temporary, path, segmentation, planes, labels, present))
-    return told(path, warnings)
+    return log_warnings(path, warnings)
 
 
 def present_and_empty(planes: np.ndarray, labels: LabelMap, path: Path) -> tuple[list[int], list[str]]:

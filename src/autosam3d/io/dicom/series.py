@@ -23,7 +23,7 @@ from autosam3d.io.intensity import check_hounsfield
 from autosam3d.io.memory import demand_ram
 from autosam3d.io.nifti.read import MIN_SLICES
 from autosam3d.io.options import DEFAULTS, ReadOptions
-from autosam3d.volume import Volume, told
+from autosam3d.volume import Volume, log_warnings
 
 _SAME_PLACE_MM = 0.01
 # Orientation cosines are written with few digits; slices of one stack agree to this.
@@ -84,7 +84,7 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     if not is_even or lean.any():
         source = replace(source, acquired=acquired)
     canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
-    return Volume(canonical, canonical_affine(source), source, told(folder, warnings), str(folder))
+    return Volume(canonical, canonical_affine(source), source, log_warnings(folder, warnings), str(folder))
 
 
 def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[CtSlice]:

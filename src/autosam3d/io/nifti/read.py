@@ -15,7 +15,7 @@ from autosam3d.io.intensity import check_hounsfield
 from autosam3d.io.memory import demand_ram, size_text
 from autosam3d.io.nifti.header import NIFTI2_BYTES, NiftiHeader, parse_header
 from autosam3d.io.options import DEFAULTS, ReadOptions
-from autosam3d.volume import Segmentation, SourceGrid, Volume, told
+from autosam3d.volume import Segmentation, SourceGrid, Volume, log_warnings
 
 MIN_SLICES = 8
 # NIfTI extension code for a comment in plain text. *Source*: nifti1_io.h, NIFTI_ECODE_COMMENT.
@@ -48,7 +48,7 @@ def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
         voxels += np.float32(options.intensity_offset)
         warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
     warnings += check_hounsfield(voxels, path, may_be_nonfinite=stored.dtype.kind == "f")
-    return Volume(voxels, canonical_affine(source), source, told(path, warnings), str(path))
+    return Volume(voxels, canonical_affine(source), source, log_warnings(path, warnings), str(path))
 
 
 def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
@@ -75,7 +75,7 @@ def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segm
     dtype = np.uint8 if high <= 255 else np.uint16
     labels = np.ascontiguousarray(labels, dtype=dtype)
     organs = _organs_in(extensions) or _organs_beside(Path(path))
-    return Segmentation(labels, canonical_affine(source), source, organs, told(path, warnings))
+    return Segmentation(labels, canonical_affine(source), source, organs, log_warnings(path, warnings))
 
 
 def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
