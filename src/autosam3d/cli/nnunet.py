@@ -49,8 +49,9 @@ def nnunet(
     with progress_bars() as bars:
         view = _View(bars)
         try:
-            result = train_and_predict(data, out, plan, python=python, device=device, threads=threads,
-                                       parts=("validation", "test") if test else ("validation",), on_told=view.on_told)
+            result = train_and_predict(
+                data, out, plan, python=python, device=device, threads=threads,
+                parts=("validation", "test") if test else ("validation",), on_event=view.on_event)
         except (KeyboardInterrupt, SystemExit):
             view.say(f"what is finished in {out} is kept; the same command goes on from here")
             raise
@@ -58,7 +59,7 @@ def nnunet(
         for part in result.truth:
             task = bars.add_task(f"comparing {part}", total=None)
             scored[part] = evaluate_run(result, part, tolerances_mm=tuple(tolerance or (1.0,)), python=python,
-                                        threads=threads, progress=on_task(bars, task), on_told=view.on_told)
+                                        threads=threads, progress=on_task(bars, task), on_event=view.on_event)
     write_result(result)
     size = " x ".join(map(str, result.patch))
     typer.echo(f"{result.name} {result.nnunet}, {result.network} with {result.parameters / 1e6:.2f} M parameters, crop "
@@ -89,17 +90,18 @@ class _View:
         self._task = bars.add_task("nnU-Net", total=None)
         self._last, self._said_at = "", 0.0
 
-    def on_told(self, stage: str, told: dict[str, Any]) -> None:
-        kind = told["kind"]
+    def on_event(self, stage: str, event: dict[str, Any]) -> None:
+        kind = event["kind"]
         if kind in ("step", "epoch"):
-            self.bars.update(self._task, description=f"training, loss {told['loss']:.3f}", total=1000,
-                             completed=round(1000 * told["share"]))
+            self.bars.update(self._task, description=f"training, loss {event['loss']:.3f}", total=1000,
+                             completed=round(1000 * event["share"]))
         if kind in ("scan", "bar"):
-            self.bars.update(self._task, description=one_line(told.get("text") or f"predicting {told.get('name')}"),
-                             total=told["total"], completed=told["done"])
-        line = _line(stage, told)
+            self.bars.update(self._task, description=one_line(event.get("text") or f"predicting {event.get('name')}"),
+                             total=event["total"], completed=event["done"])
+        line = _line(stage, event)
         if kind == "step" and time.monotonic() - self._said_at > STEP_LINE_S:
-            line = f"nnU-Net trains: {told['share']:.0%} of the budget, {told['steps']} steps, loss {told['loss']:.3f}"
+            line = (f"nnU-Net trains: {event['share']:.0%} of the budget, {event['steps']} steps, loss "
+                    f"{event['loss']:.3f}")
         if line and line != self._last:
             self._last, self._said_at = line, time.monotonic()
             self.say(line)
@@ -108,23 +110,25 @@ class _View:
         self.bars.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def _line(stage: str, told: dict[str, Any]) -> str | None:
-    match told["kind"]:
+def _line(stage: str, event: dict[str, Any]) -> str | None:
+    match event["kind"]:
         case "stage":
-            return f"nnU-Net {stage}: {told['text']}"
+            return f"nnU-Net {stage}: {event['text']}"
         case "planned":
-            return (f"nnU-Net plans {told['network']} of {told['stages']} stages, crop "
-                    f"{' x '.join(map(str, told['patch']))} (planned {' x '.join(map(str, told['planned_patch']))}), "
-                    f"batch {told['batch']}, {' x '.join(f'{mm:.3g}' for mm in told['spacing_mm'])} mm")
+            return (f"nnU-Net plans {event['network']} of {event['stages']} stages, crop "
+                    f"{' x '.join(map(str, event['patch']))} (planned {' x '.join(map(str, event['planned_patch']))}), "
+                    f"batch {event['batch']}, {' x '.join(f'{mm:.3g}' for mm in event['spacing_mm'])} mm")
         case "network":
-            return f"nnU-Net trains {told['parameters'] / 1e6:.2f} M parameters"
+            return f"nnU-Net trains {event['parameters'] / 1e6:.2f} M parameters"
         case "epoch":
-            return (f"nnU-Net epoch {told['epoch']}: {told['share']:.0%} of the budget, {told['steps']} steps, loss "
-                    f"{told['loss']:.3f}, pseudo Dice {told['dice']:.3f}")
-        case "bar" if told["done"] % max(1, told["total"] // 4) == 0 and told["done"]:
-            return f"nnU-Net {stage}: {told['text']} {told['done']} of {told['total']}"
+            return (f"nnU-Net epoch {event['epoch']}: {event['share']:.0%} of the budget, {event['steps']} steps, loss "
+                    f"{event['loss']:.3f}, pseudo Dice {event['dice']:.3f}")
+        case "bar" if event["done"] % max(1, event["total"] // 4) == 0 and event["done"]:
+            return f"nnU-Net {stage}: {event['text']} {event['done']} of {event['total']}"
         case "scan":
-            return f"nnU-Net predicts {told['done'] + 1} of {told['total']}: {told['name']}" if told["name"] else None
+            if not event["name"]:
+                return None
+            return f"nnU-Net predicts {event['done'] + 1} of {event['total']}: {event['name']}"
         case "tail":
-            return "nnU-Net's last lines: " + " | ".join(told["lines"])
+            return "nnU-Net's last lines: " + " | ".join(event["lines"])
     return None

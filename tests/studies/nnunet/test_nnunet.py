@@ -255,7 +255,7 @@ PLAN = NnunetPlan(minutes=1.0, patch=(8, 16, 16))
 
 def test_a_run_from_planning_to_predictions(dataset: Path, tmp_path: Path, fake: Path) -> None:
     told: list[str] = []
-    result = train_and_predict(dataset, tmp_path / "out", PLAN, on_told=lambda stage, word: told.append(word["kind"]))
+    result = train_and_predict(dataset, tmp_path / "out", PLAN, on_event=lambda stage, word: told.append(word["kind"]))
     assert {p.name for p in result.predictions["validation"].iterdir()} == {"case_4.nii.gz", "case_5.nii.gz"}
     assert {p.name for p in result.predictions["test"].iterdir()} == {"test_0.nii.gz"}
     assert (result.minutes, result.parameters, result.steps, result.patch) == (1.0, 1234567, 9, (8, 16, 16))
@@ -281,7 +281,7 @@ def test_a_stage_that_fails_is_explained_and_repeated(
     tails: list[list[str]] = []
     monkeypatch.setenv("FAKE_FAULT", f"{stage} fails")
     with pytest.raises(ResourceError, match="exit code 1: ValueError: it cannot; see") as caught:
-        train_and_predict(dataset, tmp_path / "out", PLAN, on_told=lambda _, w: tails.append(w.get("lines", [])))
+        train_and_predict(dataset, tmp_path / "out", PLAN, on_event=lambda _, w: tails.append(w.get("lines", [])))
     assert caught.value.code == "NNUNET_FAILED" and tails[-1][-1] == "ValueError: it cannot"
     monkeypatch.setenv("FAKE_FAULT", "")
     assert train_and_predict(dataset, tmp_path / "out", PLAN).steps == 9
@@ -350,7 +350,7 @@ def test_a_stop_ends_the_stage_and_all_that_it_started(tmp_path: Path) -> None:
 
     here = NnunetEnvironment(sys.executable, "2.8.1", "2.13", False, False)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(here, script, "train", tmp_path / "spec.json", log=tmp_path / "log", variables={}, on_told=interrupt)
+        run_stage(here, script, "train", tmp_path / "spec.json", log=tmp_path / "log", variables={}, on_event=interrupt)
     assert (tmp_path / "saved").read_text() == "saved"
     time.sleep(0.2)
     for pid in map(int, pids.read_text().split()):
@@ -409,10 +409,10 @@ def test_nnunet_itself_trains_predicts_and_goes_on(dataset: Path, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_and_predict(dataset, tmp_path / "out", plan, python=NNUNET_PYTHON, device="cpu", threads=1, on_told=stop)
+        train_and_predict(dataset, tmp_path / "out", plan, python=NNUNET_PYTHON, device="cpu", threads=1, on_event=stop)
     told: list[dict] = []
     result = train_and_predict(dataset, tmp_path / "out", plan, python=NNUNET_PYTHON, device="cpu", threads=1,
-                               on_told=lambda _, word: told.append(word))
+                               on_event=lambda _, word: told.append(word))
     assert any("going on after" in word.get("text", "") for word in told)
     assert result.epochs == 2 and result.reduced
     evaluation, agreement = evaluation_module.evaluate_run(result, "validation", python=NNUNET_PYTHON, threads=1)

@@ -16,12 +16,12 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.studies.nnunet.agreement import BOUND, Agreement, compare
 from autosam3d.studies.nnunet.data import link
 from autosam3d.studies.nnunet.process import find_nnunet, run_stage
-from autosam3d.studies.nnunet.run import NnunetResult, Told, cores
+from autosam3d.studies.nnunet.run import NnunetResult, OnEvent, cores
 
 
 def evaluate_run(
     result: NnunetResult, part: str, *, tolerances_mm: Sequence[float] = (1.0,), python: str | Path | None = None,
-    threads: int = 0, progress: Callable[[int, int], None] | None = None, on_told: Told | None = None,
+    threads: int = 0, progress: Callable[[int, int], None] | None = None, on_event: OnEvent | None = None,
 ) -> tuple[Evaluation, Agreement]:
     """Score a part's predictions into ``evaluation/PART`` of the run: our CSV, JSON and report, nnU-Net's file beside.
 
@@ -40,7 +40,7 @@ def evaluate_run(
     write_csv(evaluation, out / "scores.csv")
     write_json(evaluation, out / "scores.json")
     write_report(evaluation, out / "report.html")
-    summary = _nnunets_metrics(result, part, truth, out / "summary.json", python, threads, on_told)
+    summary = _nnunets_metrics(result, part, truth, out / "summary.json", python, threads, on_event)
     agreement = compare(summary, evaluation)
     write_text_atomic(out / "agreement.json", json.dumps(asdict(agreement) | {"bound": BOUND}, indent=1) + "\n")
     if not agreement.agrees:
@@ -70,7 +70,7 @@ def _truth_of(result: NnunetResult, part: str) -> Path:
 
 def _nnunets_metrics(
     result: NnunetResult, part: str, truth: Path, summary: Path, python: str | Path | None, threads: int,
-    on_told: Told | None,
+    on_event: OnEvent | None,
 ) -> Path:
     """`summary`, written by nnU-Net's evaluator in its environment."""
     threads = threads or cores()
@@ -82,5 +82,5 @@ def _nnunets_metrics(
     variables = {"nnUNet_raw": str((result.folder / "nnUNet_raw").absolute()), "OMP_NUM_THREADS": str(threads)}
     run_stage(find_nnunet(python), result.folder / "trainer" / "nnunet_trainer.py", "evaluate", path,
               log=path.with_suffix(".log"), variables=variables,
-              on_told=lambda word: on_told("evaluate", word) if on_told is not None else None)
+              on_event=lambda event: on_event("evaluate", event) if on_event is not None else None)
     return summary

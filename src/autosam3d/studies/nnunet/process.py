@@ -43,7 +43,7 @@ _BAR = re.compile(r"\s*([^:%]*):?\s+\d+%\|.*\| (\d+)/(\d+) \[")
 _MEMORY = re.compile(r"out of memory|DefaultCPUAllocator|MemoryError|[Cc]annot allocate memory")
 _DISK = re.compile(r"No space left on device|Disk quota exceeded")
 
-Told = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def find_nnunet(python: str | Path | None = None) -> NnunetEnvironment:
 
 def run_stage(
     environment: NnunetEnvironment, script: Path, stage: str, spec: Path, *, log: Path,
-    variables: Mapping[str, str], on_told: Told, held: int | None = None,
+    variables: Mapping[str, str], on_event: OnEvent, held: int | None = None,
 ) -> None:
-    """Run a stage of `script`, its words to `log` (appended), what it tells to `on_told`.
+    """Run a stage of `script`, its words to `log` (appended), what it tells to `on_event`.
 
     However this function is left, no process of the stage is left: an exception here, Ctrl-C among them, asks the
     stage to save and to end, and ends it after half a minute.
@@ -133,11 +133,11 @@ def run_stage(
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith(MARK):
-                    told = json.loads(line.removeprefix(MARK))
-                    refused += [told["text"]] if told["kind"] == "refused" else []
-                    on_told(told)
+                    event = json.loads(line.removeprefix(MARK))
+                    refused += [event["text"]] if event["kind"] == "refused" else []
+                    on_event(event)
                 elif bar := _BAR.match(line):
-                    on_told({"kind": "bar", "text": bar[1], "done": int(bar[2]), "total": int(bar[3])})
+                    on_event({"kind": "bar", "text": bar[1], "done": int(bar[2]), "total": int(bar[3])})
                 else:
                     written.write(line)
                     written.flush()
@@ -148,7 +148,7 @@ def run_stage(
     if refused:
         raise UsageError("REFUSED", stage, refused[0], "change the option")
     if code:
-        on_told({"kind": "tail", "lines": list(tail)})
+        on_event({"kind": "tail", "lines": list(tail)})
         raise _explained(stage, code, list(tail), log)
 
 

@@ -38,7 +38,7 @@ SCRIPT = Path(__file__).with_name("nnunet_trainer.py")
 _STATE = "nnunet.json"
 
 Part = Literal["validation", "test"]
-Told = Callable[[str, dict[str, Any]], None]
+OnEvent = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class NnunetResult:
 
 def train_and_predict(
     data: str | Path, out: str | Path, plan: NnunetPlan | None = None, *, python: str | Path | None = None,
-    device: str = "auto", threads: int = 0, parts: Sequence[Part] = PARTS, on_told: Told | None = None,
+    device: str = "auto", threads: int = 0, parts: Sequence[Part] = PARTS, on_event: OnEvent | None = None,
 ) -> NnunetResult:
     """Train nnU-Net on `data` below `out`, or go on with that, and predict.
 
@@ -127,7 +127,7 @@ def train_and_predict(
         device: auto, cpu, mps, cuda or cuda:N.
         threads: of the CPU; 0 takes the cores of this process.
         parts: what is predicted. Leave ``test`` out while something is still chosen.
-        on_told: called with (stage, what it says): kinds ``stage``, ``planned``, ``network``, ``step``, ``epoch``,
+        on_event: called with (stage, what it says): kinds ``stage``, ``planned``, ``network``, ``step``, ``epoch``,
             ``trained``, ``scan``, ``tail``.
 
     Raises:
@@ -142,7 +142,7 @@ def train_and_predict(
     environment = find_nnunet(python)
     kind, visible = environment.device(device)
     with _held(out) as lock:
-        run = _Run(out, plan, source, environment, kind, visible, threads or cores(), lock, on_told)
+        run = _NnunetRun(out, plan, source, environment, kind, visible, threads or cores(), lock, on_event)
         run.plan()
         run.train()
         wanted = [part for part in PARTS if part in parts and scans_of(source, part)]
@@ -151,15 +151,15 @@ def train_and_predict(
         return run.result(wanted)
 
 
-class _Run:
+class _NnunetRun:
     """The stages of one run, each skipped where it is finished."""
 
     def __init__(
         self, out: Path, plan: NnunetPlan, data: NnunetData, environment: NnunetEnvironment, device: str,
-        visible: str | None, threads: int, lock: int | None, on_told: Told | None,
+        visible: str | None, threads: int, lock: int | None, on_event: OnEvent | None,
     ) -> None:
         self.out, self.options, self.data, self.environment, self.lock = out, plan, data, environment, lock
-        self._on_told = on_told or (lambda stage, told: None)
+        self._on_event = on_event or (lambda stage, event: None)
         self.script = out / "trainer" / "nnunet_trainer.py"
         workers = max(1, min(8, threads // 2))
         self.spec = asdict(plan) | {
@@ -187,16 +187,16 @@ class _Run:
         if "plan" in self.state["stages"]:
             return
         write_raw(self.data, self.out / "nnUNet_raw")
-        told = self._stage("plan", {})
-        self._done("plan", told["planned"])
+        events = self._stage("plan", {})
+        self._done("plan", events["planned"])
 
     def train(self) -> None:
         if "train" in self.state["stages"]:
             return
-        told = self._stage("train", {"plans": self.state["stages"]["plan"]["plans"]})
-        facts = {"parameters": told["network"]["parameters"], "nnunet": self.environment.version,
+        events = self._stage("train", {"plans": self.state["stages"]["plan"]["plans"]})
+        facts = {"parameters": events["network"]["parameters"], "nnunet": self.environment.version,
                  "torch": self.environment.torch}
-        self._done("train", told["trained"] | facts)
+        self._done("train", events["trained"] | facts)
 
     def predict(self, part: str) -> None:
         if f"predict {part}" in self.state["stages"]:
@@ -228,18 +228,18 @@ class _Run:
         )
 
     def _stage(self, stage: str, more: dict[str, Any], log: str | None = None) -> dict[str, dict[str, Any]]:
-        """Run it; the last word of each kind that it told."""
-        told: dict[str, dict[str, Any]] = {}
+        """Run a stage; returns the last event of each kind."""
+        last: dict[str, dict[str, Any]] = {}
 
-        def listen(word: dict[str, Any]) -> None:
-            told[word["kind"]] = word
-            self._on_told(stage, word)
+        def listen(event: dict[str, Any]) -> None:
+            last[event["kind"]] = event
+            self._on_event(stage, event)
 
         spec = self.out / "logs" / f"{log or stage}.json"
         write_text_atomic(spec, json.dumps(self.spec | more, indent=1) + "\n")
         run_stage(self.environment, self.script, stage, spec, log=spec.with_suffix(".log"), variables=self.variables,
-                  on_told=listen, held=self.lock)
-        return told
+                  on_event=listen, held=self.lock)
+        return last
 
     def _done(self, stage: str, facts: dict[str, Any]) -> None:
         self.state["stages"][stage] = {key: value for key, value in facts.items() if key != "kind"}
