@@ -70,12 +70,13 @@ def watch(
     chosen = _rule(rule, modality, body_part, description, every)
     archive = _archive(dicomweb, auth_file, ca_file, insecure)
     from autosam3d.services.pacs.ledger import Retry
-    from autosam3d.services.pacs.service import Service
+    from autosam3d.services.pacs.service import ArchiveService
     from autosam3d.services.pacs.sinks import DicomWebSink
     from autosam3d.services.pacs.watch import Watch, run_forever, run_once
 
     with contextlib.closing(archive), _at_work(state, model, overlap, max_ram, threads) as (folder, ledger, segmenter):
-        service = Service(folder, ledger, segmenter, DicomWebSink(archive), archive, Retry(tries=tries), tell=_tell)
+        service = ArchiveService(folder, ledger, segmenter, DicomWebSink(archive), archive, Retry(tries=tries),
+                                 tell=_tell)
         service.sweep()
         how = Watch(rule=chosen, model=segmenter.worker.start().sha256, settings=segmenter.settings,
                     poll_seconds=poll, settle_seconds=settle, days=days)
@@ -133,7 +134,7 @@ def listen(
     from autosam3d.services.pacs.ledger import Retry
     from autosam3d.services.pacs.listener import ListenSettings, listening
     from autosam3d.services.pacs.receiving import ConnectionLimits, networks
-    from autosam3d.services.pacs.service import Service
+    from autosam3d.services.pacs.service import ArchiveService
     from autosam3d.services.pacs.sinks import DicomWebSink, DimseSink
 
     chosen = _rule(rule, modality, body_part, description, every)
@@ -146,7 +147,7 @@ def listen(
             archive = _archive(dicomweb or "", auth_file, ca_file, insecure)
             sink = DicomWebSink(stack.enter_context(contextlib.closing(archive)))
         folder, ledger, segmenter = stack.enter_context(_at_work(state, model, overlap, max_ram, threads))
-        service = Service(folder, ledger, segmenter, sink, None, Retry(tries=tries), tell=_tell)
+        service = ArchiveService(folder, ledger, segmenter, sink, None, Retry(tries=tries), tell=_tell)
         service.sweep()
         incoming = Incoming(folder.incoming)
         address, number = stack.enter_context(listening(where, incoming))

@@ -21,7 +21,7 @@ from autosam3d.services.pacs import sinks
 from autosam3d.services.pacs.dicomweb import DicomWeb
 from autosam3d.services.pacs.ledger import Ledger, Retry
 from autosam3d.services.pacs.rule import Rule
-from autosam3d.services.pacs.service import Service
+from autosam3d.services.pacs.service import ArchiveService
 from autosam3d.services.pacs.state_folder import hold_state_folder
 from autosam3d.services.pacs.watch import Watch, run_once
 from autosam3d.volume import Segmentation
@@ -48,10 +48,10 @@ class FromHu:
         return paths
 
 
-def work(url: str, state: Path, moment: str = "", tries: int = 10, auth=None) -> Service:
+def work(url: str, state: Path, moment: str = "", tries: int = 10, auth=None) -> ArchiveService:
     archive = DicomWeb(url, auth)
     with hold_state_folder(state) as folder, contextlib.closing(Ledger(folder.ledger)) as ledger:
-        service = Service(folder, ledger, FromHu(), sinks.DicomWebSink(archive), archive, Retry(tries=tries))
+        service = ArchiveService(folder, ledger, FromHu(), sinks.DicomWebSink(archive), archive, Retry(tries=tries))
         service.sweep()
         kill_at(moment, service)
         run_once(service, archive, Watch(rule=Rule(), model=MODEL, settings="{}", settle_seconds=0))
@@ -62,7 +62,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(moment: str, service: Service) -> None:
+def kill_at(moment: str, service: ArchiveService) -> None:
     sink = type(service.sink)
     move, put = service.ledger.move, sink.put
     count = [0]

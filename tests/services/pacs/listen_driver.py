@@ -30,7 +30,7 @@ from autosam3d.services.pacs.incoming import Incoming, RoomLimits
 from autosam3d.services.pacs.ledger import Ledger, Retry
 from autosam3d.services.pacs.listener import ListenSettings, listening
 from autosam3d.services.pacs.rule import Rule
-from autosam3d.services.pacs.service import Service
+from autosam3d.services.pacs.service import ArchiveService
 from autosam3d.services.pacs.sinks import DicomWebSink, DimseSink
 from autosam3d.services.pacs.state_folder import hold_state_folder
 
@@ -42,7 +42,7 @@ SETTLE_SECONDS = 0.4
 def work(state: Path, to: str, moment: str, port_file: Path) -> None:
     sink = DicomWebSink(DicomWeb(to)) if to.startswith("http") else DimseSink(parse_destination(to), TITLE)
     with hold_state_folder(state) as folder, contextlib.closing(Ledger(folder.ledger)) as ledger:
-        service = Service(folder, ledger, driver.FromHu(), sink, None, Retry(first_seconds=0.1))
+        service = ArchiveService(folder, ledger, driver.FromHu(), sink, None, Retry(first_seconds=0.1))
         service.sweep()
         incoming = Incoming(folder.incoming, RoomLimits(min_free_bytes=1 << 20))
         driver.kill_at(moment, service)
@@ -55,7 +55,7 @@ def work(state: Path, to: str, moment: str, port_file: Path) -> None:
                 rule=Rule(), model=driver.MODEL, settings="{}", settle_seconds=SETTLE_SECONDS))
 
 
-def kill_at(moment: str, incoming: Incoming, service: Service) -> None:
+def kill_at(moment: str, incoming: Incoming, service: ArchiveService) -> None:
     put, take_up, num = incoming.put, service._take_received, [0]
 
     def putting(*args):

@@ -25,7 +25,7 @@ from test_pacs_orthanc import demand_right_sides, phantom
 from typer.testing import CliRunner
 
 from autosam3d.cli.pacs import app
-from autosam3d.services.pacs.ledger import Job, Ledger
+from autosam3d.services.pacs.ledger import Ledger, SeriesJob
 
 SECRETS = ("Doe", "4711", bad.SERIES_UID, "1.2.3 ")
 
@@ -63,7 +63,7 @@ def start(forge: Forge, orthanc: Orthanc, tmp_path: Path) -> Iterator[Callable[.
         listener.wait()
 
 
-def the_job(state: Path) -> Job | None:
+def the_job(state: Path) -> SeriesJob | None:
     ledger = Ledger(state / "ledger.sqlite", read_only=True)
     jobs = ledger.jobs()
     ledger.close()
@@ -71,7 +71,7 @@ def the_job(state: Path) -> Job | None:
     return jobs[0] if jobs else None
 
 
-def wait_for(listener: Listener, wanted: Callable[[Job], bool]) -> Job:
+def wait_for(listener: Listener, wanted: Callable[[SeriesJob], bool]) -> SeriesJob:
     job = None
     for _ in range(600):
         job = the_job(listener.state)
@@ -81,7 +81,7 @@ def wait_for(listener: Listener, wanted: Callable[[Job], bool]) -> Job:
     raise AssertionError(f"{job}\n{listener.log()}")
 
 
-def is_done(job: Job) -> bool:
+def is_done(job: SeriesJob) -> bool:
     return job.state == "done"
 
 

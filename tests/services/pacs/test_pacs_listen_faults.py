@@ -42,7 +42,7 @@ from autosam3d.services.pacs.ledger import DEAD, DONE, FETCHED, Ledger
 from autosam3d.services.pacs.listener import ListenSettings, listening
 from autosam3d.services.pacs.receiving import ConnectionLimits, networks
 from autosam3d.services.pacs.rule import Rule
-from autosam3d.services.pacs.service import Service
+from autosam3d.services.pacs.service import ArchiveService
 from autosam3d.services.pacs.sinks import DimseSink
 from autosam3d.services.pacs.state_folder import StateFolder
 
@@ -308,7 +308,7 @@ def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
     clock = [0.0]
     incoming = Incoming(state.incoming, clock=lambda: clock[0])
     ledger = Ledger(state.ledger)
-    service = Service(state, ledger, NoSegmenter(), NoSink(), None, now=lambda: clock[0])
+    service = ArchiveService(state, ledger, NoSegmenter(), NoSink(), None, now=lambda: clock[0])
     how = Arrivals(rule=Rule(min_slices=3), model="m", settings="s", settle_seconds=10, keep_seconds=100,
                    keep_failed_days=1)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io.dicom.identity import DicomIdentity, identify_image
 from autosam3d.services.pacs.incoming import Incoming
-from autosam3d.services.pacs.ledger import DEAD, WAITING, Job, job_id
+from autosam3d.services.pacs.ledger import DEAD, WAITING, SeriesJob, job_id
 from autosam3d.services.pacs.rule import Rule, SeriesFacts
-from autosam3d.services.pacs.service import Service, named_faults
+from autosam3d.services.pacs.service import ArchiveService, named_faults
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Arrivals:
     """Files of a series that was given up are kept for so long: nobody can fetch them again."""
 
 
-def look(service: Service, incoming: Incoming, how: Arrivals) -> int:
+def look(service: ArchiveService, incoming: Incoming, how: Arrivals) -> int:
     """Take up what is whole and meets the rule, forget what is old; the number of series taken up."""
     with named_faults():
         num_new = sum(_take_up(key, service, incoming, how) for key in incoming.due(how.settle_seconds))
@@ -50,15 +50,16 @@ def look(service: Service, incoming: Incoming, how: Arrivals) -> int:
     return num_new
 
 
-def forget_failed(service: Service, how: Arrivals) -> None:
+def forget_failed(service: ArchiveService, how: Arrivals) -> None:
     """Take away images of series that were given up long ago."""
     for job in service.ledger.jobs():
         if job.state == DEAD and job.received and service.now() - job.changed > how.keep_failed_days * _DAY_SECONDS:
             service.state.forget(job.id)
 
 
-def run_forever(service: Service, incoming: Incoming, how: Arrivals, sleep: Callable[[float], None] = time.sleep
-                ) -> None:
+def run_forever(
+    service: ArchiveService, incoming: Incoming, how: Arrivals, sleep: Callable[[float], None] = time.sleep
+) -> None:
     """Take up and work until the process is told to stop; a disk that is full is waited for, and told of once."""
     kept_house, is_faulty = float("-inf"), False
     while True:
@@ -77,7 +78,7 @@ def run_forever(service: Service, incoming: Incoming, how: Arrivals, sleep: Call
             sleep(_AFTER_FAULT_SECONDS)
 
 
-def _take_up(key: str, service: Service, incoming: Incoming, how: Arrivals) -> bool:
+def _take_up(key: str, service: ArchiveService, incoming: Incoming, how: Arrivals) -> bool:
     names = incoming.objects(key)
     if not names:  # a process was killed between making the folder and putting the first object there
         incoming.drop(key)
@@ -103,7 +104,7 @@ def _take_up(key: str, service: Service, incoming: Incoming, how: Arrivals) -> b
                               received=names, anew=is_anew)
 
 
-def _is_more(job: Job, names: frozenset[str], service: Service) -> bool:
+def _is_more(job: SeriesJob, names: frozenset[str], service: ArchiveService) -> bool:
     """Whether a series that has been dealt with has come again with more than before, and whole."""
     known = service.ledger.received(job.id)
     num_new = len(names - known)
@@ -130,7 +131,7 @@ def _missed(images: list[DicomIdentity], rule: Rule) -> str:
     return rule.misses(facts) or rule.misses_images(slices)
 
 
-def _job_of(key: str, service: Service, incoming: Incoming, how: Arrivals) -> Job | None:
+def _job_of(key: str, service: ArchiveService, incoming: Incoming, how: Arrivals) -> SeriesJob | None:
     """The job that a series has by now; its UID stands in its objects alone."""
     for name in sorted(incoming.objects(key)):
         try:

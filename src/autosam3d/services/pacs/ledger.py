@@ -55,7 +55,7 @@ class Retry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SeriesJob:
     """One series to be segmented by one model with one set of settings."""
 
     id: str
@@ -189,7 +189,7 @@ class Ledger:
         found = self.get(job)
         return found is not None and (found.state in _OPEN or num <= found.num)
 
-    def move(self, job: Job, state: str, now: float, files: Mapping[str, str] | None = None) -> Job:
+    def move(self, job: SeriesJob, state: str, now: float, files: Mapping[str, str] | None = None) -> SeriesJob:
         """A step is done."""
         with self._explained(), self._db:
             self._db.execute("UPDATE jobs SET state = ?, not_before = 0, code = '', fault = '', files = ?, changed = ? "
@@ -197,7 +197,7 @@ class Ledger:
                                               job.id))
         return self._known(job.id)
 
-    def fail(self, job: Job, error: AutoSam3dError, retry: Retry | None, now: float) -> Job:
+    def fail(self, job: SeriesJob, error: AutoSam3dError, retry: Retry | None, now: float) -> SeriesJob:
         """A step has failed; without `retry`, or after too many tries, the job is dead."""
         attempts = job.attempts + 1
         dead = retry is None or attempts >= retry.tries
@@ -208,7 +208,7 @@ class Ledger:
                                               error.fault[:500], now, job.id))
         return self._known(job.id)
 
-    def due(self, now: float, most_seconds: float) -> Job | None:
+    def due(self, now: float, most_seconds: float) -> SeriesJob | None:
         """The open job that has waited longest and may be tried now."""
         with self._explained():
             row = self._db.execute(  # beyond the longest delay a time was written by a clock that has been set back
@@ -216,12 +216,12 @@ class Ledger:
                 "ORDER BY not_before, changed, id LIMIT 1", (*_OPEN, now, now + most_seconds)).fetchone()
         return None if row is None else _job(row)
 
-    def get(self, key: str) -> Job | None:
+    def get(self, key: str) -> SeriesJob | None:
         with self._explained():
             row = self._db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (key,)).fetchone()
         return None if row is None else _job(row)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SeriesJob]:
         """All, the last changed first."""
         with self._explained():
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY changed DESC, id").fetchall()
@@ -236,7 +236,7 @@ class Ledger:
                 "changed = ? WHERE state = ? AND (? IS NULL OR id = ?)",
                 (FETCHED, WAITING, now, DEAD, key, key)).rowcount
 
-    def _known(self, key: str) -> Job:
+    def _known(self, key: str) -> SeriesJob:
         job = self.get(key)
         assert job is not None
         return job
@@ -256,6 +256,6 @@ class Ledger:
                                 "name another --state folder") from None
 
 
-def _job(row: tuple) -> Job:
+def _job(row: tuple) -> SeriesJob:
     values = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    return Job(**{**values, "received": bool(values["received"]), "files": json.loads(values["files"])})
+    return SeriesJob(**{**values, "received": bool(values["received"]), "files": json.loads(values["files"])})

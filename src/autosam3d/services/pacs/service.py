@@ -23,7 +23,7 @@ from autosam3d.io.files import sha256_of
 from autosam3d.io.memory import size_text
 from autosam3d.services.pacs.dicomweb import DicomWeb
 from autosam3d.services.pacs.faults import ArchiveError
-from autosam3d.services.pacs.ledger import DEAD, DONE, FETCHED, SEGMENTED, WAITING, Job, Ledger, Retry
+from autosam3d.services.pacs.ledger import DEAD, DONE, FETCHED, SEGMENTED, WAITING, Ledger, Retry, SeriesJob
 from autosam3d.services.pacs.sinks import Sink
 from autosam3d.services.pacs.state_folder import StateFolder
 from autosam3d.services.workers.scan import ScanJob
@@ -67,7 +67,7 @@ class WorkerSegmenter:
 
 
 @dataclass
-class Service:
+class ArchiveService:
     """The steps, and what they share."""
 
     state: StateFolder
@@ -106,21 +106,21 @@ class Service:
         self.tell(f"{job.id}: done, {len(job.files)} results stored")
         return True
 
-    def _step(self, job: Job) -> Job:
+    def _step(self, job: SeriesJob) -> SeriesJob:
         if job.state == WAITING:
             self._take_received(job) if job.received else self._fetch(job)
             return self.ledger.move(job, FETCHED, self.now())
         if job.state == FETCHED:
             if not self.state.series(job.id).is_dir():
-                return self._lost(job)
+                return self._step_back(job)
             return self.ledger.move(job, SEGMENTED, self.now(), self._segment(job))
         if any(not self._is_whole(job, name, digest) for name, digest in job.files.items()):
-            return self._lost(job)
+            return self._step_back(job)
         for name in job.files:
             self.sink.put(self.state.job(job.id) / name)
         return self.ledger.move(job, DONE, self.now())
 
-    def _fetch(self, job: Job) -> None:
+    def _fetch(self, job: SeriesJob) -> None:
         if self.archive is None:
             raise VolumeError("NO_SOURCE", job.id, "expected the archive that the series is in, none is named",
                               "start with --dicomweb")
@@ -141,43 +141,43 @@ class Service:
                                "it will be tried again")
         self._install(stage, job)
 
-    def _take_received(self, job: Job) -> None:
+    def _take_received(self, job: SeriesJob) -> None:
         """The files of the job as they came: the same ones under other names, not copies."""
         names = self.ledger.received(job.id)
         source, stage = self.state.arrived(job.series), self.state.fresh(self.state.job(job.id) / "fetching")
         self._demand_room()
         for number, name in enumerate(sorted(names)):
             if not (source / name).is_file():
-                raise _lost()
+                raise _received_files_missing()
             try:
                 os.link(source / name, stage / f"{number:06d}.dcm")
             except OSError:  # some file systems have no links
                 shutil.copyfile(source / name, stage / f"{number:06d}.dcm")
         if not names:
-            raise _lost()
+            raise _received_files_missing()
         self._install(stage, job)
 
-    def _install(self, stage: Path, job: Job) -> None:
+    def _install(self, stage: Path, job: SeriesJob) -> None:
         target = self.state.series(job.id)
         shutil.rmtree(target, ignore_errors=True)
         stage.rename(target)
 
-    def _segment(self, job: Job) -> dict[str, str]:
+    def _segment(self, job: SeriesJob) -> dict[str, str]:
         folder = self.state.job(job.id)
         paths = self.segmenter.segment(self.state.series(job.id), folder)
         return {path.name: sha256_of(path) for path in paths}
 
-    def _is_whole(self, job: Job, name: str, digest: str) -> bool:
+    def _is_whole(self, job: SeriesJob, name: str, digest: str) -> bool:
         path = self.state.job(job.id) / name
         return path.is_file() and sha256_of(path) == digest
 
-    def _lost(self, job: Job) -> Job:
-        """Files that the ledger names are not there, or are not what they were: back to what can be made again."""
+    def _step_back(self, job: SeriesJob) -> SeriesJob:
+        """Move a job whose files are missing or changed back to the last state whose files are there."""
         if job.state == SEGMENTED and self.state.series(job.id).is_dir():
             return self.ledger.move(job, FETCHED, self.now(), {})
         return self.ledger.move(job, WAITING, self.now(), {})
 
-    def _failed(self, job: Job, error: AutoSam3dError) -> None:
+    def _failed(self, job: SeriesJob, error: AutoSam3dError) -> None:
         again = error.retry if isinstance(error, ArchiveError) else isinstance(error, ResourceError)
         job = self.ledger.fail(job, error, self.retry if again else None, self.now())
         self.num_failed += 1
@@ -197,7 +197,7 @@ class Service:
                                 f"{size_text(free)}", "free some space")
 
 
-def _lost() -> VolumeError:
+def _received_files_missing() -> VolumeError:
     return VolumeError("LOST", "state folder", "the series that was received is not here any more", "send it again")
 
 

@@ -12,7 +12,7 @@ from autosam3d.services.pacs.dicomweb import DicomWeb, FoundSeries
 from autosam3d.services.pacs.faults import ArchiveError
 from autosam3d.services.pacs.ledger import job_id
 from autosam3d.services.pacs.rule import Rule
-from autosam3d.services.pacs.service import Service
+from autosam3d.services.pacs.service import ArchiveService
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Watch:
     """Studies whose StudyDate is older are not looked at; None looks at all."""
 
 
-def look(service: Service, archive: DicomWeb, watch: Watch) -> int:
+def look(service: ArchiveService, archive: DicomWeb, watch: Watch) -> int:
     """Take up what is new, is whole, and meets the rule; the number of series.
 
     Studies are counted, page by page; only one whose number of objects has changed since the last look is looked into.
@@ -61,7 +61,9 @@ def look(service: Service, archive: DicomWeb, watch: Watch) -> int:
     return num_new
 
 
-def run_once(service: Service, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep) -> None:
+def run_once(
+    service: ArchiveService, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep
+) -> None:
     """One look, a second one where something may still have been growing, and the work that is due."""
     look(service, archive, watch)
     if service.ledger.unsettled():
@@ -72,7 +74,9 @@ def run_once(service: Service, archive: DicomWeb, watch: Watch, sleep: Callable[
         pass
 
 
-def run_forever(service: Service, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep) -> None:
+def run_forever(
+    service: ArchiveService, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep
+) -> None:
     """Look and work until the process is told to stop; an archive that is away is waited for, and told of once."""
     num_failures = 0
     while True:
@@ -93,7 +97,7 @@ def run_forever(service: Service, archive: DicomWeb, watch: Watch, sleep: Callab
                   else watch.poll_seconds))
 
 
-def _take_up(found: FoundSeries, service: Service, archive: DicomWeb, watch: Watch) -> bool:
+def _take_up(found: FoundSeries, service: ArchiveService, archive: DicomWeb, watch: Watch) -> bool:
     if watch.rule.misses(found.facts):
         return False
     key, num = job_id(found.uid, watch.model, watch.settings), found.facts.num_instances

@@ -15,10 +15,10 @@ import autosam3d
 from autosam3d.io import ReadOptions
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import request_id_of
-from autosam3d.services.serve.intake import Service
+from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.page import api_page, media_type
 from autosam3d.services.serve.runner import RESULT
-from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, Job
+from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, StoredJob
 from autosam3d.services.serve.uploads import MULTIPART, RAW, discard
 from autosam3d.services.workers.scan import FILE_OF, FORMS
 
@@ -41,7 +41,7 @@ def _faults(**said: str) -> dict[int | str, dict[str, Any]]:
     return {int(status[1:]): {"description": text, **_FAULT} for status, text in said.items()}
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: ScanService) -> FastAPI:
     """The application without the guard; its page for people comes without any script."""
     app = FastAPI(title="autosam3d", version=autosam3d.__version__, docs_url=None, redoc_url=None,
                   description="Organs of a CT. Not a medical device.")
@@ -61,7 +61,7 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _add_jobs(app: FastAPI, service: Service) -> None:
+def _add_jobs(app: FastAPI, service: ScanService) -> None:
     @app.post("/jobs", status_code=202, summary="Send a scan", openapi_extra=_BODY, responses=_faults(
         _400="the body is broken", _408="it came too slowly", _409="sent before, by its Idempotency-Key",
         _413="too large", _415="neither a form nor a scan", _429="the queue is full", _503="busy or stopping",
@@ -100,14 +100,14 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         return Response(status_code=204)
 
 
-async def describe_job(service: Service, job: Job) -> dict[str, Any]:
+async def describe_job(service: ScanService, job: StoredJob) -> dict[str, Any]:
     """What GET /jobs/{id} answers."""
     told: dict[str, Any] = {"id": job.id, "state": job.state, "percent": 100.0 if job.state == DONE else 0.0}
-    progress = service.runner.progress(job.id)
+    status = service.runner.status(job.id)
     if job.state == QUEUED:
         told["before"] = await service.on_disk(lambda: service.store.num_before(job))
-    elif job.state == RUNNING and progress is not None:
-        told |= {"stage": progress.stage, "percent": progress.percent, "seconds_left": progress.seconds_left}
+    elif job.state == RUNNING and status is not None:
+        told |= {"stage": status.stage, "percent": status.percent, "seconds_left": status.seconds_left}
     elif job.state == FAILED and job.outcome is not None:
         told["error"] = {name: job.outcome[name] for name in ("status", "code", "message")}
     elif job.state == DONE and job.outcome is not None:
@@ -118,7 +118,7 @@ async def describe_job(service: Service, job: Job) -> dict[str, Any]:
     return told
 
 
-async def result_file(service: Service, job: Job, form: str) -> FileResponse:
+async def result_file(service: ScanService, job: StoredJob, form: str) -> FileResponse:
     """A finished job's file.
 
     Raises:

@@ -22,7 +22,7 @@ from autosam3d.services.serve.faults import NO_SUCH_JOB, ServiceFault
 from autosam3d.services.serve.guard import request_id_of
 from autosam3d.services.serve.runner import UPLOAD, Runner
 from autosam3d.services.serve.settings import ServeSettings, SteadyClock
-from autosam3d.services.serve.store import QUEUED, SESSION, Job, JobStore, SentTwice
+from autosam3d.services.serve.store import QUEUED, SESSION, JobStore, SentTwice, StoredJob
 from autosam3d.services.serve.uploads import Upload, demand_body, receive
 from autosam3d.services.workers.messages import ModelFacts
 
@@ -37,7 +37,7 @@ _SESSIONS_PER_PLACE = 2
 
 
 @dataclass
-class Service:
+class ScanService:
     """What the routes work with; the event loop's thread alone changes it."""
 
     settings: ServeSettings
@@ -58,7 +58,7 @@ class Service:
         except sqlite3.Error:
             raise ServiceFault(503, "STORE", "the table of jobs cannot be used right now; try again", 10) from None
 
-    async def job(self, job_id: str) -> Job:
+    async def job(self, job_id: str) -> StoredJob:
         """The job, if there is one.
 
         Raises:
@@ -121,7 +121,7 @@ class Service:
         self.runner.wake()
         return job_id
 
-    async def session(self, session_id: str) -> Job:
+    async def session(self, session_id: str) -> StoredJob:
         """A scan that was sent to be used several times.
 
         Raises:

@@ -23,7 +23,7 @@ from autosam3d.io import ReadOptions
 from autosam3d.services.serve.app import result_file
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import is_token, shown_token
-from autosam3d.services.serve.intake import Service
+from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, SESSION
 from autosam3d.services.serve.uploads import MULTIPART
 
@@ -35,7 +35,7 @@ _CHUNK = 1 << 18
 _MAX_LOGIN = 4096
 
 
-def add_monai_label(app: FastAPI, service: Service) -> None:
+def add_monai_label(app: FastAPI, service: ScanService) -> None:
     """Add the addresses to an application."""
     _add_info(app, service)
     _add_sessions(app, service)
@@ -64,7 +64,7 @@ def add_monai_label(app: FastAPI, service: Service) -> None:
             raise
 
 
-def _add_info(app: FastAPI, service: Service) -> None:
+def _add_info(app: FastAPI, service: ScanService) -> None:
     facts = service.facts
     labels = {name: index for index, name in enumerate(facts.organs, start=1)}
 
@@ -85,7 +85,7 @@ def _add_info(app: FastAPI, service: Service) -> None:
         }
 
 
-def _add_sessions(app: FastAPI, service: Service) -> None:
+def _add_sessions(app: FastAPI, service: ScanService) -> None:
     @app.put("/session", include_in_schema=False)
     @app.put("/session/", tags=["MONAI Label"], summary="Send a scan that infer may then name")
     async def create(request: Request) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _add_sessions(app: FastAPI, service: Service) -> None:
         return {"name": session.id}
 
 
-def _add_login(app: FastAPI, service: Service) -> None:
+def _add_login(app: FastAPI, service: ScanService) -> None:
     @app.get("/auth", include_in_schema=False)
     @app.get("/auth/", tags=["MONAI Label"], summary="Whether a token is needed")
     async def enabled() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _add_login(app: FastAPI, service: Service) -> None:
         return {"valid": token is None or is_token(shown_token(request.headers.get("authorization", "")), token)}
 
 
-async def _answer(service: Service, request: Request, job_id: str, form: str) -> Response:
+async def _answer(service: ScanService, request: Request, job_id: str, form: str) -> Response:
     """Wait, then give the result out; the job goes with it, and goes, too, where nobody waits any more."""
     while (job := await service.job(job_id)).state in (QUEUED, RUNNING):
         if await request.is_disconnected():
@@ -159,7 +159,9 @@ async def _answer(service: Service, request: Request, job_id: str, form: str) ->
     return await _multipart(service, params, file, gone)
 
 
-async def _multipart(service: Service, params: dict[str, Any], file: FileResponse, gone: BackgroundTask) -> Response:
+async def _multipart(
+    service: ScanService, params: dict[str, Any], file: FileResponse, gone: BackgroundTask
+) -> Response:
     """Two parts: `params`, and the label map as `image`."""
     limit = f"autosam3d-{secrets.token_hex(12)}"
     name = str(file.filename)

@@ -14,7 +14,7 @@ from autosam3d.errors import AutoSam3dError
 from autosam3d.io import ReadOptions
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.settings import ServeSettings, SteadyClock
-from autosam3d.services.serve.store import DONE, FAILED, Job, JobStore
+from autosam3d.services.serve.store import DONE, FAILED, JobStore, StoredJob
 from autosam3d.services.workers.messages import ModelFacts, WorkerSettings, result_message
 from autosam3d.services.workers.scan import ScanJob
 from autosam3d.services.workers.worker import JobCancelled, Worker
@@ -29,15 +29,15 @@ _MAX_PAUSE_SECONDS = 30.0
 
 
 @dataclass
-class Progress:
-    """Of a scan at work."""
+class ScanStatus:
+    """How far the scan that a worker is segmenting has come."""
 
     stage: str = "starting"
     done: int = 0
     total: int = 1
     segmenting_since: float | None = None
 
-    def told(self, stage: str, done: int, total: int) -> None:
+    def update(self, stage: str, done: int, total: int) -> None:
         if stage == "segmenting" and self.segmenting_since is None:
             self.segmenting_since = time.monotonic()
         self.stage, self.done, self.total = stage, done, total
@@ -67,7 +67,7 @@ class Runner:
     def __init__(self, settings: ServeSettings, workers: WorkerSettings, store: JobStore, clock: SteadyClock) -> None:
         self._settings, self._store, self._clock = settings, store, clock
         self._workers = [Worker(workers) for _ in range(settings.workers)]
-        self._running: dict[str, tuple[Worker, Progress]] = {}
+        self._running: dict[str, tuple[Worker, ScanStatus]] = {}
         self._deleted: set[str] = set()
         self._lock, self._wake = threading.Lock(), threading.Condition()
         self._stopping = False
@@ -100,7 +100,7 @@ class Runner:
         with self._wake:
             self._wake.notify_all()
 
-    def progress(self, job_id: str) -> Progress | None:
+    def status(self, job_id: str) -> ScanStatus | None:
         with self._lock:
             found = self._running.get(job_id)
         return None if found is None else found[1]
@@ -152,14 +152,14 @@ class Runner:
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         worker.close()
 
-    def _run(self, worker: Worker, job: Job) -> None:
-        progress = Progress()
+    def _run(self, worker: Worker, job: StoredJob) -> None:
+        status = ScanStatus()
         with self._lock:
-            self._running[job.id] = (worker, progress)
+            self._running[job.id] = (worker, status)
         folder = self.folder(job.id)
         began = time.monotonic()
         try:
-            outcome = self._segment(worker, job, folder, progress)
+            outcome = self._segment(worker, job, folder, status)
         except JobCancelled:
             outcome = None
         finally:
@@ -183,7 +183,7 @@ class Runner:
                   "deleted" if deleted else "put back" if outcome is None else
                   outcome[0] if outcome[0] == DONE else outcome[1]["code"], time.monotonic() - began)
 
-    def _segment(self, worker: Worker, job: Job, folder: Path, progress: Progress) -> tuple[str, dict]:
+    def _segment(self, worker: Worker, job: StoredJob, folder: Path, status: ScanStatus) -> tuple[str, dict]:
         try:
             source = folder / UPLOAD / job.request["upload"]
             shutil.rmtree(folder / RESULT, ignore_errors=True)  # of an attempt that was interrupted
@@ -193,7 +193,7 @@ class Runner:
             with self._lock:
                 if job.id in self._deleted:
                     raise JobCancelled
-            result = worker.segment(scan, progress.told)
+            result = worker.segment(scan, status.update)
         except AutoSam3dError as error:
             return FAILED, ServiceFault.of(error).as_dict()
         except OSError as error:

@@ -27,7 +27,7 @@ from autosam3d.services.addresses import cannot_listen, no_such_address
 from autosam3d.services.serve.app import make_app
 from autosam3d.services.serve.connection import patient_protocol
 from autosam3d.services.serve.guard import Guard
-from autosam3d.services.serve.intake import Service
+from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.monai import add_monai_label
 from autosam3d.services.serve.page import STYLE, no_app_page, static_app
 from autosam3d.services.serve.runner import Runner, worker_settings
@@ -71,7 +71,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
         stack.callback(lambda: runner.stop(deadline.monotonic()))
         facts = runner.start()
         threads = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="disk"))
-        service = Service(settings, store, runner, clock, facts, threads)
+        service = ScanService(settings, store, runner, clock, facts, threads)
         app = make_app(service)
         add_monai_label(app, service)
         _add_page(app, settings, workers.model)

@@ -39,7 +39,7 @@ class SentTwice(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class StoredJob:
     """A row of the table."""
 
     number: int
@@ -99,11 +99,11 @@ class JobStore:
         with self._lock:
             return self._one("SELECT * FROM jobs WHERE once = ?", once) is not None
 
-    def get(self, job_id: str) -> Job | None:
+    def get(self, job_id: str) -> StoredJob | None:
         with self._lock:
             return self._one("SELECT * FROM jobs WHERE id = ?", job_id)
 
-    def num_before(self, job: Job) -> int:
+    def num_before(self, job: StoredJob) -> int:
         """Jobs that will be begun before a queued one."""
         with self._lock:
             row = self._db.execute("SELECT COUNT(*) FROM jobs WHERE state = ? AND number < ?",
@@ -114,7 +114,7 @@ class JobStore:
         with self._lock:
             return int(self._db.execute("SELECT COUNT(*) FROM jobs WHERE state = ?", (SESSION,)).fetchone()[0])
 
-    def take(self) -> Job | None:
+    def take(self) -> StoredJob | None:
         """The oldest queued job, which is running from now on."""
         with self._lock:
             job = self._one("SELECT * FROM jobs WHERE state = ? ORDER BY number LIMIT 1", QUEUED)
@@ -167,11 +167,11 @@ class JobStore:
     def _count(self) -> int:
         return int(self._db.execute("SELECT COUNT(*) FROM jobs WHERE state = ?", (QUEUED,)).fetchone()[0])
 
-    def _one(self, query: str, value: str) -> Job | None:
+    def _one(self, query: str, value: str) -> StoredJob | None:
         with closing(self._db.execute(query, (value,))) as rows:
             row = rows.fetchone()
         if row is None:
             return None
         outcome = None if row["outcome"] is None else json.loads(row["outcome"])
-        return Job(row["number"], row["id"], row["state"], row["attempts"], row["created"], row["ended"],
+        return StoredJob(row["number"], row["id"], row["state"], row["attempts"], row["created"], row["ended"],
                    json.loads(row["request"]), outcome)
