@@ -3,24 +3,77 @@
     model = autosam3d.load_model("runs/openkbp")
     organs = autosam3d.segment(autosam3d.read_ct("scan.nii.gz"), model)
     autosam3d.write_segmentation("organs.nii.gz", organs, model.recipe.labels)
+
+The public surface is `__all__`, and `docs/python-api.md` describes it; what else the package holds may change with any
+version.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from autosam3d.version import __version__
+
 if TYPE_CHECKING:
-    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
+    from autosam3d.errors import (
+        AutoSam3dError,
+        BatchError,
+        CheckpointError,
+        MissingExtraError,
+        RecipeError,
+        ResourceError,
+        UsageError,
+        VolumeError,
+    )
+    from autosam3d.evaluation.evaluate import evaluate_folder
+    from autosam3d.evaluation.scores import Evaluation
     from autosam3d.inference.pipeline import segment
-    from autosam3d.io import read_ct, read_segmentation, write_segmentation
+    from autosam3d.io import ReadOptions, read_ct, read_segmentation, write_segmentation
+    from autosam3d.labels import LabelMap
     from autosam3d.volume import Segmentation, Volume
 
-__version__ = "0.1.0"
-__all__ = ["Segmentation", "Volume", "load_model", "read_ct", "read_segmentation", "segment", "write_segmentation"]
+__all__ = [
+    "AutoSam3dError",
+    "BatchError",
+    "CheckpointError",
+    "Evaluation",
+    "LabelMap",
+    "LoadedModel",
+    "MissingExtraError",
+    "ReadOptions",
+    "RecipeError",
+    "ResourceError",
+    "Segmentation",
+    "UsageError",
+    "Volume",
+    "VolumeError",
+    "__version__",
+    "evaluate_folder",
+    "load_model",
+    "read_ct",
+    "read_segmentation",
+    "segment",
+    "write_segmentation",
+]
 
 _HOMES = {
+    "AutoSam3dError": "autosam3d.errors",
+    "BatchError": "autosam3d.errors",
+    "CheckpointError": "autosam3d.errors",
+    "Evaluation": "autosam3d.evaluation.scores",
+    "LabelMap": "autosam3d.labels",
+    "LoadedModel": "autosam3d.checkpoints.checkpoint",
+    "MissingExtraError": "autosam3d.errors",
+    "ReadOptions": "autosam3d.io",
+    "RecipeError": "autosam3d.errors",
+    "ResourceError": "autosam3d.errors",
     "Segmentation": "autosam3d.volume",
+    "UsageError": "autosam3d.errors",
     "Volume": "autosam3d.volume",
+    "VolumeError": "autosam3d.errors",
+    "evaluate_folder": "autosam3d.evaluation.evaluate",
     "load_model": "autosam3d.checkpoints.checkpoint",
     "read_ct": "autosam3d.io",
     "read_segmentation": "autosam3d.io",
@@ -28,11 +81,15 @@ _HOMES = {
     "write_segmentation": "autosam3d.io",
 }
 
+if not TYPE_CHECKING:  # a type checker that saw a module's `__getattr__` would believe in every name
 
-def __getattr__(name: str) -> Any:
-    """The public names, imported at their first use: `import autosam3d` alone costs nothing."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    def __getattr__(name: str) -> Any:
+        """The public names, imported at their first use: `import autosam3d` alone costs nothing."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+
+def __dir__() -> list[str]:
+    """The public surface and the module's own dunders, sorted."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})

@@ -80,9 +80,15 @@ class LabelMap:
 
     @cached_property
     def by_index(self) -> dict[int, str]:
+        """Label to organ name, from 1; background is left out."""
         return dict(enumerate(self.organs, start=1))
 
     def index(self, organ: str) -> int:
+        """The label of an organ.
+
+        Raises:
+            ValueError: no organ has that name.
+        """
         return self.organs.index(organ) + 1
 
     def color(self, index: int) -> Rgb:

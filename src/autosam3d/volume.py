@@ -78,8 +78,13 @@ class Volume:
         if np.shape(self.affine) != (4, 4):
             raise ValueError(f"affine: expected 4x4, got shape {np.shape(self.affine)}")
 
+    def __repr__(self) -> str:
+        """One line without arrays and without the folder, which may name a patient."""
+        return f"Volume({Path(self.name).name}, {_grid_text(self)})"
+
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Voxels (z, y, x)."""
         return self.voxels_hu.shape  # type: ignore[return-value]
 
     @property
@@ -97,6 +102,7 @@ class Segmentation:
         affine: as in `Volume`.
         source: as in `Volume`.
         organs: label value to organ name, where the file or the model says so.
+        warnings: as in `Volume`, and what the segmentation itself found.
         confidence: of a model's result, label value to the mean probability that the model gave the voxels which it
             won, 0 to 1; not a chance of being right.
     """
@@ -108,8 +114,13 @@ class Segmentation:
     warnings: tuple[str, ...] = ()
     confidence: dict[int, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line without arrays."""
+        return f"Segmentation({_grid_text(self)}, {names_text(self.organs.values())})"
+
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Voxels (z, y, x)."""
         return self.labels.shape  # type: ignore[return-value]
 
     @property
@@ -118,8 +129,23 @@ class Segmentation:
         return spacing_of(self.affine)
 
     def volume_ml(self, label: int) -> float:
+        """The volume of one label in millilitres; 0.0 where no voxel has it."""
         voxel_mm3 = math.prod(self.spacing_mm)
         return float(np.count_nonzero(self.labels == label)) * voxel_mm3 / 1000
+
+
+def names_text(names: Iterable[str], most: int = 5) -> str:
+    """How many organs and which, the first `most` by name: "13 organs: spleen, right_kidney, ...": for one line."""
+    names = list(names)
+    if not names:
+        return "no organ names"
+    shown = [*names[:most], *(["..."] if len(names) > most else [])]
+    return f"{len(names)} {'organ' if len(names) == 1 else 'organs'}: {', '.join(shown)}"
+
+
+def _grid_text(image: Volume | Segmentation) -> str:
+    shape, spacing = " x ".join(map(str, image.shape)), " x ".join(f"{mm:.4g}" for mm in image.spacing_mm)
+    return f"{shape} voxels of {spacing} mm [z, y, x]"
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:

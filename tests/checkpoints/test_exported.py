@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -276,3 +277,9 @@ def test_a_checkpoint_is_packed_exported_and_run_by_another_runtime(tmp_path: Pa
         expected = read_segmentation(tmp_path / "torch.nii.gz").labels
         assert np.mean(result == expected) > 0.9998
     assert LABELS[1:] == list(read_segmentation(tmp_path / "first.nii.gz").organs.values())
+
+
+def test_an_exported_model_is_one_readable_line() -> None:
+    model = load_exported(mini_export(), "onnxruntime", threads=1)
+    assert re.fullmatch(r"ExportedModel\(recipe mini, autosam on onnxruntime [\d.]+, "
+                        r"2 organs: right_kidney, left_kidney\)", repr(model))

@@ -29,6 +29,7 @@ from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names, load_
 from autosam3d.models.build import build_network
 from autosam3d.models.side_outputs import without_side_outputs
 from autosam3d.recipes.recipe import Recipe
+from autosam3d.volume import names_text
 
 if TYPE_CHECKING:
     from autosam3d.inference.torch_runtime import Predictor
@@ -57,11 +58,21 @@ class LoadedModel:
     """A network ready to segment, with the recipe it was trained by."""
 
     recipe: Recipe
+    """Organs (`recipe.labels`), preprocessing, windows and network."""
     network: nn.Module
+    """In eval mode; windows [B, 1, D, H, W] to logits [B, K, D, H, W]."""
     device: torch.device
+    """Where the network lies."""
     sha256: str
     """Of the weight file."""
     metrics: Mapping[str, Any]
+    """What was measured when the checkpoint was written, such as ``val_dice``."""
+
+    def __repr__(self) -> str:
+        """One line without weights."""
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        return (f"LoadedModel(recipe {self.recipe.name}, {self.recipe.model.network} with {parameters:,} parameters on "
+                f"{self.device}, {names_text(self.recipe.labels.organs)})")
 
     @property
     def runtime(self) -> str:
@@ -152,9 +163,14 @@ def load_model(
         path: a run folder (its best checkpoint is taken), or a checkpoint's JSON; None takes the model of the package.
         sam: where the SAM file lies now, for a model that was trained on frozen SAM weights and does not carry
             them; default: where it lay in training.
+        device: where the network goes; "cpu", "cuda", "cuda:1" or "mps".
+
+    Returns:
+        The network in eval mode with the recipe it was trained by.
 
     Raises:
-        CheckpointError: the file is broken, of another format, or does not fit the network that it describes.
+        CheckpointError: the file is broken, of another format, or does not fit the network that it describes; KIND of
+            an export, which `checkpoints.exported.load_exported` runs.
     """
     json_path = find_checkpoint(Path(path)) if path is not None else packaged_model()
     checkpoint = read_checkpoint(json_path)

@@ -16,6 +16,7 @@ from autosam3d.inference.onnx_file import MAX_ONNX_BYTES
 from autosam3d.inference.torch_runtime import Predictor
 from autosam3d.io.files import open_regular, readable, sha256_of
 from autosam3d.recipes.recipe import Recipe
+from autosam3d.volume import names_text
 
 ONNX, OPENVINO = ("model.onnx",), ("openvino.xml", "openvino.bin")
 INT8 = "openvino-int8"
@@ -100,6 +101,11 @@ class ExportedModel:
     sha256: str
     """Of the weights that were trained, as of the checkpoint; of an INT8 network its own."""
     metrics: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """One line without weights."""
+        return (f"ExportedModel(recipe {self.recipe.name}, {self.recipe.model.network} on {self.runtime}, "
+                f"{names_text(self.recipe.labels.organs)})")
 
     @property
     def backend(self) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import autosam3d
 from autosam3d.errors import CheckpointError, RecipeError
 from autosam3d.recipes.recipe import Recipe, recipe_from_dict
+from autosam3d.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def recipe_of(meta: Mapping[str, Any], json_path: Path) -> Recipe:
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
     """`meta` as it goes into the file: with the format, our version and the hash of its content."""
-    whole = {"format": FORMAT_VERSION, "autosam3d": autosam3d.__version__, **meta}
+    whole = {"format": FORMAT_VERSION, "autosam3d": __version__, **meta}
     whole = json.loads(json.dumps(whole))  # as it will be read: keys are text, tuples are lists
     whole["sha256"] = content_sha256(whole)
     return whole

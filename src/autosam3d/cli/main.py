@@ -14,7 +14,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from autosam3d import __version__
 from autosam3d.cli import pacs, slicewise
 from autosam3d.cli.console import LogToStderr, one_line
 from autosam3d.cli.datasets import phantom, prepare
@@ -28,6 +27,7 @@ from autosam3d.cli.segment import segment
 from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
+from autosam3d.version import __version__
 
 app = typer.Typer(
     name="autosam3d",

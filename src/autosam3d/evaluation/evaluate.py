@@ -45,10 +45,16 @@ def evaluate_folder(
     not scored, and neither are, case by case, those that an ``annotated.json`` beside the truth folder lacks.
 
     Args:
+        predictions: a folder of NIfTI label maps, or one file.
+        truth: the same for the truth.
+        labels: the organs that are scored; None as told above.
         tolerances_mm: of the NSD; the first one is the headline.
         ct_folder: scans for pictures; default the ``images*`` sibling of a ``labels*`` truth folder, if it exists.
         options: for reading both sides.
         progress: called with (done, total) before the first and after each case.
+
+    Returns:
+        The scores of every pair, and which cases had no partner.
 
     Raises:
         UsageError: PATHS (a file against a folder), DUP_CASE (two files of one case).

@@ -13,7 +13,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from autosam3d import __version__
 from autosam3d.errors import AutoSam3dError
 from autosam3d.evaluation.evaluate import read_pair
 from autosam3d.evaluation.metrics import ABSENT_RULE, HD95_RULE
@@ -24,6 +23,7 @@ from autosam3d.geometry.preprocess import HuWindow
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.options import DEFAULTS
+from autosam3d.version import __version__
 from autosam3d.volume import Volume, same_grid
 
 __all__ = ["overlay_png", "write_report"]

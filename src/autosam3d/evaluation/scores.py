@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import scipy
 
-from autosam3d import __version__
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.metrics import ABSENT_RULE, HD95_RULE, OrganScore
 from autosam3d.evaluation.statistics import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, Estimate, estimate
 from autosam3d.io.files import write_text_atomic
+from autosam3d.version import __version__
 
 MEAN_RULE = (
     "A headline mean is taken over the organs of each case first and over the cases then, as in the paper; an organ's "
@@ -125,8 +125,12 @@ class Evaluation:
     Attributes:
         cases: sorted by name.
         organs: label to name, all that were looked for.
+        tolerances_mm: of the NSD; the first one is the headline.
+        predictions: the folder or file that was scored.
+        truth: the folder or file that it was scored against.
         missing: cases of the truth without a prediction, by name.
         extra: predictions without a truth, by name.
+        warnings: what was odd about the two folders, one sentence each.
     """
 
     cases: tuple[CaseResult, ...]
@@ -139,6 +143,7 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> Summary:
+        """Means with 95 % intervals, over the organs of each case and over the cases; see `MEAN_RULE`."""
         return self._summary
 
     @cached_property

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import autosam3d
 from autosam3d.export.parity import (
     BOUNDS,
     MIN_DICE_VOXELS,
@@ -18,6 +17,7 @@ from autosam3d.export.parity import (
     MIN_INT8_WORST_DICE,
     Parity,
 )
+from autosam3d.version import __version__
 
 PARITY_HEAD = ["backend", "version", "threads", "s per window", "largest logit difference", "of the scale",
                "flipped labels", "equal labels", "worst Dice", "within bounds"]
@@ -39,7 +39,7 @@ def make_certificate(
     missing = sorted(name for name, count in rows[0].reference_voxels.items() if not count)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
-        "versions": {"autosam3d": autosam3d.__version__, "python": platform.python_version()}
+        "versions": {"autosam3d": __version__, "python": platform.python_version()}
         | {row.backend: row.version for row in rows},
         "model_sha256": model_sha256, "golden": source, "organs_not_shown": missing,
         "bounds": BOUNDS,

@@ -78,10 +78,16 @@ def segment(
     lies outside the body is background.
 
     Args:
-        volume: one CT.
-        model: recipe and network.
-        tiling, batch_size, tta, max_ram_bytes: see `SegmentOptions`.
-        progress: called after every batch of windows.
+        volume: one CT, in HU.
+        model: recipe and network, as `load_model` gives them.
+        tiling: how the windows walk; None takes the recipe's.
+        batch_size: windows per call of the network; 1 is best on a CPU.
+        tta: average over the mirror images that the recipe trained on: 2, 4 or 8 times the work.
+        max_ram_bytes: most memory that the whole process may hold; None takes what is free.
+        progress: called with the windows done and their number, after every window.
+
+    Returns:
+        uint8 labels [z, y, x] on the grid of `volume`, with the organs' names and the mean probability of each.
 
     Raises:
         ResourceError: MEMORY or DISK, before the work where it can be foreseen.

@@ -15,6 +15,13 @@ __all__ = ["ReadOptions", "read_ct", "read_segmentation", "write_array", "write_
 def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
     """A CT in Hounsfield units from a .nii or .nii.gz file, or from a folder with one DICOM series.
 
+    Args:
+        path: the file or the folder.
+        options: answers to what a scan may leave open.
+
+    Returns:
+        float32 voxels in HU as [z, y, x], as near to S, A, R as the file's axes allow, with their affine.
+
     Raises:
         VolumeError: the scan is broken, ambiguous, or not CT in Hounsfield units.
         ResourceError: MEMORY.
@@ -28,5 +35,18 @@ def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
 
 
 def read_segmentation(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
-    """A label map from a .nii or .nii.gz file; see `read_nifti_labels`."""
+    """A label map from a .nii or .nii.gz file.
+
+    Args:
+        path: the file.
+        options: answers to what a file may leave open.
+
+    Returns:
+        uint8 or uint16 labels as [z, y, x], with their affine and, where the file names them, the organs.
+
+    Raises:
+        VolumeError: the file is broken, ambiguous, or no label map.
+        ResourceError: MEMORY.
+        UsageError: VOLUME_INDEX.
+    """
     return read_nifti_labels(path, options)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import autosam3d
 from autosam3d.errors import UsageError
 from autosam3d.io.nifti.write import write_segmentation
 from autosam3d.io.options import ReadOptions
 from autosam3d.labels import LabelMap
+from autosam3d.version import __version__
 from autosam3d.volume import Segmentation, SourceGrid
 
 # Writes a segmentation to a path, and returns what there was to warn of.
@@ -79,7 +79,7 @@ def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, opti
         return _write_nifti
     from autosam3d.io.dicom.source import Algorithm, read_source_series  # pydicom is optional and slow to import
 
-    made_by = Algorithm(f"autosam3d {model}", autosam3d.__version__, sha256, settings)
+    made_by = Algorithm(f"autosam3d {model}", __version__, sha256, settings)
     series = read_source_series(source, grid, options)
     if form is RTSTRUCT:
         from autosam3d.io.dicom.rtstruct import write_rtstruct

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import autosam3d
 from autosam3d.checkpoints.exported import PACKAGE_OF, RUNTIMES, Export, installed_backends
 from autosam3d.checkpoints.probe import measure_cost
 from autosam3d.errors import AutoSam3dError, MissingExtraError, UsageError
 from autosam3d.export.certificate import cpu_name
 from autosam3d.io.files import write_text_atomic
+from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def cache_folder() -> Path:
 def _key(export: Export, names: list[str], threads: int) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(PACKAGE_OF[name]) for name in names}
     return {"model_sha256": export.sha256, "versions": versions, "cpu": cpu_name(), "threads": threads,
-            "autosam3d": autosam3d.__version__}
+            "autosam3d": __version__}
 
 
 def _digest(key: dict[str, Any]) -> str:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import autosam3d
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.inference.pipeline import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.io.output_formats import NIFTI, OutputFormat, WriteLabels, label_writer
 from autosam3d.io.volume_table import organ_volumes
+from autosam3d.version import __version__
 from autosam3d.volume import Segmentation, Volume
 
 _log = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ class _Run:
         labels = self.model.recipe.labels
         organs = organ_volumes(segmentation, labels)
         return {
-            "autosam3d": autosam3d.__version__,
+            "autosam3d": __version__,
             "recipe": self.model.recipe.name,
             "runtime": self.model.runtime,
             "shape_zyx": list(segmentation.shape),

@@ -11,7 +11,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import autosam3d
 from autosam3d.checkpoints.exported import (
     BACKENDS,
     INT8,
@@ -27,6 +26,7 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.io.memory import demand_ram
 from autosam3d.scans.backend import cache_folder, fastest_backend, wished_backend
 from autosam3d.scans.batch import SourcedModel
+from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _kept_export(json_path: Path) -> Export | None:
 
 
 def _export_folder(json_path: Path) -> Path:
-    return cache_folder() / "exports" / f"{_weights_sha256(json_path)[:32]}-{autosam3d.__version__}"
+    return cache_folder() / "exports" / f"{_weights_sha256(json_path)[:32]}-{__version__}"
 
 
 def _weights_sha256(json_path: Path) -> str:

@@ -51,6 +51,9 @@ def write_segmentation(
 
     Args:
         path: ends with .nii.gz or .nii.
+        segmentation: uint8 or uint16 labels [z, y, x].
+        label_map: names, colours and codes of the labels.
+        overwrite: whether an image of that name may be replaced.
 
     Raises:
         UsageError: OUTPUT_NAME, OUTPUT_EXISTS, OUTPUT_PATH.

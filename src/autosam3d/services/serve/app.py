@@ -11,7 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-import autosam3d
 from autosam3d.io import ReadOptions
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import request_id_of
@@ -21,6 +20,7 @@ from autosam3d.services.serve.runner import RESULT
 from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, StoredJob
 from autosam3d.services.serve.uploads import MULTIPART, RAW, discard
 from autosam3d.services.workers.scan import FILE_OF, FORMS
+from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def _faults(**said: str) -> dict[int | str, dict[str, Any]]:
 
 def make_app(service: ScanService) -> FastAPI:
     """The application without the guard; its page for people comes without any script."""
-    app = FastAPI(title="autosam3d", version=autosam3d.__version__, docs_url=None, redoc_url=None,
+    app = FastAPI(title="autosam3d", version=__version__, docs_url=None, redoc_url=None,
                   description="Organs of a CT. Not a medical device.")
     app.state.service = service
     _answer_faults(app)
@@ -52,7 +52,7 @@ def make_app(service: ScanService) -> FastAPI:
     @app.get("/health", summary="Whether the service works, and how much there is to do")
     async def health() -> dict[str, Any]:
         return {"status": "stopping" if service.runner.stopping else "ok", "queued": service.store.num_queued,
-                "receiving": service.receiving, "version": autosam3d.__version__}
+                "receiving": service.receiving, "version": __version__}
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

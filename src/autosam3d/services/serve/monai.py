@@ -18,7 +18,6 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
-import autosam3d
 from autosam3d.io import ReadOptions
 from autosam3d.services.serve.app import result_file
 from autosam3d.services.serve.faults import ServiceFault
@@ -26,6 +25,7 @@ from autosam3d.services.serve.guard import is_token, shown_token
 from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, SESSION
 from autosam3d.services.serve.uploads import MULTIPART
+from autosam3d.version import __version__
 
 Output = Literal["image", "json", "all", "dicom_seg"]
 _FORMS: dict[str, tuple[str, ...]] = {"image": ("nifti", "json"), "all": ("nifti", "json"), "json": ("json",),
@@ -74,7 +74,7 @@ def _add_info(app: FastAPI, service: ScanService) -> None:
         return {
             "name": "autosam3d",
             "description": f"autosam3d {facts.name}. Not a medical device.",
-            "version": autosam3d.__version__,
+            "version": __version__,
             "labels": list(facts.organs),
             "models": {facts.name: {
                 "type": "segmentation", "labels": labels, "dimension": 3,

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import autosam3d
 from autosam3d.errors import AutoSam3dError, UsageError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import SegmentOptions, begin_segment
@@ -19,6 +18,7 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.io.output_formats import OutputFormat, WriteLabels, label_writer, output_format
 from autosam3d.io.volume_table import OrganVolume, organ_volumes, volumes_csv
 from autosam3d.scans.batch import SourcedModel
+from autosam3d.version import __version__
 from autosam3d.volume import Volume
 
 FILE_OF: Mapping[str, str] = {
@@ -173,7 +173,7 @@ def _write_tables(job: ScanJob, model: SourcedModel, result: ScanResult) -> None
         result.files["csv"] = job.folder / FILE_OF["csv"]
     if "json" in job.forms:
         content = {
-            "autosam3d": autosam3d.__version__,
+            "autosam3d": __version__,
             "model": {"recipe": model.recipe.name, "sha256": model.sha256, "runtime": model.runtime},
             "shape_zyx": list(result.shape_zyx),
             "spacing_mm_zyx": [round(mm, 6) for mm in result.spacing_mm_zyx],

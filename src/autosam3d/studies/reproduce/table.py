@@ -14,8 +14,8 @@ from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from autosam3d import __version__
 from autosam3d.io.files import atomic_write_all, bytes_to_write
+from autosam3d.version import __version__
 
 Kind = Literal["fact", "run", "paper"]
 """Of a column: words and sizes, results of this project's runs, or figures of the paper."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import autosam3d
 from autosam3d.data.folder import Case
 from autosam3d.errors import AutoSam3dError, UsageError
 from autosam3d.io import ReadOptions, write_segmentation
@@ -25,6 +24,7 @@ from autosam3d.studies.slicewise.images import Framing
 from autosam3d.studies.slicewise.model import SliceSam
 from autosam3d.studies.slicewise.prompts import PromptSpec
 from autosam3d.studies.slicewise.slices import TRUTH_NOTE, read_case, segment_slices
+from autosam3d.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def _segment_case(
     _write_report(output, identity | {
         "status": "finished", "note": TRUTH_NOTE, "truth_gave": ["organs", "slices", "prompts"],
         "slices": made.slices, "prompts_asked": made.prompts, "seconds": round(time.perf_counter() - started, 3),
-        "device": str(encoder.sam.device), "torch": torch.__version__, "autosam3d": autosam3d.__version__,
+        "device": str(encoder.sam.device), "torch": torch.__version__, "autosam3d": __version__,
         "warnings": list(ct.warnings), "output_sha256": sha256_of(output),
     })
     return made.slices
