@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from autosam3d.data.cache import CropDataset, CropLoader, StepSampler, cache_cases
+from autosam3d.data.cache import cache_cases
+from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
 from autosam3d.data.folder import open_dataset
 from autosam3d.data.phantom import write_phantom_dataset
 from autosam3d.models.autosam.network import AutoSam
 from autosam3d.models.spec import AutoSamSpec
-from autosam3d.recipes.recipe import Augment, load_recipe
+from autosam3d.recipes.recipe import load_recipe
+from autosam3d.recipes.settings import Augment
 from measured import in_child, measure, write_result
 
 SEED, EDGE = 0, 64

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from autosam3d.checkpoints.checkpoint import load_model
-from autosam3d.data.cache import CropDataset, cache_cases, with_background
+from autosam3d.data.cache import cache_cases, with_background
+from autosam3d.data.crops import CropDataset
 from autosam3d.data.folder import open_dataset
 from autosam3d.evaluation.metrics import dice_per_label
 from autosam3d.training.losses import dice_ce_loss, teacher_mse

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from autosam3d.data.cache import CachedCase
 from autosam3d.data.folder import write_index
 from autosam3d.io import write_ct, write_segmentation
 from autosam3d.io.files import sha256_of
@@ -76,6 +77,18 @@ def blobs(seed: int) -> tuple[np.ndarray, np.ndarray]:
         ball = (z - center[0]) ** 2 + (y - center[1]) ** 2 + (x - center[2]) ** 2 < 5.5**2
         hu[ball], labels[ball] = value, index
     return hu + random.normal(0, 8, SHAPE).astype(np.float32), labels
+
+
+def case_in_memory(shape: tuple[int, int, int] = SHAPE, organs: dict[int, int] | None = None,
+                   seed: int = 0) -> CachedCase:
+    """Voxels that are their own flat index; `organs` gives the number of voxels of each label."""
+    voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    labels = np.zeros(shape, np.uint8)
+    places = np.random.default_rng(seed).permutation(labels.size)
+    for label, count in (organs or {}).items():
+        labels.flat[places[:count]], places = label, places[count:]
+    centers = np.column_stack([labels[labels > 0], np.argwhere(labels)]).astype(np.int32)
+    return CachedCase("memory", voxels, labels, centers, (3.0, 2.0, 2.0), "key")
 
 
 def affine_of(spacing_mm: Sequence[float] = SPACING_MM) -> np.ndarray:

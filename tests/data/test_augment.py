@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.labels import LabelMap
-from autosam3d.recipes.recipe import Augment
+from autosam3d.recipes.settings import Augment
 
 LABELS = LabelMap(organs=("liver", "right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),))
 NOTHING = Augment(flip_prob=0, rotate90_prob=0, scale_prob=0, shift_prob=0, affine_prob=0, noise_prob=0)

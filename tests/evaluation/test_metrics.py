@@ -17,8 +17,9 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from surface_distance import lookup_tables
 
-from autosam3d.evaluation import metrics
-from autosam3d.evaluation.metrics import OrganScore, dice_per_label, evaluate_case, surface_distances, surfel_areas_mm2
+from autosam3d.evaluation import surfaces
+from autosam3d.evaluation.metrics import OrganScore, dice_per_label, evaluate_case
+from autosam3d.evaluation.surfaces import surface_distances, surfel_areas_mm2
 from autosam3d.labels import LabelMap
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.9, 1.4), (0.7, 2.5, 2.5)]
@@ -195,11 +196,11 @@ def test_distances_are_those_of_brute_force_on_both_ways_of_finding_them(monkeyp
     a, b, spacing_mm = blob(9), blob(10), (3.0, 0.9, 1.4)
     corners = []
     for mask in (a, b):
-        at = metrics._surfels(mask, surfel_areas_mm2(spacing_mm))[0]
+        at = surfaces._surfels(mask, surfel_areas_mm2(spacing_mm))[0]
         corners.append(np.stack(np.unravel_index(at, [n + 1 for n in mask.shape]), 1) * spacing_mm)
     expected = cdist(*corners).min(1)
     for voxels_per_query in (0, 10**9):
-        monkeypatch.setattr(metrics, "_VOXELS_PER_QUERY", voxels_per_query)
+        monkeypatch.setattr(surfaces, "_VOXELS_PER_QUERY", voxels_per_query)
         np.testing.assert_allclose(surface_distances(a, b, spacing_mm).prediction_mm, expected, rtol=1e-12)
 
 

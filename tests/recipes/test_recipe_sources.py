@@ -9,7 +9,8 @@ import pytest
 
 from autosam3d.errors import RecipeError
 from autosam3d.models.spec import AutoSamSpec, NetworkSpec, NnFormerSpec, NnUnetSpec, SwinUnetrSpec, UnetrSpec
-from autosam3d.recipes.recipe import Optim, dump_recipe, load_recipe, recipe_names
+from autosam3d.recipes.recipe import dump_recipe, load_recipe, recipe_names
+from autosam3d.recipes.settings import Optim
 from autosam3d.recipes.sources import preset_names, with_model
 from autosam3d.recipes.yaml_text import parse_yaml
 

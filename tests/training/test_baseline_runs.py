@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import autosam3d.training.run as run_module
 from autosam3d.checkpoints.checkpoint import load_model, read_checkpoint
 from autosam3d.checkpoints.describe import describe_model
 from autosam3d.data.folder import CaseSet, open_dataset
@@ -19,7 +18,8 @@ from autosam3d.errors import UsageError
 from autosam3d.inference.pipeline import segment
 from autosam3d.io import read_ct
 from autosam3d.recipes.recipe import Recipe
-from autosam3d.training.run import Observer
+from autosam3d.training.optimizer import state_bytes
+from autosam3d.training.run import Observer, Run
 from autosam3d.training.train import train
 from mini_run import LABELS, log_rows, mini_recipe, weights_of, write_mini_dataset
 
@@ -126,9 +126,9 @@ def test_space_is_asked_for_sgds_one_moment(folder: Path, cases: CaseSet, tmp_pa
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     needed: dict[str, int] = {}
 
-    def remember(run: run_module.Run) -> None:
+    def remember(run: Run) -> None:
         weights = sum(t.nbytes for t in run.tuned.values())
-        needed[run.recipe.optim.optimizer] = run_module.state_bytes(run.network, run.recipe) // weights
+        needed[run.recipe.optim.optimizer] = state_bytes(run.network, run.recipe) // weights
         raise UsageError("ENOUGH", "here", "seen", "none")
 
     monkeypatch.setattr("autosam3d.training.train.demand_space", remember)

@@ -15,11 +15,13 @@ import torch
 import autosam3d.training.teacher as teacher_module
 from autosam3d.checkpoints.checkpoint import load_model
 from autosam3d.data.augment import Crop, augment, random_affine
-from autosam3d.data.cache import CropDataset, cache_cases, with_background, without_background
+from autosam3d.data.cache import cache_cases, with_background, without_background
+from autosam3d.data.crops import CropDataset
 from autosam3d.data.folder import CaseSet, open_dataset
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.models.spec import ResUnetSpec, SwinUnetrSpec
-from autosam3d.recipes.recipe import Augment, Distillation, Recipe, recipe_from_dict
+from autosam3d.recipes.recipe import Recipe, recipe_from_dict
+from autosam3d.recipes.settings import Augment, Distillation
 from autosam3d.training.distill import student_recipe
 from autosam3d.training.losses import dice_ce_loss, teacher_mse
 from autosam3d.training.run import Observer
@@ -93,7 +95,7 @@ def test_lambda_zero_never_looks_at_labels(
         found = cache_cases(cases, *args)
         return [replace(c, labels=np.zeros_like(c.labels), centers=c.centers[:0]) for c in found]
 
-    monkeypatch.setattr("autosam3d.training.train.cache_cases", blind)
+    monkeypatch.setattr("autosam3d.training.cases.cache_cases", blind)
     monkeypatch.setattr("autosam3d.training.train.demand_organs", lambda *_: None)
     monkeypatch.setattr("autosam3d.training.train.dice_ce_loss", lambda *_, **__: pytest.fail("looked at labels"))
     start(recipe, tmp_path / "blind")

@@ -10,7 +10,8 @@ from torch import nn
 
 from autosam3d.models.build import build_network
 from autosam3d.models.spec import NetworkSpec, NnFormerSpec, NnUnetSpec, UnetrSpec
-from autosam3d.recipes.recipe import Optim, Recipe
+from autosam3d.recipes.recipe import Recipe
+from autosam3d.recipes.settings import Optim
 from autosam3d.training.optimizer import build_optimizer, parameter_groups, state_bytes
 from mini_run import mini_recipe
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from autosam3d.errors import RecipeError
-from autosam3d.recipes.recipe import Optim
+from autosam3d.recipes.settings import Optim
 from autosam3d.training.schedule import demand_full_rate, learning_rate
 
 PAPER = Optim(lr=5e-4, warmup_epochs=5)

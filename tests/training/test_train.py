@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 import autosam3d.checkpoints.checkpoint as checkpoint_module
 import autosam3d.data.cache as data_module
 import autosam3d.training.run as run_module
+import autosam3d.training.run_folder as folder_module
+import autosam3d.training.state as state_module
 import autosam3d.training.train as train_module
 from autosam3d.checkpoints.checkpoint import load_model, read_checkpoint
 from autosam3d.checkpoints.model_file import content_sha256
@@ -270,14 +272,14 @@ def test_a_stop_gives_up_the_pass_at_work(where: str, whole_ema: Path, sam: Path
 def test_what_is_saved_already_is_not_saved_again(start: Callable[..., TrainResult], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     saves: list[int] = []
-    real = run_module.save_checkpoint
+    real = state_module.save_checkpoint
 
     def signalled(path: Path, *args: Any, **options: Any) -> None:
         terminate()
         real(path, *args, **options)
         saves.append(read_checkpoint(path).meta["progress"]["global_step"])
 
-    monkeypatch.setattr(run_module, "save_checkpoint", signalled)
+    monkeypatch.setattr(state_module, "save_checkpoint", signalled)
     assert start(RECIPE, tmp_path / "run").stopped_by == signal.SIGTERM
     assert saves == [2]
 
@@ -490,7 +492,7 @@ def test_a_full_disk_ends_the_run_and_what_was_saved_stays(whole: Path, start: C
 
 def test_too_little_space_is_refused_before_any_work(start: Callable[..., TrainResult], tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(ResourceError) as caught:
         start(RECIPE, tmp_path / "run", Observer(on_cache=lambda *_: pytest.fail("cases were prepared")))
     assert caught.value.code == "NO_SPACE"
@@ -760,6 +762,6 @@ def test_a_run_folder_below_a_file_is_a_resource_error(start: Callable[..., Trai
 def test_augmentation_is_part_of_training(start: Callable[..., TrainResult], tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("autosam3d.data.cache.augment", lambda *args: calls.append(1) or augment(*args))
+    monkeypatch.setattr("autosam3d.data.crops.augment", lambda *args: calls.append(1) or augment(*args))
     start(mini_recipe(train__epochs=1), tmp_path / "run")
     assert len(calls) == 4

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from autosam3d.labels import LabelMap
-from autosam3d.recipes.recipe import Augment
+from autosam3d.recipes.settings import Augment
 
 # Counted from the last axis, so that they are the same with channels and without.
 _AXIS = {"z": -3, "y": -2, "x": -1}

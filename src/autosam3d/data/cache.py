@@ -10,23 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.data.folder import Case
 from autosam3d.errors import ResourceError, VolumeError
-from autosam3d.geometry.preprocess import Size, prepare_ct, prepare_labels
+from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, sha256_of, write_text_atomic
 from autosam3d.labels import remap
@@ -133,112 +127,6 @@ def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> N
         log.warning("%d training cases show no organ, the first of them %s", len(empty), empty[0])
 
 
-class CropDataset(Dataset):
-    """Random crops; item ``(epoch, position, case)`` is the same crop in every process, on every machine.
-
-    Item: voxels float32 [1, D, H, W], labels uint8 [D, H, W], and where the cases have a teacher's probabilities
-    those, float32 [K, D, H, W].
-    """
-
-    def __init__(self, cases: Sequence[CachedCase], recipe: Recipe) -> None:
-        self.cases, self.recipe = list(cases), recipe
-
-    def __len__(self) -> int:
-        return len(self.cases) * self.recipe.sampling.patches_per_volume
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Which case stands at each position of `epoch`."""
-        random = np.random.default_rng([self.recipe.train.seed, 1, epoch])
-        return random.permutation(len(self)) % len(self.cases)
-
-    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, ...]:
-        epoch, position, index = item
-        case, recipe = self.cases[index], self.recipe
-        random = np.random.default_rng([recipe.train.seed, 2, epoch, position])
-        patch_size = recipe.model.patch_size
-        start = self._start(case, random)
-        margin = affine_margin(patch_size, case.spacing_mm, recipe.augment)
-        air = case.voxels.dtype.type(recipe.preprocess.air)
-        crop = Crop(
-            _cut(case.voxels, start, patch_size, margin, air).astype(np.float32),
-            _cut(case.labels, start, patch_size, margin, 0),
-            None if case.probs is None else with_background(
-                np.stack([_cut(organ, start, patch_size, margin, 0) for organ in case.probs])),
-        )
-        if any(margin):
-            crop = random_affine(crop, patch_size, case.spacing_mm, recipe.augment, random)
-        crop = augment(crop, recipe.augment, recipe.labels, random)
-        tensors = torch.from_numpy(crop.voxels).unsqueeze(0), torch.from_numpy(crop.labels)
-        return tensors if crop.probs is None else (*tensors, torch.from_numpy(crop.probs))
-
-    def _start(self, case: CachedCase, random: np.random.Generator) -> Size:
-        """First voxel of a crop around an organ voxel or any voxel, moved inside the scan along axes where it fits."""
-        sampling = self.recipe.sampling
-        if len(case.centers) and random.random() < sampling.foreground_share:
-            rows = case.centers
-            if sampling.balance_organs:
-                rows = rows[rows[:, 0] == random.choice(np.unique(rows[:, 0]))]
-            center = rows[random.integers(len(rows)), 1:]
-        else:
-            center = random.integers(0, case.voxels.shape)
-        z, y, x = (
-            min(max(0, int(c) - p // 2), n - p) if n > p else -((p - n) // 2)
-            for c, n, p in zip(center, case.voxels.shape, self.recipe.model.patch_size, strict=True)
-        )
-        return z, y, x
-
-
-class StepSampler:
-    """The items of one rank for one epoch, from step `first_step` on, in batches.
-
-    The list of an epoch is filled up by starting over, so that every rank makes the same number of full steps.
-    """
-
-    def __init__(self, dataset: CropDataset, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.dataset, self.batch_size, self.rank, self.world_size = dataset, batch_size, rank, world_size
-        self.epoch = self.first_step = 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.dataset) // (self.batch_size * self.world_size))
-
-    def __len__(self) -> int:
-        return max(self.steps_per_epoch - self.first_step, 0)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = self.dataset.order(self.epoch)
-        positions = np.arange(self.steps_per_epoch * self.batch_size * self.world_size)
-        indexes = order[positions % len(order)]
-        for step in range(self.first_step, self.steps_per_epoch):
-            start = (step * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, int(p), int(indexes[p])) for p in positions[start : start + self.batch_size]]
-
-
-class CropLoader:
-    """Batches of crops in the order that `sampler` has when an iteration begins.
-
-    They are cut ahead by processes that live as long as this object, or in a thread where `num_workers` is 0.
-    """
-
-    def __init__(self, dataset: CropDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> None:
-        # Which crop to cut comes with each item, so the workers know nothing of epochs and outlive them.
-        self._loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
-                                  persistent_workers=num_workers > 0,
-                                  worker_init_fn=_begin_worker if num_workers else None,
-                                  prefetch_factor=4 if num_workers else None)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if self._loader.num_workers:
-            yield from self._loader
-            return
-        batches = iter(self._loader)
-        with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
-            coming = pool.submit(next, batches, None)
-            while (batch := coming.result()) is not None:
-                coming = pool.submit(next, batches, None)
-                yield batch
-
-
 def with_background(organs: np.ndarray) -> np.ndarray:
     """Probabilities uint8 [K - 1, ...] in steps of 1/255 to float32 [K, ...] that sum to 1, background first.
 
@@ -255,25 +143,6 @@ def with_background(organs: np.ndarray) -> np.ndarray:
 def without_background(probs: np.ndarray) -> np.ndarray:
     """The inverse of `with_background`: float32 [K, ...] to uint8 [K - 1, ...], rounded."""
     return np.rint(probs[1:] * np.float32(255)).astype(np.uint8)
-
-
-def _begin_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C and batch systems signal the whole group. Workers go on until the training has saved, and end with it.
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _cut(array: np.ndarray, start: Size, size: Size, margin: Size, fill: Any) -> np.ndarray:
-    """A copy of ``array[start - margin : start + size + margin]``; what lies outside the array is `fill`."""
-    lows = [s - m for s, m in zip(start, margin, strict=True)]
-    highs = [s + p + m for s, p, m in zip(start, size, margin, strict=True)]
-    cut = np.full([h - low for low, h in zip(lows, highs, strict=True)], fill, array.dtype)
-    inside = [(max(0, low), min(n, h)) for low, h, n in zip(lows, highs, array.shape, strict=True)]
-    target = tuple(slice(a - low, b - low) for (a, b), low in zip(inside, lows, strict=True))
-    cut[target] = array[tuple(slice(a, b) for a, b in inside)]
-    return cut
 
 
 def _label_table(case: Case, recipe: Recipe) -> dict[int, int]:

@@ -25,7 +25,8 @@ from autosam3d.data.folder import held_out, write_index
 from autosam3d.errors import AutoSam3dError, BatchError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
 from autosam3d.labels import remap
-from autosam3d.recipes.recipe import Download, Recipe
+from autosam3d.recipes.recipe import Recipe
+from autosam3d.recipes.settings import Download
 from autosam3d.volume import same_grid
 
 log = logging.getLogger(__name__)

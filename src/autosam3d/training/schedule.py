@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autosam3d.errors import RecipeError
-from autosam3d.recipes.recipe import Optim
+from autosam3d.recipes.settings import Optim
 
 # The public code warms up by exp(10 * (e / warmup - 1)): from 4.5e-5 of the full rate to all of it.
 _WARMUP_STEEPNESS = 10.0

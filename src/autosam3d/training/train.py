@@ -21,16 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autosam3d.data.cache import (
-    KEY_BYTES,
-    CachedCase,
-    CropDataset,
-    CropLoader,
-    StepSampler,
-    cache_cases,
-    demand_organs,
-    open_cached,
-)
+from autosam3d.data.cache import CachedCase, demand_organs
+from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.evaluation.metrics import dice_per_label
@@ -38,26 +30,15 @@ from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import label_prepared
 from autosam3d.inference.torch_runtime import TorchPredictor
 from autosam3d.recipes.recipe import Recipe
+from autosam3d.training.cases import ask_teacher, cache_on_all_ranks
 from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
-from autosam3d.training.run import (
-    Observer,
-    Run,
-    build_fabric,
-    copy_into,
-    demand_space,
-    hold_run_folder,
-    local_ranks,
-    prepare_run_folder,
-    resume,
-    save_model,
-    save_state,
-    start_run,
-    warnings_of_one_rank,
-)
+from autosam3d.training.run import Observer, Run, build_fabric, start_run, warnings_of_one_rank
+from autosam3d.training.run_folder import demand_space, hold_run_folder, prepare_run_folder
 from autosam3d.training.runlog import RunLog
 from autosam3d.training.schedule import demand_full_rate, learning_rate
+from autosam3d.training.state import copy_into, resume, save_model, save_state
 from autosam3d.training.stopping import Interrupted, StopRequest
-from autosam3d.training.teacher import Teacher, cache_probabilities, load_teacher, open_probabilities
+from autosam3d.training.teacher import Teacher, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -129,12 +110,12 @@ def train(
                 run = start_run(recipe, fabric, run_folder, sam, stop, observer, loaded_teacher)
                 demand_space(run)
                 cache_dir = cache_dir or run_folder / "cache"
-                train_cases, val_cases = _cache_on_all_ranks(run, cases, cache_dir)
+                train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
                 demand_organs(train_cases, recipe, cases.folder)
                 keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
                 run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
                 resume(run)
-                train_cases = _ask_teacher(run, train_cases, cache_dir)
+                train_cases = ask_teacher(run, train_cases, cache_dir)
         except Interrupted:
             return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
@@ -374,49 +355,3 @@ def _load_teacher(recipe: Recipe, source: TeacherSource | None, device: torch.de
         raise UsageError("NO_TEACHER", recipe.name, "expected a teacher, since the recipe distils",
                          "use `autosam3d distill`, or set distill.lambda=1 to learn from the labels alone")
     return load_teacher(source.path, recipe, sam=source.sam, device=device)
-
-
-def _ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[CachedCase]:
-    """The training cases with the teacher's probabilities, where those are kept on disk."""
-    distill, teacher = run.recipe.distill, run.teacher
-    if distill is None or teacher is None:
-        return cases
-    if distill.teacher_probs == "live":
-        if distill.label_weight > 0:
-            return cases
-        # Where the labels do not count they do not say where to look either: crops fall anywhere.
-        return [replace(case, centers=case.centers[:0]) for case in cases]
-    mine = cases[slice(run.fabric.local_rank, None, local_ranks())]
-
-    def watch(done: int, total: int) -> None:
-        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
-
-    checked = cache_probabilities(mine, teacher, run.recipe, cache_dir, run.observer.on_teacher, watch)
-    if run.fabric.world_size == 1:
-        return checked
-    run.fabric.barrier()
-    return open_probabilities(cases, teacher, run.recipe, cache_dir)
-
-
-def _cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
-    """Training and validation cases. Each rank makes or checks its share of its node's cache; all open the whole."""
-    recipe, fabric = run.recipe, run.fabric
-    wanted = [*cases.train, *(cases.val[: recipe.train.val_cases] if recipe.train.val_cases else cases.val)]
-
-    def watch(done: int, total: int) -> None:
-        run.observer.on_cache(done, total)
-        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
-
-    share = slice(fabric.local_rank, None, local_ranks())
-    cached = cache_cases(wanted[share], recipe, cache_dir, watch)
-    if fabric.world_size > 1:
-        mine = torch.zeros(len(wanted), KEY_BYTES, dtype=torch.uint8)
-        mine[share] = torch.tensor([list(bytes.fromhex(case.key)) for case in cached], dtype=torch.uint8).view(
-            -1, KEY_BYTES)
-        everyone = fabric.all_gather(fabric.to_device(mine))  # also waits until the cache is whole
-        assert isinstance(everyone, Tensor)
-        node = fabric.global_rank - fabric.local_rank
-        rows = (everyone[node + index % local_ranks(), index] for index in range(len(wanted)))
-        keys = [bytes(row.tolist()).hex() for row in rows]
-        cached = [open_cached(cache_dir, key, case.name) for key, case in zip(keys, wanted, strict=True)]
-    return cached[: len(cases.train)], cached[len(cases.train) :]

@@ -45,7 +45,8 @@ from autosam3d.studies.slicewise.samples import (
 )
 from autosam3d.studies.slicewise.slices import segment_slices
 from autosam3d.training.losses import mask_loss
-from autosam3d.training.run import Observer, build_fabric, hold_run_folder
+from autosam3d.training.run import Observer, build_fabric
+from autosam3d.training.run_folder import hold_run_folder
 from autosam3d.training.runlog import RunLog
 from autosam3d.training.stopping import Interrupted, StopRequest, stop_inside
 

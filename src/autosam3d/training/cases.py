@@ -1,0 +1,60 @@
+"""The cases of a run on all its ranks: each makes or checks its share of the cache, and all open the whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autosam3d.data.cache import KEY_BYTES, CachedCase, cache_cases, open_cached
+from autosam3d.data.folder import CaseSet
+from autosam3d.training.run import Run, local_ranks
+from autosam3d.training.teacher import cache_probabilities, open_probabilities
+
+
+def cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Training and validation cases. Each rank makes or checks its share of its node's cache; all open the whole."""
+    recipe, fabric = run.recipe, run.fabric
+    wanted = [*cases.train, *(cases.val[: recipe.train.val_cases] if recipe.train.val_cases else cases.val)]
+
+    def watch(done: int, total: int) -> None:
+        run.observer.on_cache(done, total)
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
+
+    share = slice(fabric.local_rank, None, local_ranks())
+    cached = cache_cases(wanted[share], recipe, cache_dir, watch)
+    if fabric.world_size > 1:
+        mine = torch.zeros(len(wanted), KEY_BYTES, dtype=torch.uint8)
+        mine[share] = torch.tensor([list(bytes.fromhex(case.key)) for case in cached], dtype=torch.uint8).view(
+            -1, KEY_BYTES)
+        everyone = fabric.all_gather(fabric.to_device(mine))  # also waits until the cache is whole
+        assert isinstance(everyone, Tensor)
+        node = fabric.global_rank - fabric.local_rank
+        rows = (everyone[node + index % local_ranks(), index] for index in range(len(wanted)))
+        keys = [bytes(row.tolist()).hex() for row in rows]
+        cached = [open_cached(cache_dir, key, case.name) for key, case in zip(keys, wanted, strict=True)]
+    return cached[: len(cases.train)], cached[len(cases.train) :]
+
+
+def ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[CachedCase]:
+    """The training cases with the teacher's probabilities, where those are kept on disk."""
+    distill, teacher = run.recipe.distill, run.teacher
+    if distill is None or teacher is None:
+        return cases
+    if distill.teacher_probs == "live":
+        if distill.label_weight > 0:
+            return cases
+        # Where the labels do not count they do not say where to look either: crops fall anywhere.
+        return [replace(case, centers=case.centers[:0]) for case in cases]
+    mine = cases[slice(run.fabric.local_rank, None, local_ranks())]
+
+    def watch(done: int, total: int) -> None:
+        run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
+
+    checked = cache_probabilities(mine, teacher, run.recipe, cache_dir, run.observer.on_teacher, watch)
+    if run.fabric.world_size == 1:
+        return checked
+    run.fabric.barrier()
+    return open_probabilities(cases, teacher, run.recipe, cache_dir)

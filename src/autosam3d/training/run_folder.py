@@ -1,0 +1,117 @@
+"""The folder of a training run: held by one process, of one recipe, with room for its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import TextIO
+
+from lightning_fabric import Fabric
+
+from autosam3d.errors import RecipeError, ResourceError, UsageError
+from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
+from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
+from autosam3d.io.memory import size_text
+from autosam3d.recipes.recipe import Recipe, dump_recipe, recipe_from_dict
+from autosam3d.recipes.yaml_text import parse_yaml
+from autosam3d.training.optimizer import state_bytes
+from autosam3d.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
+    """Make `folder`; inside, this run alone trains there. The lock ends with the process, however it ends.
+
+    Raises:
+        UsageError: RUNNING, another process trains there.
+        ResourceError: UNWRITABLE.
+    """
+    with contextlib.ExitStack() as stack:
+        if fabric.is_global_zero:
+            with _demand_writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((folder / "train.lock").open("a+", encoding="utf-8"))
+            _lock(file, folder)
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        take_lock(file)
+    except HeldError as owner:
+        raise UsageError("RUNNING", folder, f"expected a run folder that nobody trains in, another process does "
+                         f"({owner})", "wait for its end, or name another folder with --out") from None
+    except OSError as error:  # some network file systems have none
+        log.info("%s: cannot be locked (%s)", folder, error.strerror)
+    with _demand_writable(folder):
+        sign_lock(file)
+
+
+@contextmanager
+def _demand_writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError("UNWRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
+                            "name another folder") from None
+
+
+def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
+    """Write recipe.yaml into `folder`, or check that the run in it is of the same recipe and settings.
+
+    A run that has not saved anything yet is none: its recipe may be replaced.
+
+    Raises:
+        UsageError: OTHER_RUN.
+        ResourceError: UNWRITABLE or NOT_WRITABLE.
+    """
+    path = folder / "recipe.yaml"
+    text = dump_recipe(recipe)
+    if fabric.is_global_zero:
+        with _demand_writable(folder):
+            remove_stale_temporaries(folder)
+            begun = any((folder / f"{name}.json").exists() for name in ("last", "previous", "best"))
+            if not path.exists() or (not begun and path.read_bytes() != text.encode()):
+                write_text_atomic(path, text)
+    fabric.barrier()
+    there = path.read_bytes().decode("utf-8", errors="replace")
+    if there != text and not _means(there, recipe, path):
+        pairs = zip_longest(there.splitlines(), text.splitlines(), fillvalue="nothing")
+        old, new = next((a.strip(), b.strip()) for a, b in pairs if a != b)
+        raise UsageError("OTHER_RUN", folder, f"it holds a run of another recipe or other settings: expected {old!r} "
+                         f"as in its recipe.yaml, got {new!r}",
+                         "name a new folder with --out, or give the same settings")
+
+
+def _means(text: str, recipe: Recipe, path: Path) -> bool:
+    """Whether a resolved recipe is this one: a key that an older version did not know has its default."""
+    try:
+        return recipe_from_dict(parse_yaml(text, str(path)), path) == recipe
+    except RecipeError:
+        return False
+
+
+def demand_space(run: Run) -> None:
+    """Refuse a run whose checkpoints cannot fit on the disk, at the start rather than hours later.
+
+    Raises:
+        ResourceError: NO_SPACE.
+    """
+    if not run.fabric.is_global_zero:
+        return
+    weights = sum(t.nbytes for t in run.tuned.values())
+    state = weights + sum(t.nbytes for t in run.average.values())
+    state += state_bytes(run.network, run.recipe)
+    # last, previous and the next one being written; best and the next one.
+    needed = 3 * state + 2 * weights - sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise ResourceError("NO_SPACE", run.folder, f"expected {size_text(needed)} free for the checkpoints, got "
+                            f"{size_text(free)}", "free some space or name another folder with --out")
