@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import importlib.metadata
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,62 @@ REPO = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p.relative_to(REPO / "src/autosam3d") for p in (REPO / "src/autosam3d").rglob("*.py"))
 
 
-def test_architecture_lists_every_room() -> None:
-    text = (REPO / "ARCHITECTURE.md").read_text("utf-8")
-    rooms = set(re.findall(r"^\| `([a-z]+)/` \|", text, re.MULTILINE))
-    assert rooms == {p.parts[0] for p in SOURCES if len(p.parts) > 1}
-    assert text.count("\n") <= 120
-    assert len([p for p in SOURCES if len(p.parts) == 1]) <= 8
+PAGE = (REPO / "ARCHITECTURE.md").read_text("utf-8")
+TABLE = re.findall(r"^\| `([a-z]+)/` \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
+ROOMS = {path.parts[0] for path in SOURCES if len(path.parts) > 1}
+NOT_ROOMS = {"badinput", "web", "soak"}
+"""Of tests/: what is about all rooms, or about none."""
+
+
+def test_architecture_lists_every_room_with_its_door_sign() -> None:
+    assert sorted(room for room, _, _ in TABLE) == sorted(ROOMS)
+    for room, sign, _ in TABLE:
+        first = ast.get_docstring(ast.parse((REPO / f"src/autosam3d/{room}/__init__.py").read_text("utf-8")))
+        assert first is not None and first.partition("\n")[0] == sign, room
+
+
+def test_one_may_start_where_architecture_says() -> None:
+    for room, _, start in TABLE:
+        files = re.findall(r"`([^`]+)`", start)
+        assert files, room
+        for name in files:
+            assert (REPO / "src/autosam3d" / room / name).is_file(), f"{room}/{name}"
+
+
+def test_architecture_is_short_and_so_is_the_top_level() -> None:
+    assert PAGE.count("\n") <= 120
+    assert len([path for path in SOURCES if len(path.parts) == 1]) <= 8
+
+
+def test_architecture_states_the_contract_of_the_rooms() -> None:
+    contract = configparser.ConfigParser()
+    contract.read(REPO / ".importlinter")
+    rooms = contract["importlinter:contract:rooms"]
+    (told,) = re.findall(r"^(`cli` > .*?)\.$", PAGE, re.MULTILINE | re.DOTALL)
+    assert [layer.strip(" `\n") for layer in told.split(">")] == rooms["layers"].split("\n")[1:]
+    assert {name for layer in rooms["layers"].split("\n") for name in layer.split(" | ") if name} == {
+        *ROOMS, "errors", "labels", "version", "volume"}
+
+
+def test_tests_have_the_same_rooms() -> None:
+    rooms = {path.relative_to(REPO / "tests").parts[0] for path in (REPO / "tests").glob("*/**/test_*.py")}
+    assert rooms - NOT_ROOMS == ROOMS
+
+
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "web/README.md", "docs/python-api.md"])
+def test_files_that_a_document_names_exist(document: str) -> None:
+    """A name in backticks that ends like a source file lies in the package, in a room, or in the repository."""
+    named = re.findall(r"`([\w./]+\.(?:py|ts|js|yaml|md))(?::\d+)?`", (REPO / document).read_text("utf-8"))
+    roots = [REPO, *(REPO / "src/autosam3d").glob("*/"), REPO / "src/autosam3d", REPO / "web", REPO / "web/src",
+             REPO / "web/src/core", REPO / "web/src/page", REPO / "web/test"]
+    for name in named:
+        assert any((root / name).is_file() for root in roots), f"{document} names {name}"
+
+
+def test_the_browsers_core_has_its_counterparts_named() -> None:
+    text = (REPO / "web/README.md").read_text("utf-8")
+    for file in (REPO / "web/src/core").glob("*.ts"):
+        assert f"`{file.name}`" in text, file.name
 
 
 def test_every_recipe_is_in_the_readme() -> None:
@@ -41,39 +91,6 @@ def test_no_unsafe_calls() -> None:
             for line in (REPO / "src/autosam3d" / path).read_text("utf-8").splitlines() if unsafe.search(line)
             and not line.strip().startswith("#")]
     assert [h for h in hits if ".eval()" not in h] == []
-
-
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["segment", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(command: list[str]) -> None:
-    """What keeps `autosam3d --help` under a second: neither torch nor scipy nor pydantic is loaded for it.
-
-    Some versions of Typer load pydantic themselves to read arguments; what a command without any code of ours
-    loads is not counted.
-    """
-    code = (
-        "import sys, typer\n"
-        "from typing import Annotated\n"
-        "bare = typer.Typer(rich_markup_mode=None, add_completion=False)\n"
-        "@bare.command()\n"
-        "def one(n: Annotated[int, typer.Option(min=0)] = 0): pass\n"
-        "@bare.command()\n"
-        "def two(): pass\n"
-        "sys.stdout, stdout = open('/dev/null', 'w'), sys.stdout\n"
-        "try: bare(['one', '--help'], standalone_mode=False)\n"
-        "except SystemExit: pass\n"
-        "sys.stdout = stdout\n"
-        "typers_own = set(sys.modules)\n"
-        "sys.argv = ['autosam3d', *sys.argv[1:]]\n"
-        "from autosam3d.cli.main import main\n"
-        "try: main()\n"
-        "except SystemExit as leave: code = leave.code\n"
-        "loaded = set(sys.modules) - typers_own\n"
-        "heavy = {'pydantic', 'torch', 'scipy', 'monai', 'nibabel', 'matplotlib'} & loaded\n"
-        "heavy |= {'autosam3d.recipes.recipe'} & loaded\n"
-        "sys.exit(f'loaded {heavy}' if heavy else code)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 def test_torchvision_is_not_beside_a_cpu_torch() -> None:

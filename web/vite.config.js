@@ -4,7 +4,7 @@ import { licences } from "./licences.js";
 
 const ORT = "node_modules/onnxruntime-web/dist/";
 // What the page loads of ONNX Runtime, as its own files beside the page's: the CPU build with threads at every scan, the
-// build for WebGPU only where a person asks for the graphics card. `export_web.py` knows the second folder.
+// build for WebGPU only where a person asks for the graphics card. `export/web.py` knows the second folder.
 const ORT_FILES = {
   ort: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"],
   webgpu: ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"],

@@ -31,6 +31,7 @@ from autosam3d.volume import Volume
 from command_line import run, write_model
 from exports import LABELS, accept, copied, edit, loaded, mini_export
 from mini_run import affine_of, blobs, environment
+from on_disk import demand_as_told
 
 
 @pytest.fixture
@@ -211,6 +212,7 @@ def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
     for times in (1, 1):  # a refusal is remembered
         assert isinstance(open_model(folder, ModelWish()), LoadedModel)
         assert caplog.text.count("(the labels differ); PyTorch runs it") == times
+    demand_as_told("The user's cache", tmp_path / "cache/autosam3d", "exports/HASH-VERSION.refused")
     (refused,) = (tmp_path / "cache").rglob("*.refused")
     refused.unlink()
     monkeypatch.setattr(export_module, "export_model", export)
@@ -229,6 +231,7 @@ def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
         patch.setattr(model_choice, "_has_gpu", lambda: True)
         assert isinstance(open_model(folder, ModelWish()), LoadedModel)
     assert open_model(folder, ModelWish()).sha256 == open_model(folder, ModelWish(backend="torch")).sha256
+    demand_as_told("The user's cache", tmp_path / "cache/autosam3d", "exports/HASH-VERSION/**", "backend-HASH.json")
 
 
 @pytest.mark.parametrize("damage", [

@@ -17,6 +17,7 @@ from autosam3d.services.serve.settings import SteadyClock
 from autosam3d.services.serve.store import DONE, FAILED, MAX_ATTEMPTS, QUEUED, RUNNING, JobStore, SentTwice
 from command_line import run
 from exports import mini_export
+from on_disk import demand_as_told
 
 
 def _gone(pid: int) -> bool:
@@ -128,6 +129,7 @@ def test_folders_and_files_are_the_owners_alone(service: Running, ct: Path) -> N
         outcome(client, job_id)
         # The browser app is nobody's secret, and lies in a closed folder.
         paths = [service.folder, *(p for p in service.folder.rglob("*") if "web" not in p.parts)]
+        demand_as_told("The folder of serve", service.folder, "jobs/ID/result/**", "web/**")
         client.delete(f"/jobs/{job_id}")
     assert len(paths) > 8
     assert [p for p in paths if p.exists() and p.stat().st_mode & 0o077] == []

@@ -29,6 +29,7 @@ from autosam3d.studies.nnunet.agreement import BOUND, compare, read_summary
 from autosam3d.studies.nnunet.data import open_for_nnunet, write_raw
 from autosam3d.studies.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
 from autosam3d.studies.nnunet.run import NnunetPlan, train_and_predict
+from on_disk import demand_as_told
 
 ORGANS = {1: "liver", 2: "spleen", 3: "aorta"}
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -265,6 +266,8 @@ def test_a_run_from_planning_to_predictions(dataset: Path, tmp_path: Path, fake:
     assert "the words of nnU-Net, stage train" in (tmp_path / "out/logs/train.log").read_text()
     again = train_and_predict(dataset, tmp_path / "out", PLAN)
     assert again == result and order(tmp_path / "out") == ["plan", "train", "predict", "predict"]
+    (tmp_path / "out/logs/order.txt").unlink()  # of what stands for nnU-Net
+    demand_as_told("A run folder of nnU-Net", tmp_path / "out")
 
 
 def test_test_scans_wait_until_they_are_asked_for(dataset: Path, tmp_path: Path, fake: Path) -> None:

@@ -23,6 +23,7 @@ from autosam3d.volume import Segmentation, Volume
 from command_line import load_once, run, warm, write_model
 from made_once import made_once
 from mini_run import LABELS, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
+from on_disk import demand_as_told
 from tiny_sam import SIZES, states
 
 SMALL = ("--set", "model.patch_size=[32,32,32]")
@@ -107,6 +108,8 @@ def test_table1_from_nothing_and_again(place: Path, at_once: list, capsys: pytes
     reproduce(place, "fig3")  # of the same runs
     assert at_once == []
     demand_figure(out, "fig3")
+    demand_as_told("The folder of reproduce", out, *(f"TABLE.{ending}" for ending in ("md", "csv", "tex", "html")),
+                   "TABLE_tests.csv", "FIGURE.svg", "FIGURE.png", "DATASET/RUN/recipe.yaml", "DATASET/RUN/run/**")
 
 
 def demand_figure(out: Path, name: str) -> None:

@@ -29,6 +29,7 @@ from autosam3d.training.losses import mask_loss
 from autosam3d.training.run import Observer
 from autosam3d.volume import Segmentation
 from mini_run import LABELS, SHAPE, affine_of, log_rows, mini_recipe, weights_of, write_mini_dataset, write_recipe
+from on_disk import demand_as_told
 
 FRAMING = Framing(style="medsam", hu_window=HuWindow(low_hu=-160, high_hu=240))
 SETTINGS = TuneSettings(framing=FRAMING, min_slice_px=20, min_case_vox=100, epochs=2, lr=1e-3, batch_size=8,
@@ -199,6 +200,8 @@ def test_the_command_tunes_and_its_result_segments(folder: Path, whole: Path, tm
     done = command_line.run(*arguments(folder, out))
     assert done.code == 0 and "best validation Dice" in done.out and "from the truth" in done.out, done.err
     assert weights_of(out, "last") == weights_of(whole, "last")
+    demand_as_told("A tuning of SAM on slices", out, "best.json", "best-HASH.safetensors", "previous.json")
+    assert {path.suffix for path in (folder / "cache").glob("??/*")} == {".embedding"}
     result = command_line.run("slicewise", "segment", folder / "mini.yaml", "--data", folder / "data", "--tuned", out,
                               "--part", "val", "--out", tmp_path / "labels", "--threads", "1", "--device", "cpu")
     assert result.code == 0 and result.out.count("wrote") == 2, result.err
