@@ -59,7 +59,7 @@ def test_tests_have_the_same_rooms() -> None:
 @pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "web/README.md", "docs/python-api.md"])
 def test_files_that_a_document_names_exist(document: str) -> None:
     """A name in backticks that ends like a source file lies in the package, in a room, or in the repository."""
-    named = re.findall(r"`([\w./]+\.(?:py|ts|js|yaml|md))(?::\d+)?`", (REPO / document).read_text("utf-8"))
+    named = re.findall(r"`([\w./-]+\.(?:py|ts|js|yaml|md))(?::\d+)?`", (REPO / document).read_text("utf-8"))
     roots = [REPO, *(REPO / "src/autosam3d").glob("*/"), REPO / "src/autosam3d", REPO / "web", REPO / "web/src",
              REPO / "web/src/core", REPO / "web/src/page", REPO / "web/test"]
     for name in named:
