@@ -21,6 +21,7 @@ from autosam3d.cli.demo import demo
 from autosam3d.cli.evaluate import evaluate
 from autosam3d.cli.export import export, export_web, pack, verify
 from autosam3d.cli.inspect import bench, info, recipes
+from autosam3d.cli.moved import remedy_for
 from autosam3d.cli.nnunet import nnunet
 from autosam3d.cli.reproduce import reproduce
 from autosam3d.cli.segment import segment
@@ -90,7 +91,7 @@ def main() -> None:
         code = 130
     except _CommandLineError as error:
         fault = error.format_message().rstrip(".")
-        _fail(f"error[USAGE] autosam3d: {fault}; see autosam3d --help", 2, error if debug else None)
+        _fail(f"error[USAGE] autosam3d: {fault}; {_remedy(error)}", 2, error if debug else None)
     except (MemoryError, RuntimeError, ImportError) as error:
         if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
@@ -104,6 +105,14 @@ def main() -> None:
     if code == 130:
         _fail("stopped", 130, None)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _remedy(error: Any) -> str:
+    """What to do about a command line that click refuses."""
+    names, context = [], error.ctx
+    while context is not None and context.parent is not None:
+        names, context = [context.info_name, *names], context.parent
+    return remedy_for(" ".join(names), getattr(error, "option_name", "")) or "see autosam3d --help"
 
 
 def _fail_by_system(error: OSError, debug: bool) -> None:

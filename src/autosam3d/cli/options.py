@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from autosam3d.errors import UsageError
+from autosam3d.inference.device_names import is_device_name
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
+SetKey = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the settings; "
+                                                   "wins over --config. Repeat it for several.")]
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings. Options win over "
+                                              "--set, --set over the file.")]
 Sam = Annotated[str | None, typer.Option("--sam", help="SAM weights: a .pth, .bin or .safetensors file, or a "
                                                        "Hugging Face id such as facebook/sam-vit-base.")]
 
@@ -20,7 +24,7 @@ Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="Trai
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device.lower()):
+    if not is_device_name(device.lower()):
         raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, cuda or cuda:N", "name one of these")
     return device.lower()
 

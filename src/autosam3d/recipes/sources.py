@@ -105,6 +105,18 @@ def _read_text(source: str | Path, folder: Traversable, code: str, kind: str) ->
             near = difflib.get_close_matches(source, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"the package has {', '.join(names)}"
             raise RecipeError(code, source, f"no {kind} of this name and no such file", hint)
+    return read_yaml_file(path, kind), str(path)
+
+
+def read_yaml_file(path: Path, kind: str) -> str:
+    """The text of a file that a user named, at most `MAX_RECIPE_BYTES` of it.
+
+    Args:
+        kind: what the file is called in messages.
+
+    Raises:
+        RecipeError: UNREADABLE, TOO_LARGE, ENCODING.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -112,7 +124,7 @@ def _read_text(source: str | Path, folder: Traversable, code: str, kind: str) ->
         if status.st_size > MAX_RECIPE_BYTES:
             raise RecipeError("TOO_LARGE", path, f"expected at most 1 MiB of YAML, got {status.st_size} bytes",
                               f"name a {kind} file")
-        return path.read_bytes().decode("utf-8"), str(path)
+        return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise RecipeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
     except UnicodeDecodeError:

@@ -21,6 +21,16 @@ Unions = Mapping[str, tuple[str, tuple[str, ...]]]
 """Sections that have several forms: section to (the key that names the form, the forms)."""
 
 
+def demand(ok: bool, field_name: str, wish: str, got: object) -> None:
+    """A check of a dataclass's ``__post_init__``, which `typed` turns into a fault at the key.
+
+    Raises:
+        ValueError: ``FIELD: expected WISH, got GOT``.
+    """
+    if not ok:
+        raise ValueError(f"{field_name}: expected {wish}, got {got!r}")
+
+
 def with_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`tree` itself, after ``key.path=value`` overrides.
 
@@ -40,14 +50,17 @@ def typed(
 
     Args:
         where: names the source of the values in messages.
-        origins: first key of a path to its own source, where that is not `where`.
+        origins: dotted path to the source of what lies there, where that is not `where`.
         unions: sections that have several forms.
 
     Raises:
         RecipeError: UNKNOWN_KEY (with the nearest known one), MISSING_KEY, BAD_VALUE.
     """
     def place(path: str) -> str:
-        return f"{(origins or {}).get(path.split('.')[0], where)}: {path}"
+        at = path
+        while at and at not in (origins or {}):
+            at = at.rpartition(".")[0]
+        return f"{(origins or {}).get(at, where)}: {path}"
 
     for path, value in _numbers(tree):
         if not math.isfinite(value):
@@ -105,7 +118,8 @@ def _explain(error: ValidationError, adapter: TypeAdapter[Any], unions: Unions) 
         return "MISSING_KEY", path, f"expected a value, got none{more}", "add the key"
     if first["type"] == "union_tag_invalid":
         key, forms = unions[path]
-        return ("BAD_VALUE", f"{path}.{key}", f"expected one of {', '.join(forms)}, got {first['ctx']['tag']}{more}",
+        got = first.get("ctx", {}).get("tag")
+        return ("BAD_VALUE", f"{path}.{key}", f"expected one of {', '.join(forms)}, got {got}{more}",
                 "correct the value")
     return "BAD_VALUE", *_bad_value(path, first, more), "correct the value"
 

@@ -69,8 +69,13 @@ class _QuotingDumper(yaml.SafeDumper):
     }
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
+def parse_yaml(text: str, where: str, settings_remedy: str | None = None) -> dict[str, Any]:
     """A mapping of plain values.
+
+    Args:
+        where: names the text in messages.
+        settings_remedy: of settings, which may all be left out, what to do where the text is no mapping; None for a
+            recipe.
 
     Raises:
         RecipeError: YAML, with the line at fault.
@@ -82,9 +87,11 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         place = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError("YAML", where, f"not readable as plain YAML: {problem}{place}", "correct that line") from None
+    if tree is None and settings_remedy is not None:
+        return {}
     if not isinstance(tree, dict):
         raise RecipeError("YAML", where, f"expected a mapping of sections, got {type(tree).__name__}",
-                          "start from a recipe of the package: autosam3d info btcv --yaml")
+                          settings_remedy or "start from a recipe of the package: autosam3d info btcv --yaml")
     return tree
 
 

@@ -16,7 +16,7 @@ from serving import dicom_zip, phantom_ct  # noqa: E402
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One for the tests of a file."""
-    with running(tmp_path_factory.mktemp("service"), "--queue", 4, "--max-upload", 16) as service:
+    with running(tmp_path_factory.mktemp("service"), "--set", "queue=4", "--set", "max_upload_mib=16") as service:
         yield service
 
 

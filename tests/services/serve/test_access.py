@@ -136,7 +136,7 @@ def test_token_files_that_are_none(content: str, mode: int, tmp_path: Path) -> N
 
 
 def test_ipv6_works(tmp_path: Path) -> None:
-    with running(tmp_path / "six", "--host", "::1", "--no-app") as service, service.client() as client:
+    with running(tmp_path / "six", "--host", "::1", "--set", "app=false") as service, service.client() as client:
         assert service.url.startswith("http://[::1]:")
         assert client.get("/health").status_code == 200
         assert "API alone" in client.get("/").text

@@ -33,7 +33,7 @@ def service(tmp_path_factory: pytest.TempPathFactory):
         "def init(self, **told):\n    _init(self, **{'chunk_seconds': 2.0, 'rate_seconds': 2.0, 'header_seconds': 3.0,"
         " **told})\ns.ServeSettings.__init__ = init\n")
     path = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])
-    with running(tmp_path_factory.mktemp("service"), "--queue", 300, "--max-upload", 4,
+    with running(tmp_path_factory.mktemp("service"), "--set", "queue=300", "--set", "max_upload_mib=4",
                  env={"PYTHONPATH": path}) as service:
         yield service
 

@@ -181,7 +181,8 @@ def _folders(service: Running) -> list[Path]:
 
 
 def test_results_go_after_their_time(ct: Path, tmp_path: Path) -> None:
-    with running(tmp_path / "short", "--keep-hours", 1 / 1800, "--no-app") as service, service.client() as client:
+    short = ("--keep-hours", 1 / 1800, "--set", "app=false")
+    with running(tmp_path / "short", *short) as service, service.client() as client:
         job_id = send(client, ct)
         assert outcome(client, job_id)["state"] == "done"
         until(lambda: client.get(f"/jobs/{job_id}").status_code == 404, seconds=10)
@@ -201,7 +202,7 @@ def test_a_full_disk_is_507(ct: Path, tmp_path: Path) -> None:
 
     path = os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")])
     env = {"PYTHONPATH": path, "AUTOSAM3D_FULL": "1"}
-    with running(folder, "--no-app", env=env) as service, service.client() as client:
+    with running(folder, "--set", "app=false", env=env) as service, service.client() as client:
         answer = client.post("/jobs", files={"file": bytes(3 << 20)})
         fault(answer, 507, "NO_SPACE")
         assert int(answer.headers["retry-after"]) > 0

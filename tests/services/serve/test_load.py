@@ -11,7 +11,7 @@ from running import running, until
 
 def test_a_burst_of_uploads(tmp_path: Path) -> None:
     """Bodies that are no scan: each is a job, refused by its worker."""
-    with running(tmp_path / "busy", "--queue", 20, "--max-upload", 4, "--no-app") as service:
+    with running(tmp_path / "busy", "--set", "queue=20", "--set", "max_upload_mib=4", "--set", "app=false") as service:
         pid = service.process.pid
         warm = asyncio.run(burst(service.url, pid, service.folder, 40, bytes(1 << 20)))
         assert sum(warm.statuses.values()) == 40

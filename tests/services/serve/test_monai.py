@@ -172,7 +172,8 @@ def test_slicers_login_takes_the_token_as_password(ct: Path, tmp_path: Path) -> 
     path = tmp_path / "token"
     path.touch(0o600)
     path.write_text(token)
-    with running(tmp_path / "closed", "--token-file", path, "--no-app") as service, service.client() as client:
+    closed = ("--token-file", path, "--set", "app=false")
+    with running(tmp_path / "closed", *closed) as service, service.client() as client:
         assert client.get("/auth/").json() == {"enabled": True}
         form = {"username": "doe", "password": "wrong-wrong-wrong-wrong", "grant_type": "password"}
         fault(client.post("/auth/token", data=form), 401, "TOKEN")

@@ -62,7 +62,7 @@ def demand_safe_transport(url: str, credentials: Credentials | None, insecure: b
                          f"use --auth-file or {VARIABLE}")
     if credentials is not None and parts.scheme == "http" and not is_loopback(host) and not insecure:
         raise UsageError("INSECURE", "--dicomweb", "credentials would go over plain http to another machine",
-                         "use https, or allow it with --insecure")
+                         "use https, or allow it with --set insecure=true")
 
 
 def _parsed(text: str, where: str | Path) -> Credentials:

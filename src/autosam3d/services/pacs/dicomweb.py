@@ -218,7 +218,7 @@ class DicomWeb:
                 yield answer
         except requests.exceptions.SSLError:
             raise self._fault("TLS", "its certificate cannot be trusted",
-                              "name its authority with --ca-file") from None
+                              "name its authority with --set ca_file=FILE") from None
         except requests.exceptions.Timeout:
             raise self._fault("SERVER_DOWN", f"no answer within {limits.read_seconds:g} s") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError):

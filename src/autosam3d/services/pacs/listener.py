@@ -55,7 +55,7 @@ class ListenSettings:
         if not is_loopback(self.host) and not self.allow_ae:
             raise UsageError("NO_CALLERS", f"--host {self.host}", "expected --allow-ae: other machines can reach this "
                              "address, and DICOM asks for no password", "name the AE titles that may send, and with "
-                             "--allow-from their addresses, or listen on 127.0.0.1")
+                             "allow_from their addresses, or listen on 127.0.0.1")
 
 
 @contextlib.contextmanager

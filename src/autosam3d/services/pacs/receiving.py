@@ -285,7 +285,7 @@ def networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IP
     try:
         return tuple(ipaddress.ip_network(text) for text in texts)
     except ValueError:
-        raise UsageError("ADDRESS", "--allow-from", "expected addresses or networks, such as 10.1.2.3 or 10.1.0.0/16",
+        raise UsageError("ADDRESS", "allow_from", "expected addresses or networks, such as 10.1.2.3 or 10.1.0.0/16",
                          "write them so") from None
 
 

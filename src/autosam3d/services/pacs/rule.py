@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from autosam3d.errors import RecipeError, UsageError
-from autosam3d.io.files import open_regular, readable
-from autosam3d.recipes.yaml_text import parse_yaml
+from pydantic import ConfigDict
 
-_MAX_BYTES = 1 << 20
+from autosam3d.recipes.settings_file import Words, read_settings
+from autosam3d.recipes.typed_tree import demand
+
 _MAX_TEXT = 256
 _MIN_SLICES = 8
 # What we write ourselves, and what else is never a scan.
@@ -32,8 +31,9 @@ class SeriesFacts:
 class Rule:
     """What a series must be; what is left empty is not asked."""
 
-    modality: tuple[str, ...] = ("CT",)
-    body_part: tuple[str, ...] = ()
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    modality: Words = ("CT",)
+    body_part: Words = ()
     """BodyPartExamined, any of these, without regard to letter case."""
     description: str | None = None
     """Regular expression that is found in SeriesDescription, without regard to letter case."""
@@ -47,16 +47,23 @@ class Rule:
     def __post_init__(self) -> None:
         for name in ("description", "not_description"):
             pattern = getattr(self, name)
-            try:
-                re.compile(pattern or "")
-            except (re.error, RecursionError):
-                raise UsageError("RULE", name, "expected a regular expression", "correct it") from None
-        if not self.modality or any(m.upper() in _OWN for m in self.modality):
-            raise UsageError("RULE", "modality", "expected modalities of scans, such as CT",
-                             "results are never segmented again")
-        if not 1 <= self.min_slices <= self.max_slices:
-            raise UsageError("RULE", "min_slices", f"expected 1 to max_slices, got {self.min_slices} and "
-                             f"{self.max_slices}", "correct them")
+            demand(pattern is None or _is_pattern(pattern), name, "a regular expression", pattern)
+        for name in ("modality", "body_part"):
+            demand(all(getattr(self, name)), name, "a word or a list of words", getattr(self, name))
+        scans = bool(self.modality) and not any(m.upper() in _OWN for m in self.modality)
+        demand(scans, "modality", "modalities of scans, such as CT, since results are never segmented again",
+               self.modality)
+        demand(self.min_slices >= 1, "min_slices", "1 or more", self.min_slices)
+        demand(self.max_slices >= self.min_slices, "max_slices", f"{self.min_slices} (min_slices) or more",
+               self.max_slices)
+        for name in ("min_thickness_mm", "max_thickness_mm"):
+            mm = getattr(self, name)
+            demand(mm is None or 0 < mm < 1000, name, "more than 0 and less than 1000 mm", mm)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it asks for more than a modality: no model is made for every CT."""
+        return replace(self, modality=("CT",)) != Rule()
 
     @property
     def asks_thickness(self) -> bool:
@@ -96,39 +103,13 @@ def read_rule(path: Path) -> Rule:
     """A rule from YAML: the keys of `Rule`, one value or a list where several are allowed.
 
     Raises:
-        RecipeError, UsageError: RULE, YAML. VolumeError: NOT_A_FILE, UNREADABLE.
+        RecipeError: the file cannot be read as YAML; UNKNOWN_KEY, BAD_VALUE.
     """
-    with open_regular(path) as file, readable(path):
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise RecipeError("RULE", path, "expected a rule of at most 1 MiB", "name the rule's file")
+    return read_settings(Rule, path, guide="docs/pacs.md")
+
+
+def _is_pattern(text: str) -> bool:
     try:
-        tree = parse_yaml(content.decode("utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise RecipeError("RULE", path, "expected UTF-8 text", "name the rule's file") from None
-    known = [field.name for field in fields(Rule)]
-    strange = [key for key in tree if key not in known]
-    if strange:
-        raise RecipeError("RULE", path, f"unknown key {str(strange[0])[:60]!r}", f"use {', '.join(known)}")
-    return Rule(**{key: _value(key, value, path) for key, value in tree.items()})
-
-
-def _value(key: str, value: Any, path: Path) -> Any:
-    if key in ("modality", "body_part"):
-        values = value if isinstance(value, list) else [value]
-        if values and all(isinstance(v, str) and v for v in values):
-            return tuple(values)
-        wanted = "a word or a list of words"
-    elif key in ("description", "not_description"):
-        if isinstance(value, str) and value:
-            return value
-        wanted = "a regular expression"
-    elif key in ("min_slices", "max_slices"):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        wanted = "a whole number"
-    else:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1000:
-            return float(value)
-        wanted = "a length in mm"
-    raise RecipeError("RULE", path, f"expected {wanted} for {key}", "correct it")
+        return bool(text) and re.compile(text) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
