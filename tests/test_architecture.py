@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import autosam3d
+
 REPO = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p.relative_to(REPO / "src/autosam3d") for p in (REPO / "src/autosam3d").rglob("*.py"))
 
@@ -64,6 +66,15 @@ def test_files_that_a_document_names_exist(document: str) -> None:
              REPO / "web/src/core", REPO / "web/src/page", REPO / "web/test"]
     for name in named:
         assert any((root / name).is_file() for root in roots), f"{document} names {name}"
+
+
+def test_modules_and_names_that_documents_name_exist() -> None:
+    modules = {".".join(("autosam3d", *path.with_suffix("").parts)) for path in SOURCES} | {"autosam3d"}
+    for document in [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), REPO / "web/README.md"]:
+        for name in re.findall(r"`(autosam3d(?:\.\w+)+)`", document.read_text("utf-8")):
+            package, _, last = name.rpartition(".")
+            known = name in modules or (package == "autosam3d" and last in {*autosam3d.__all__, "__all__"})
+            assert known or (REPO / "src" / Path(*name.split("."))).is_dir(), f"{document.name} names {name}"
 
 
 def test_the_browsers_core_has_its_counterparts_named() -> None:

@@ -200,6 +200,11 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
 
     With `half` the weights are stored as float16, rounded; they are computed with as float32 all the same. A tensor
     that float16 cannot hold stays as it is.
+
+    Raises:
+        UsageError: EXISTS, another model lies there.
+        ResourceError: NOT_WRITABLE, or the disk is full.
+        CheckpointError: as `load_model`.
     """
     source = find_checkpoint(Path(path))
     meta = read_meta(source)
@@ -237,7 +242,12 @@ def _halved(tensor: Tensor) -> Tensor:
 def attach_sam(
     network: nn.Module, expected: SamSource | None, source: str | Path | None, *, freeze: bool = True
 ) -> SamSource:
-    """Load SAM's weights into `network` and freeze them; checks the file's hash where `expected` gives one."""
+    """Load SAM's weights into `network` and freeze them; checks the file's hash where `expected` gives one.
+
+    Raises:
+        CheckpointError: NO_SAM, HASH, or the file does not fit the network.
+        ValueError: neither a source nor a recorded one.
+    """
     where = source if source is not None else (expected.source if expected else None)
     if where is None:
         raise ValueError("attach_sam: expected a source or a recorded one")

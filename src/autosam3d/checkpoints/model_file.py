@@ -26,7 +26,11 @@ MAX_JSON_BYTES = 4 << 20
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The JSON that `path` means: itself, or the best (else the packed, else the last) checkpoint of a folder."""
+    """The JSON that `path` means: itself, or the best (else the packed, else the last) checkpoint of a folder.
+
+    Raises:
+        CheckpointError: NO_MODEL.
+    """
     if path.is_dir():
         for name in ("best.json", "model.json", "last.json"):
             if (path / name).is_file():
@@ -57,7 +61,11 @@ def packaged_model() -> Path:
 
 
 def read_meta(json_path: Path) -> dict[str, Any]:
-    """The JSON of a model, checked for its shape and version but not against its weights."""
+    """The JSON of a model, checked for its shape and version but not against its weights.
+
+    Raises:
+        CheckpointError: CORRUPT, UNREADABLE, VERSION or HASH.
+    """
     try:
         if json_path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError("CORRUPT", json_path, "expected a model's JSON of at most 4 MiB",
@@ -85,7 +93,11 @@ def read_meta(json_path: Path) -> dict[str, Any]:
 
 
 def recipe_of(meta: Mapping[str, Any], json_path: Path) -> Recipe:
-    """The recipe inside a model's JSON."""
+    """The recipe inside a model's JSON.
+
+    Raises:
+        CheckpointError: MISMATCH, the recipe is not valid in this version.
+    """
     try:
         return recipe_from_dict(meta["recipe"], json_path)
     except RecipeError as error:

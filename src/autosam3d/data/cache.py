@@ -203,6 +203,7 @@ def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
+    """`array` in NumPy's format under exactly that name."""
     with path.open("wb") as file:  # given a path, numpy would put .npy behind the temporary name
         np.save(file, array)
 
@@ -237,10 +238,12 @@ def _map_entry(folder: Path, entry: Mapping[str, Any], name: str) -> CachedCase:
 
 
 def crc_of(entry: Any) -> int:
+    """CRC-32 of the entry as JSON with sorted keys."""
     return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
 
 
 def crc_of_file(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -88,6 +88,7 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Full steps that every rank makes in an epoch."""
         return -(-len(self.dataset) // (self.batch_size * self.world_size))
 
     def __len__(self) -> int:

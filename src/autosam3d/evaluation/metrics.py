@@ -69,6 +69,9 @@ def evaluate_case(
         truth: the same, on the same grid.
         spacing_mm: (z, y, x).
         tolerances_mm: of the NSD, any number of them, each 0 or more.
+
+    Raises:
+        ValueError: arrays of different shapes or without integers, a spacing or a tolerance that cannot be.
     """
     _check_pair(prediction, truth, spacing_mm, tolerances_mm)
     organs = labels.by_index if isinstance(labels, LabelMap) else labels
@@ -86,6 +89,8 @@ def dice_per_label(prediction: np.ndarray, truth: np.ndarray, num_outputs: int) 
     """float64 [num_outputs - 1]: Dice of labels 1, 2, ...; NaN where the truth lacks the label (`ABSENT_RULE`).
 
     Quick and without surfaces, for validation while training. Both arrays hold integers below `num_outputs`.
+
+    *Source*: Dice 1945, 2 |A and B| / (|A| + |B|).
     """
     sizes = np.bincount(prediction.ravel(), minlength=num_outputs)
     truth_sizes = np.bincount(truth.ravel(), minlength=num_outputs)

@@ -87,6 +87,9 @@ def draw_planes(
     Args:
         organs: for the colours; default the names that `segmentation` carries.
         at_errors: cut where most voxels differ from `truth`, instead of where the organs show largest.
+
+    Raises:
+        ValueError: arrays of different shapes.
     """
     for other in (volume, truth):
         if other is not None and other.shape != segmentation.shape:
@@ -136,6 +139,9 @@ def draw_axial(
         box: what is shown, as `widest_section` has it; its z is not used.
         organs: for the colours; default the names that `segmentation` carries.
         letters: write right, left, front, back and a scale bar on it.
+
+    Raises:
+        ValueError: arrays of different shapes.
     """
     if volume is not None and volume.shape != segmentation.shape:
         raise ValueError(f"expected arrays of one shape {segmentation.shape}, got {volume.shape}")

@@ -64,6 +64,7 @@ class CaseResult:
         return _mean([s.hd95_mm for s in self.scores if s.hd95_mm is not None and math.isfinite(s.hd95_mm)])
 
     def with_status(self, status: str) -> list[OrganScore]:
+        """The scores of organs that are "scored", "missed" or "false_positive"."""
         return [s for s in self.scores if s.status == status]
 
 
@@ -269,7 +270,11 @@ def read_json(path: str | Path) -> Evaluation:
 
 
 def read_text_capped(path: Path) -> str:
-    """UTF-8 text of a file that is small enough to be read whole; VolumeError where it is not readable."""
+    """UTF-8 text of a file that is small enough to be read whole.
+
+    Raises:
+        VolumeError: UNREADABLE or TOO_LARGE.
+    """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise VolumeError("TOO_LARGE", path, "expected at most 256 MiB of JSON, got more", "check the file")

@@ -155,7 +155,11 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation, least and largest of one number over seeds; ValueError for none or one not finite."""
+    """Mean, standard deviation, least and largest of one number over seeds.
+
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
     if not values or not all(math.isfinite(v) for v in values):
         raise ValueError(f"values: expected finite numbers, one a seed, got {list(values)}")
     array = np.array(values, np.float64)

@@ -51,7 +51,10 @@ class SurfaceDistances:
         return float(near / whole) if whole else math.nan
 
     def hausdorff_mm(self, percent: float = 95.0) -> float:
-        """The larger directed percentile, weighted by area; ``inf`` if a mask is empty, NaN if both are."""
+        """The larger directed percentile, weighted by area; ``inf`` if a mask is empty, NaN if both are.
+
+        *Source*: arXiv:1809.04430 and its surface-distance package, `compute_robust_hausdorff`.
+        """
         if not len(self.truth_mm) and not len(self.prediction_mm):
             return math.nan
         return max(

@@ -52,6 +52,7 @@ class Padding:
 
     @property
     def is_empty(self) -> bool:
+        """Whether the array was large enough."""
         return not any(self.before + self.after)
 
 

@@ -68,6 +68,7 @@ class Box:
 
     @property
     def shape(self) -> Size:
+        """Voxels (z, y, x)."""
         return _size(b - a for a, b in zip(self.start, self.stop, strict=True))
 
     @property
@@ -225,6 +226,9 @@ def prepare_labels(labels: np.ndarray, undo: Undo) -> np.ndarray:
 
     Returns:
         uint8 [z, y, x].
+
+    Raises:
+        ValueError: another shape than the scan's, or values beyond 0 to 255.
     """
     if labels.shape != undo.native_shape:
         raise ValueError(f"labels: expected the scan's shape {undo.native_shape}, got {labels.shape}")

@@ -28,6 +28,7 @@ class Taps:
         return cls(below, above, (at - below).astype(np.float32), n == m)
 
     def part(self, start: int, stop: int) -> Taps:
+        """The taps of the outputs start..stop."""
         here = slice(start, stop)
         return Taps(self.below[here], self.above[here], self.weight[here], self.identity)
 

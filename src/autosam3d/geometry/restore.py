@@ -15,7 +15,19 @@ _CLEAR_MARGIN = np.float32(1e-5)
 
 
 def restore_labels(slabs: Iterable[np.ndarray], undo: Undo, num_outputs: int) -> np.ndarray:
-    """Probabilities on the prepared grid to labels on the scan's own: see `SlabRestorer`."""
+    """Probabilities on the prepared grid to labels on the scan's own: see `SlabRestorer`.
+
+    Args:
+        slabs: float16 or float32 [K, dz, h, w], in z order, all slices of the prepared scan together.
+        undo: of `prepare_ct`.
+        num_outputs: K, organs and background.
+
+    Returns:
+        uint8 [z, y, x] on the scan's grid.
+
+    Raises:
+        ValueError: as `SlabRestorer.add`.
+    """
     restorer = SlabRestorer(undo, num_outputs)
     for slab in slabs:
         restorer.add(slab)
@@ -53,7 +65,11 @@ class SlabRestorer:
         self._next_native = 0
 
     def add(self, slab: np.ndarray) -> None:
-        """The next slices, float16 or float32 [K, dz, h, w]; not kept after the call."""
+        """The next slices, float16 or float32 [K, dz, h, w]; not kept after the call.
+
+        Raises:
+            ValueError: another shape than [K, dz, h, w], or more slices than the prepared scan has.
+        """
         expected = (self._num_outputs, *self._undo.prepared_shape[1:])
         if slab.ndim != 4 or (slab.shape[0], *slab.shape[2:]) != expected:
             raise ValueError(f"slab: expected [K, dz, h, w] with K, h, w = {expected}, got {slab.shape}")

@@ -232,6 +232,7 @@ class MirrorPredictor:
         return mean
 
     def activation_bytes(self, batch_size: int) -> int:
+        """See `Predictor`; the mean of the mirror images is one output more."""
         output = 4 * batch_size * self.num_outputs * math.prod(self.patch_size)
         return self._predictor.activation_bytes(batch_size) + output
 

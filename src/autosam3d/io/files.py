@@ -184,7 +184,12 @@ def read_private(path: str | Path, max_bytes: int, code: str) -> bytes:
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[None]:
     """Turn the operating system's faults while reading `path` into VolumeError UNREADABLE, and those of the disk or the
-    network below it, which may pass, into ResourceError IO."""
+    network below it, which may pass, into ResourceError IO.
+
+    Raises:
+        VolumeError: UNREADABLE.
+        ResourceError: IO.
+    """
     try:
         yield
     except OSError as error:

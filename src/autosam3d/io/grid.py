@@ -48,6 +48,9 @@ def grid_stored_as(shape: tuple[int, int, int], affine: np.ndarray, axis_codes: 
 
     Args:
         axis_codes: where the file's axes run to, for example "LPS" for left, posterior, superior.
+
+    Raises:
+        ValueError: `axis_codes` does not name each axis once.
     """
     codes = axis_codes.upper()
     axes = [next((axis for axis, pair in enumerate(("RL", "AP", "SI")) if code in pair), -1) for code in codes]

@@ -32,6 +32,7 @@ class OutputFormat:
 
     @property
     def is_dicom(self) -> bool:
+        """Whether it is made from a DICOM series, and of one alone."""
         return ".dcm" in self.endings
 
 

@@ -26,6 +26,7 @@ class OrganVolume:
     snomed_ct: str | None
 
     def as_dict(self) -> dict[str, Any]:
+        """As it stands in reports and in the answers of the service."""
         return {"label": self.label, "organ": self.organ, "voxels": self.voxels, "volume_ml": self.volume_ml,
                 "color_rgb": list(self.color_rgb), "snomed_ct": self.snomed_ct}
 

@@ -92,7 +92,12 @@ def write_dicom_seg(
 
 
 def present_and_empty(planes: np.ndarray, labels: LabelMap, path: Path) -> tuple[list[int], list[str]]:
-    """(label values with voxels on the slices, names of organs without)."""
+    """(label values with voxels on the slices, names of organs without).
+
+    Raises:
+        VolumeError: NO_ORGANS, no voxel has a label.
+        ValueError: a value that `labels` does not name.
+    """
     counts = np.zeros(256, np.int64)
     for plane in planes:
         counts += np.bincount(plane.ravel(), minlength=256)
@@ -107,7 +112,11 @@ def present_and_empty(planes: np.ndarray, labels: LabelMap, path: Path) -> tuple
 
 
 def planes_of(segmentation: Segmentation) -> np.ndarray:
-    """uint8 [slice, row, column], on the series' own slices along the normal."""
+    """uint8 [slice, row, column], on the series' own slices along the normal.
+
+    Raises:
+        ValueError: the segmentation is none of a DICOM series, or has values above 255.
+    """
     source = segmentation.source
     if source is None or source.kind != "dicom":
         raise ValueError("segmentation: expected one of a DICOM series")

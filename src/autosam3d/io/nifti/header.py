@@ -61,10 +61,12 @@ class NiftiHeader:
 
     @property
     def data_bytes(self) -> int:
+        """Of all volumes, as the file stores them."""
         return math.prod(self.shape) * self.num_volumes * self.dtype.itemsize
 
     @property
     def num_voxels(self) -> int:
+        """Of one volume."""
         return math.prod(self.shape)
 
 
@@ -79,7 +81,11 @@ def header_length(start: bytes) -> tuple[int, Literal["<", ">"]] | None:
 
 
 def header_fields(raw: bytes) -> np.void:
-    """The fields of 348 or 540 header bytes, by nibabel's names, in the file's byte order."""
+    """The fields of 348 or 540 header bytes, by nibabel's names, in the file's byte order.
+
+    Raises:
+        ValueError: the bytes are no header of NIfTI-1 or NIfTI-2.
+    """
     found = header_length(raw)
     if found is None:
         raise ValueError("raw: expected the bytes of a NIfTI header")
