@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "32_5d": (_packed(lambda: ct_array((*SHAPE, 1, 3))), "NDIM", 3),
     "33_complex": (_packed(lambda: ct_array().astype(np.complex64)), "DTYPE", 3),
     "33_rgb": (_packed(lambda: ct_array((72, 20, 16)).astype(np.uint8), datatype=128, bitpix=24), "DTYPE", 3),
-    "34_many_nan": (_packed(_with(_NAN, 0.05)), "NOT_FINITE", 3),
+    "34_many_nan": (_packed(_with(_NAN, 0.05)), "VOXELS_NONFINITE", 3),
     "35_all_nan": (_packed(_with(_NAN, 2.0)), "NO_CONTENT", 3),
     "35_constant": (_packed(lambda: np.zeros(SHAPE, np.int16)), "NO_CONTENT", 3),
     "37_slope_nan": (_packed(scl_slope=_NAN), "SCALE", 3),

@@ -153,7 +153,8 @@ def test_predictions_that_do_not_fit_their_truth_are_not_scored(tmp_path: Path, 
     (tmp_path / "empty").mkdir()
     for prediction, truth, code, exit_code in (
         ("shape.nii.gz", "truth.nii.gz", "SHAPE", 3), ("moved.nii.gz", "truth.nii.gz", "AFFINE_MISMATCH", 3),
-        ("truth.nii.gz", "empty", "PATHS", 2), ("empty", "empty", "NO_PAIRS", 3), ("none", "none", "NOT_FOUND", 3),
+        ("truth.nii.gz", "empty", "FILE_AND_FOLDER", 2), ("empty", "empty", "NO_PAIRS", 3),
+        ("none", "none", "UNREADABLE", 3),
     ):
         done = run("evaluate", tmp_path / prediction, tmp_path / truth, "--out", tmp_path / "scores")
         done.demand_error(code, exit_code)
@@ -209,7 +210,7 @@ def test_43_an_output_that_exists_is_kept_unless_asked(scans: Path, tmp_path: Pa
     out.mkdir()
     (out / "a.nii.gz").write_bytes(b"someone's work")
     with unchanged(out):
-        line = run("segment", mini_model(), scan, out).demand_error("EXISTS", 2)
+        line = run("segment", mini_model(), scan, out).demand_error("OUTPUT_EXISTS", 2)
     assert "--overwrite" in line
     run("segment", mini_model(), scan, out, "--overwrite").demand_ok()
     assert nib.load(out / "a.nii.gz").shape == make_nifti.SHAPE

@@ -135,9 +135,9 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "89_infinite": (change_tensor(lambda t: t[sorted(t)[3]].view(-1)[:1].fill_(float("inf"))), "NONFINITE"),
     "90_newer_format": (edit(lambda meta: meta.update(format=2)), "VERSION"),
     "90_format_is_text": (edit(lambda meta: meta.update(format="1")), "VERSION"),
-    "90_path_climbs": (climb, "PATH"),
-    "90_path_absolute": (edit(lambda meta: meta["weights"].update(file="/etc/passwd")), "PATH"),
-    "90_path_is_a_number": (edit(lambda meta: meta["weights"].update(file=7)), "PATH"),
+    "90_path_climbs": (climb, "MODEL_PATH"),
+    "90_path_absolute": (edit(lambda meta: meta["weights"].update(file="/etc/passwd")), "MODEL_PATH"),
+    "90_path_is_a_number": (edit(lambda meta: meta["weights"].update(file=7)), "MODEL_PATH"),
     "90_link": (link, "CORRUPT"),
 }
 
@@ -244,15 +244,15 @@ def numbers_not_finite(path: Path, canary: Path) -> None:
 
 
 SAM_FILES: dict[str, tuple[str, Callable[[Path, Path], Any], str]] = {
-    "84_absent": ("sam.pth", lambda p, c: None, "NOT_FOUND"),
+    "84_absent": ("sam.pth", lambda p, c: None, "NO_SAM"),
     "84_empty": ("sam.pth", lambda p, c: p.write_bytes(b""), "CORRUPT"),
     "84_text_safetensors": ("sam.safetensors", lambda p, c: p.write_text("these are no weights"), "CORRUPT"),
     "84_html": ("sam.pth", lambda p, c: p.write_text("<html>404</html>"), "CORRUPT"),
     "84_lfs_pointer": ("sam.pth", lambda p, c: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "CORRUPT"),
     "84_cut": ("sam.safetensors", lambda p, c: (write_sam(p), cut(p, 0.5)), "CORRUPT"),
     "84_cut_pth": ("sam.pth", lambda p, c: (torch.save({"a": torch.ones(999)}, p), cut(p, 0.7)), "CORRUPT"),
-    "84_folder": ("sam.pth", lambda p, c: p.mkdir(), "NOT_FOUND"),
-    "84_fifo": ("sam.pth", lambda p, c: os.mkfifo(p), "NOT_FOUND"),
+    "84_folder": ("sam.pth", lambda p, c: p.mkdir(), "NO_SAM"),
+    "84_fifo": ("sam.pth", lambda p, c: os.mkfifo(p), "NO_SAM"),
     "85_flip_pth": ("sam.pth", lambda p, c: (torch.save({"a": torch.ones(9999)}, p), flip(p, 0.5)), "CORRUPT"),
     "86_pickle": ("sam.pth", pickle_that_runs, "UNSAFE"),
     "86_torch_zip": ("sam.pth", torch_zip_that_runs, "UNSAFE"),

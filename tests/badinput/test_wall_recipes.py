@@ -91,7 +91,8 @@ def test_82_a_hundred_megabytes_are_not_read(tmp_path: Path, dataset: Path) -> N
     path = tmp_path / "mini.yaml"
     path.touch()
     os.truncate(path, 100 << 20)
-    run("train", path, "--data", dataset, "--out", tmp_path / "run", limits={"CPU": 10}).demand_error("TOO_LARGE", 2)
+    done = run("train", path, "--data", dataset, "--out", tmp_path / "run", limits={"CPU": 10})
+    done.demand_error("RECIPE_TOO_LARGE", 2)
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:99", "cuda:200", "cuda:-1", "tpu", "cuda:1:2"])
@@ -161,7 +162,7 @@ def test_files_beside_an_output_are_not_replaced_unasked(tmp_path: Path) -> None
     out.mkdir()
     (out / "ct.json").write_text("a side-car of another tool")
     with unchanged(out):
-        run("segment", mini_model(), scan, out / "ct.nii.gz").demand_error("EXISTS", 2)
+        run("segment", mini_model(), scan, out / "ct.nii.gz").demand_error("OUTPUT_EXISTS", 2)
     run("segment", mini_model(), scan, out / "ct.nii.gz", "--overwrite").demand_ok()
     assert "skipped 1" in run("segment", mini_model(), scan, out / "ct.nii.gz").demand_ok().out
 
@@ -171,7 +172,7 @@ def test_a_packed_model_is_not_replaced_by_another(tmp_path: Path) -> None:
     packed.mkdir()
     (packed / "model.json").write_text("{}")
     with unchanged(packed):
-        run("pack", mini_model(), packed).demand_error("EXISTS", 2)
+        run("pack", mini_model(), packed).demand_error("OUTPUT_EXISTS", 2)
 
 
 def test_dicom_files_beside_nifti_files_are_not_passed_over_in_silence(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_another_format_version_is_refused(copy: Path, version: Any) -> None:
 ])
 def test_a_weight_file_elsewhere_is_refused(copy: Path, name: Any) -> None:
     rewrite(copy, lambda meta: meta["weights"].update(file=name))
-    fails(lambda: read_checkpoint(copy), "PATH")
+    fails(lambda: read_checkpoint(copy), "MODEL_PATH")
 
 
 def test_a_link_and_a_missing_weight_file_are_refused(copy: Path, saved: Path) -> None:
@@ -399,7 +399,7 @@ def test_the_sam_file_is_known_by_its_hash(tuned_only: tuple[Path, Path, AutoSam
     assert "--sam" in fails(lambda: load_model(run, sam=other), "HASH").remedy
     moved.write_bytes(moved.read_bytes()[:-10])
     fails(lambda: load_model(run, sam=moved), "CORRUPT")
-    fails(lambda: load_model(run, sam=tmp_path / "absent.pth"), "NOT_FOUND")
+    fails(lambda: load_model(run, sam=tmp_path / "absent.pth"), "NO_SAM")
 
 
 def test_a_sam_file_that_is_gone_names_the_way_out(tuned_only: tuple[Path, Path, AutoSam], tmp_path: Path) -> None:

@@ -117,11 +117,11 @@ def more_organs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, code", [
-    (flip, "HASH"), (cut, "CORRUPT"), (cut_and_signed, "CORRUPT"), (linked, "PATH"), (external, "UNSAFE"),
+    (flip, "HASH"), (cut, "CORRUPT"), (cut_and_signed, "CORRUPT"), (linked, "MODEL_PATH"), (external, "UNSAFE"),
     (more_organs, "MISMATCH"), (lambda folder: (folder / "model.onnx").unlink(), "CORRUPT"),
     (lambda folder: edit(folder, lambda meta: meta["weights"].update(file="/etc/passwd")), "CORRUPT"),
     (lambda folder: edit(folder, lambda meta: meta.update(files=[])), "CORRUPT"),
-    (lambda folder: edit(folder, lambda meta: meta.update(kind="surprise")), "PATH"),
+    (lambda folder: edit(folder, lambda meta: meta.update(kind="surprise")), "MODEL_PATH"),
     (lambda folder: (folder / "model.json").write_text("{}"), "CORRUPT"),
 ], ids=["flip", "cut", "signed", "link", "external", "organs", "gone", "path", "files", "kind", "json"])
 def test_a_broken_export_is_refused(tmp_path: Path, scan: Path, damage: Callable[[Path], Any], code: str) -> None:

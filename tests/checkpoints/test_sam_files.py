@@ -156,11 +156,11 @@ def test_files_without_named_tensors_are_refused(content: object, tmp_path: Path
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    expect("NOT_FOUND", tmp_path / "absent.pth")
-    expect("NOT_FOUND", "models/absent.pth")  # a path, though it looks like a hub id
-    expect("NOT_FOUND", tmp_path)
+    expect("NO_SAM", tmp_path / "absent.pth")
+    expect("NO_SAM", "models/absent.pth")  # a path, though it looks like a hub id
+    expect("NO_SAM", tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    expect("NOT_FOUND", tmp_path / "pipe")
+    expect("NO_SAM", tmp_path / "pipe")
 
 
 @pytest.fixture
@@ -245,8 +245,8 @@ def test_hub_files_are_tried_in_order(hub_cache: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("name", "code"), [
-    ("RepositoryNotFoundError", "NOT_FOUND"), ("GatedRepoError", "NOT_FOUND"),
-    ("RemoteEntryNotFoundError", "NOT_FOUND"), ("HfHubHTTPError", "OFFLINE"),
+    ("RepositoryNotFoundError", "NO_SAM"), ("GatedRepoError", "NO_SAM"),
+    ("RemoteEntryNotFoundError", "NO_SAM"), ("HfHubHTTPError", "OFFLINE"),
     ("LocalEntryNotFoundError", "OFFLINE"), ("FileMetadataError", "OFFLINE"),
 ])
 def test_hub_failures_have_codes(name: str, code: str, hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_hub_failures_have_codes(name: str, code: str, hub_cache: Path, monkeypa
 
 
 def test_an_id_that_the_hub_cannot_have_is_not_found(hub_cache: Path) -> None:
-    expect("NOT_FOUND", "a--b/c..d")
+    expect("NO_SAM", "a--b/c..d")
 
 
 def _hub_error(name: str) -> Exception:
@@ -270,7 +270,7 @@ def _hub_error(name: str) -> Exception:
 
 
 def test_errors_cross_process_borders(tmp_path: Path) -> None:
-    error = expect("NOT_FOUND", tmp_path / "absent.pth")
+    error = expect("NO_SAM", tmp_path / "absent.pth")
     stream = io.BytesIO(pickle.dumps(error))
     again = pickle.load(stream)  # noqa: S301 - our own error, just made
     assert isinstance(again, AutoSam3dError)

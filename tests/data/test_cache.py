@@ -199,7 +199,7 @@ def test_labels_that_do_not_belong_to_the_scan_are_refused(tmp_path: Path) -> No
         assert caught.value.code == code and "c.nii.gz" in caught.value.where
     with pytest.raises(VolumeError) as caught:
         cache_cases([Case("c", tmp_path / "c_0000.nii.gz", None)], mini_recipe(), tmp_path / "cache")
-    assert caught.value.code == "NO_LABELS"
+    assert caught.value.code == "NO_TRUTH"
 
 
 def test_an_absent_scan_and_an_unwritable_cache(cases: tuple[Case, ...], tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_an_absent_scan_and_an_unwritable_cache(cases: tuple[Case, ...], tmp_pat
 def test_a_set_without_an_organ_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     both, one, none = (case_in_memory(organs=o) for o in ({1: 5, 2: 5}, {1: 5}, {}))
     recipe, here = mini_recipe(), Path("data")
-    for chosen, code in (([one, one], "NO_ORGAN"), ([both, none, none], "EMPTY_LABELS"), ([none], "EMPTY_LABELS")):
+    for chosen, code in (([one, one], "ABSENT_ORGAN"), ([both, none, none], "EMPTY_LABELS"), ([none], "EMPTY_LABELS")):
         with pytest.raises(VolumeError) as caught:
             demand_organs(chosen, recipe, here)
         assert caught.value.code == code

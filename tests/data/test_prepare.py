@@ -244,7 +244,7 @@ def test_two_files_for_one_case(btcv: Path, tmp_path: Path) -> None:
     again = btcv / "copy/img0001.nii.gz"
     again.parent.mkdir()
     again.write_bytes(b"x")
-    assert refused(VolumeError, btcv_recipe(), btcv, tmp_path / "out").code == "DUP_CASE"
+    assert refused(VolumeError, btcv_recipe(), btcv, tmp_path / "out").code == "DUPLICATE_FILE"
 
 
 def _change_labels(path: Path, change: Callable[[nib.Nifti1Image], nib.Nifti1Image]) -> None:
@@ -313,7 +313,7 @@ def test_an_organ_that_is_nowhere_and_empty_label_maps(
     for case in BTCV_IDS:
         write(int(case), tmp_path / f"in/img{case}.nii.gz", tmp_path / f"in/label{case}.nii.gz", 12)
     error = refused(VolumeError, btcv_recipe(), tmp_path / "in", tmp_path / "out")
-    assert error.code == "LABELS" and "left_adrenal_gland" in error.fault
+    assert error.code == "ABSENT_ORGAN" and "left_adrenal_gland" in error.fault
     write(1, None, tmp_path / "in/label0001.nii.gz", 13)
     write(10, None, tmp_path / "in/label0010.nii.gz", 0)
     report = prepare_dataset(btcv_recipe(), tmp_path / "in", tmp_path / "out")

@@ -118,7 +118,7 @@ def test_only_an_export_is_ever_replaced(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(UsageError) as caught:
             export_model(loaded(), folder, overwrite=overwrite)
-        assert caught.value.code == "EXISTS"
+        assert caught.value.code == "OUTPUT_EXISTS"
     assert contents(tmp_path) == {"export": None, "export/thesis.txt": b"years of work"}
     (folder / "thesis.txt").unlink()
     folder.rmdir()

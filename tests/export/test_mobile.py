@@ -237,7 +237,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> 
         edit(folder, lambda meta, name=name: meta["files"].update({name: dict(meta["files"]["model.onnx"])}))
         with pytest.raises(CheckpointError) as caught:
             verify_export(folder, 1)
-        assert caught.value.code == "PATH"
+        assert caught.value.code == "MODEL_PATH"
         edit(folder, lambda meta, name=name: meta["files"].pop(name))
 
 

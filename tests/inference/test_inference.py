@@ -353,7 +353,7 @@ def test_no_room_on_the_disk_is_named(no_process, tmp_path, monkeypatch) -> None
     scan = make_scan(np.zeros((40, 50, 60), np.uint8))
     with pytest.raises(ResourceError) as caught:
         inference.segment(scan, Model(make_recipe(), Oracle()), max_ram_bytes=allowed)
-    assert caught.value.code == "DISK" and "No space left" in caught.value.fault
+    assert caught.value.code == "NO_SPACE" and "No space left" in caught.value.fault
 
 
 def test_the_plan_bounds_what_is_really_taken(no_process) -> None:

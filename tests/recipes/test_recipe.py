@@ -47,13 +47,13 @@ def test_what_happens_to_have_a_recipes_name_does_not_hide_it(
     # A path is meant as one, and so is a name that ends as YAML files do.
     (tmp_path / "openkbp.yaml").write_text(dump_recipe(load_recipe("phantom")))
     assert load_recipe("openkbp.yaml").name == "phantom"
-    assert refused("./openkbp").code in ("UNREADABLE", "MISSING_KEY")
+    assert refused("./openkbp").code in ("RECIPE_UNREADABLE", "MISSING_KEY")
 
 
 def test_a_folder_that_is_no_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert refused("runs").code == "UNREADABLE"
+    assert refused("runs").code == "RECIPE_UNREADABLE"
 
 
 def test_the_package_has_its_recipes() -> None:
@@ -282,7 +282,7 @@ def test_hostile_yaml(text: str, recipe_file: Path) -> None:
     ("content", "code"),
     [
         (b"name: \xff\xfe", "ENCODING"), (b"name: \x00", "YAML"), (b"name: \x07", "YAML"),
-        ("name: x".encode("utf-16"), "ENCODING"), (b"#" * (MAX_RECIPE_BYTES + 1), "TOO_LARGE"),
+        ("name: x".encode("utf-16"), "ENCODING"), (b"#" * (MAX_RECIPE_BYTES + 1), "RECIPE_TOO_LARGE"),
     ],
     ids=["invalid", "nul", "bell", "utf16", "large"],
 )
@@ -293,7 +293,7 @@ def test_bytes_that_are_no_recipe(content: bytes, code: str, recipe_file: Path) 
 
 def test_a_hundred_megabytes_are_not_read(recipe_file: Path) -> None:
     os.truncate(recipe_file, 100 << 20)
-    assert refused(recipe_file).code == "TOO_LARGE"
+    assert refused(recipe_file).code == "RECIPE_TOO_LARGE"
 
 
 def test_windows_line_ends_and_byte_order_mark_are_fine(recipe_file: Path, base: str) -> None:
@@ -303,8 +303,8 @@ def test_windows_line_ends_and_byte_order_mark_are_fine(recipe_file: Path, base:
 
 def test_sources_that_are_no_file(tmp_path: Path) -> None:
     assert refused("btvc").remedy == "did you mean btcv?"
-    assert refused(tmp_path / "none.yaml").code == "UNREADABLE"
-    assert refused(tmp_path).code == "UNREADABLE"
+    assert refused(tmp_path / "none.yaml").code == "RECIPE_UNREADABLE"
+    assert refused(tmp_path).code == "RECIPE_UNREADABLE"
     assert refused("a" * 500).code == "NO_RECIPE"
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert refused(tmp_path / "pipe.yaml").code == "UNREADABLE"
+    assert refused(tmp_path / "pipe.yaml").code == "RECIPE_UNREADABLE"

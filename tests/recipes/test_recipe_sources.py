@@ -127,7 +127,7 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_preset_that_is_not_there_names_the_nearest() -> None:
     error = refused("nnunet_2cor")
-    assert (error.code, error.remedy) == ("NO_MODEL", "did you mean nnunet_2core?")
+    assert (error.code, error.remedy) == ("NO_PRESET", "did you mean nnunet_2core?")
     assert "swinunetr_tiny" in refused("zzz").remedy
 
 

@@ -245,7 +245,7 @@ def test_an_output_that_is_not_this_one_stays_unless_asked(tmp_path, model: Mode
     before, asked = contents(out), model.asked
     with pytest.raises(UsageError) as caught:
         segment_batch(check_inputs(scans, out), model, how=how)
-    assert caught.value.code == "EXISTS" and contents(out) == before and model.asked == asked
+    assert caught.value.code == "OUTPUT_EXISTS" and contents(out) == before and model.asked == asked
     result = segment_batch(check_inputs(scans, out), model, how=how, overwrite=True)
     assert out / "b.nii.gz" in result.written
     assert read_segmentation(out / "b.nii.gz").labels.max() == 2

@@ -155,7 +155,7 @@ def test_two_trainings_in_one_folder_do_not_mix(folder: Path, whole: Path, tmp_p
     try:
         with command_line.unchanged(run):
             for more in ((), ("--set", "train.seed=3")):
-                error = command_line.run(*command, *more).demand_error("RUNNING", 2)
+                error = command_line.run(*command, *more).demand_error("LOCKED", 2)
                 assert f"process {child.pid} " in error
     finally:
         child.kill(signal.SIGCONT)
@@ -226,7 +226,7 @@ def test_a_damaged_scan_names_the_file(folder: Path, tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    demand_failure(command_line.run(*arguments(folder, tmp_path / "file" / "run")), 5, "UNWRITABLE", "file")
+    demand_failure(command_line.run(*arguments(folder, tmp_path / "file" / "run")), 5, "NOT_WRITABLE", "file")
     demand_failure(command_line.run(*arguments(folder, tmp_path / "run", "--cache", tmp_path / "file" / "cache")), 5,
                    "NOT_WRITABLE", "--cache")
 
@@ -239,7 +239,7 @@ def test_sam_files_that_are_none(folder: Path, tmp_path: Path) -> None:
     pickled.write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00trueq\x00\x85q\x01Rq\x02.")
     run = tmp_path / "run"
     for path, code in ((text, "CORRUPT"), (cut, "CORRUPT"), (other, "MISMATCH"), (pickled, "UNSAFE"),
-                       (tmp_path / "absent.pth", "NOT_FOUND")):
+                       (tmp_path / "absent.pth", "NO_SAM")):
         demand_failure(command_line.run(*arguments(folder, run, "--sam", path)), 4, code)
 
 

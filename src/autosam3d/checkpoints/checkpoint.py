@@ -126,7 +126,7 @@ def read_checkpoint(json_path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        CheckpointError: CORRUPT, HASH, VERSION, PATH or NONFINITE.
+        CheckpointError: CORRUPT, HASH, VERSION, MODEL_PATH or NONFINITE.
     """
     meta = read_meta(json_path)
     if meta.get("kind") == "export":
@@ -135,7 +135,7 @@ def read_checkpoint(json_path: Path) -> Checkpoint:
     entry = meta["weights"]
     name = entry.get("file", "")
     if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
-        raise CheckpointError("PATH", json_path, f"expected a weight file beside it, got {name!r}",
+        raise CheckpointError("MODEL_PATH", json_path, f"expected a weight file beside it, got {name!r}",
                               "do not edit model files")
     path = json_path.parent / name
     if path.is_symlink() or not path.is_file():
@@ -210,7 +210,7 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     meta = read_meta(source)
     out = destination / "model.json"
     if out.exists() and not _is_model(out, meta):
-        raise UsageError("EXISTS", out, "expected a new folder, it holds another model", "name another folder")
+        raise UsageError("OUTPUT_EXISTS", out, "expected a new folder, it holds another model", "name another folder")
     model = load_model(source, sam=sam)
     try:
         destination.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def attach_sam(
     try:
         state, digest = read_sam_state(where)
     except CheckpointError as error:
-        if source is not None or error.code != "NOT_FOUND":
+        if source is not None or error.code != "NO_SAM":
             raise
         raise CheckpointError("NO_SAM", where, "the SAM weights that the model was trained on are not there any more",
                               "name the place where they lie now: --sam PATH") from None

@@ -65,7 +65,7 @@ class Export:
         """A file of the folder, after its size and SHA-256 were compared.
 
         Raises:
-            CheckpointError: PATH, CORRUPT or HASH.
+            CheckpointError: MODEL_PATH, CORRUPT or HASH.
         """
         entry, path = self.meta["files"].get(name), self.folder / name
         if not isinstance(entry, Mapping):
@@ -73,16 +73,17 @@ class Export:
                                   _AGAIN)
         inner = Path(name)
         if inner.is_absolute() or ".." in inner.parts:
-            raise CheckpointError("PATH", path, "expected a file of the folder, got a way out of it", _AGAIN)
+            raise CheckpointError("MODEL_PATH", path, "expected a file of the folder, got a way out of it", _AGAIN)
         if any(p.is_symlink() for p in (path, *path.parents[: len(inner.parts) - 1])):
-            raise CheckpointError("PATH", path, "expected a file of the folder, got a link", _AGAIN)
+            raise CheckpointError("MODEL_PATH", path, "expected a file of the folder, got a link", _AGAIN)
         if not path.is_file():
             raise CheckpointError("CORRUPT", path, "the file is missing", _AGAIN)
         size = path.stat().st_size
         if size != entry.get("bytes"):
             raise CheckpointError("CORRUPT", path, f"expected {entry.get('bytes')} bytes, got {size}", _AGAIN)
         if size > MAX_ONNX_BYTES:
-            raise CheckpointError("TOO_LARGE", path, f"expected at most 2 GiB, got {size} bytes", "take another model")
+            raise CheckpointError("MODEL_TOO_LARGE", path, f"expected at most 2 GiB, got {size} bytes",
+                                  "take another model")
         if sha256_of(path) != entry.get("sha256"):
             raise CheckpointError("HASH", path, "its SHA-256 is not the one that model.json names", _AGAIN)
         return path

@@ -75,7 +75,7 @@ def read_meta(json_path: Path) -> dict[str, Any]:
                                   "name the folder that `autosam3d train` wrote")
         meta = json.loads(json_path.read_text("utf-8"))
     except OSError as error:
-        raise CheckpointError("UNREADABLE", json_path, f"cannot be read ({error.strerror})",
+        raise CheckpointError("MODEL_UNREADABLE", json_path, f"cannot be read ({error.strerror})",
                               "check the path") from None
     except (ValueError, RecursionError):
         raise CheckpointError("CORRUPT", json_path, "expected a model's JSON, got something else or a part of one",

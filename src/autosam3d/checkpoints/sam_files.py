@@ -45,7 +45,7 @@ def read_sam_state(source: str | Path) -> tuple[dict[str, Tensor], str]:
             ``facebook/sam-vit-base`` (needs the extra ``sam``).
 
     Raises:
-        CheckpointError: NOT_FOUND, OFFLINE, CORRUPT, UNSAFE, MISMATCH (no tensors by name) or NONFINITE.
+        CheckpointError: NO_SAM, OFFLINE, CORRUPT, UNSAFE, MISMATCH (no tensors by name) or NONFINITE.
         MissingExtraError: a hub id without huggingface_hub.
     """
     path = _locate(source)
@@ -63,17 +63,17 @@ def _locate(source: str | Path) -> Path:
             if (path / name).is_file():
                 return path / name
         raise CheckpointError(
-            "NOT_FOUND", path, f"expected a weight file or a folder with {' or '.join(_HUB_FILES)}, got a folder "
+            "NO_SAM", path, f"expected a weight file or a folder with {' or '.join(_HUB_FILES)}, got a folder "
             "without", "name the file itself",
         )
     if path.is_file():
         return path
     if path.exists():
-        raise CheckpointError("NOT_FOUND", path, "expected a regular file", "name a weight file")
+        raise CheckpointError("NO_SAM", path, "expected a regular file", "name a weight file")
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in _SUFFIXES:
         return _from_hub(source)
     raise CheckpointError(
-        "NOT_FOUND", path, "no such file", "check the path, or give a hub id such as facebook/sam-vit-base"
+        "NO_SAM", path, "no such file", "check the path, or give a hub id such as facebook/sam-vit-base"
     )
 
 
@@ -89,7 +89,8 @@ def _from_hub(hub_id: str) -> Path:
         )
     except ImportError:
         raise MissingExtraError(
-            "EXTRA", hub_id, "the hub needs huggingface_hub", "pip install 'autosam3d[sam]', or pass the path of a file"
+            "MISSING_EXTRA", hub_id, "the hub needs huggingface_hub",
+            "pip install 'autosam3d[sam]', or pass the path of a file"
         ) from None
     with _quiet_hub():
         try:
@@ -104,11 +105,11 @@ def _from_hub(hub_id: str) -> Path:
             return Path(hf_hub_download(hub_id, name, etag_timeout=_HUB_PATIENCE_S))
         except (GatedRepoError, RepositoryNotFoundError, HFValidationError):
             raise CheckpointError(
-                "NOT_FOUND", hub_id, "the hub has no such model, or not for this user", _GET_A_FILE
+                "NO_SAM", hub_id, "the hub has no such model, or not for this user", _GET_A_FILE
             ) from None
         except RemoteEntryNotFoundError:
             raise CheckpointError(
-                "NOT_FOUND", hub_id, f"the hub's model has neither {' nor '.join(_HUB_FILES)}", _GET_A_FILE
+                "NO_SAM", hub_id, f"the hub's model has neither {' nor '.join(_HUB_FILES)}", _GET_A_FILE
             ) from None
         except _network_faults() as error:
             raise _offline(hub_id, f"the hub cannot be reached ({type(error).__name__})") from None
@@ -171,7 +172,7 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(
-            "UNREADABLE", path, f"cannot be read ({error.strerror})", "check its permissions"
+            "MODEL_UNREADABLE", path, f"cannot be read ({error.strerror})", "check its permissions"
         ) from None
 
 

@@ -46,5 +46,5 @@ def evaluate(
     typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
     if result.missing:
         cases = counted(len(result.missing), "case")
-        raise BatchError("MISSING", predictions, f"{cases} of the truth without a prediction: "
+        raise BatchError("MISSING_PREDICTIONS", predictions, f"{cases} of the truth without a prediction: "
                          f"{', '.join(result.missing[:5])}", "segment them, then evaluate again")

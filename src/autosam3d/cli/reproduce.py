@@ -74,7 +74,7 @@ def reproduce(
     from autosam3d.studies.reproduce.workers import find_workers
 
     if target == "table2" and sam is None and not plan_only:
-        raise UsageError("NO_SAM", "--sam", "expected SAM weights: two rows of Table 2 are SAM and MedSAM",
+        raise UsageError("USAGE", "--sam", "expected SAM weights: two rows of Table 2 are SAM and MedSAM",
                          "name a file with --sam, and MedSAM's with --medsam")
     specs = plan_runs(target, size, _seeds(seeds), more_ablations=more, nnunet_v2=nnunet_python is not None,
                       student=student)
@@ -87,8 +87,8 @@ def reproduce(
     _write(target, studies, out, about, "case" if by_case else "case x organ")
     if failed:
         name, why = next(iter(failed.items()))
-        raise BatchError("FAILED", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: {why}",
-                         f"read {out / name / 'log.txt'}, then give the same command again")
+        raise BatchError("FAILED_RUNS", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: "
+                         f"{why}", f"read {out / name / 'log.txt'}, then give the same command again")
 
 
 def _demand_different_recipes(folders: Sequence[tuple[str, Path]], overrides: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> N
     """Refuse a training set that cannot teach what the recipe asks for.
 
     Raises:
-        VolumeError: EMPTY_LABELS, more than half of the cases show no organ; NO_ORGAN, an organ is in no case.
+        VolumeError: EMPTY_LABELS, more than half of the cases show no organ; ABSENT_ORGAN, an organ is in no case.
     """
     empty = [case.name for case in cases if not len(case.centers)]
     if 2 * len(empty) > len(cases):
@@ -121,7 +121,7 @@ def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> N
     present = {int(organ) for case in cases for organ in np.unique(case.centers[:, 0])}
     absent = [name for index, name in recipe.labels.by_index.items() if index not in present]
     if absent:
-        raise VolumeError("NO_ORGAN", where, f"expected voxels of every organ in the training cases, got none of "
+        raise VolumeError("ABSENT_ORGAN", where, f"expected voxels of every organ in the training cases, got none of "
                           f"{', '.join(absent)}", "add cases that show it, or take it out of the recipe")
     if empty:
         log.warning("%d training cases show no organ, the first of them %s", len(empty), empty[0])
@@ -153,7 +153,7 @@ def _label_table(case: Case, recipe: Recipe) -> dict[int, int]:
 
 def _cache_key(case: Case, recipe: Recipe) -> str:
     if case.label_path is None:
-        raise VolumeError("NO_LABELS", case.image_path, "expected a label map for a training case, got none",
+        raise VolumeError("NO_TRUTH", case.image_path, "expected a label map for a training case, got none",
                           "add it to labelsTr")
     parts = {
         "version": CACHE_VERSION,

@@ -113,7 +113,7 @@ def prepare_dataset(
         progress(len(jobs), len(jobs))
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise BatchError("CASES", source, f"{len(faults)} of {len(jobs)} cases cannot be used; the first{more}: "
+        raise BatchError("FAILED_CASES", source, f"{len(faults)} of {len(jobs)} cases cannot be used; the first{more}: "
                          f"{faults[0]}", "replace these files and run the same command again, finished cases are kept")
     return _finish(recipe, download, jobs, journal["cases"], destination)
 
@@ -173,7 +173,7 @@ def _by_id(source: Path, glob: str, download: Download) -> dict[str, Path]:
         ):
             continue
         if case in found:
-            raise VolumeError("DUP_CASE", path, f"expected one file for case {case}, got {found[case]} as well",
+            raise VolumeError("DUPLICATE_FILE", path, f"expected one file for case {case}, got {found[case]} as well",
                               "take one of the two out, or name the folder above just one of them")
         found[case] = path
     return found
@@ -327,14 +327,14 @@ def _finish(
                        for part in ("Tr", "Ts"))
         cases_with[organ] = (train, test)
         if not train:
-            raise VolumeError("LABELS", destination, f"expected {organ} in some training case, got it in none",
+            raise VolumeError("ABSENT_ORGAN", destination, f"expected {organ} in some training case, got it in none",
                               "check dataset.download.label_values of the recipe, or drop the organ from it")
         if tested and not test:
             warnings.append(f"no test case shows {organ}")
     training = [job for job in jobs if job.part == "Tr"]
     empty = [job.name for job in training if not any(records[job.name]["organ_voxels"].values())]
     if 2 * len(empty) > len(training):
-        raise VolumeError("LABELS", destination, f"expected organs in the label maps, got none in {len(empty)} "
+        raise VolumeError("EMPTY_LABELS", destination, f"expected organs in the label maps, got none in {len(empty)} "
                           f"of {len(training)} training cases", "check that these are the right label maps")
     names = [job.name for job in training]
     val = [f"{recipe.name}_{case}" for case in download.val_ids] or held_out(names, recipe.dataset.val_share)

@@ -57,7 +57,7 @@ def evaluate_folder(
         The scores of every pair, and which cases had no partner.
 
     Raises:
-        UsageError: PATHS (a file against a folder), DUP_CASE (two files of one case).
+        UsageError: FILE_AND_FOLDER (a file against a folder), DUP_CASE (two files of one case).
         VolumeError: NO_PAIRS; SHAPE or AFFINE_MISMATCH (more than 1e-3 voxel) between the two grids of a case;
             LABEL_RANGE for values that no organ has; and what the reader raises. A missing prediction is no
             exception, see `Evaluation.missing`.
@@ -221,10 +221,11 @@ def _files_of(predictions: Path, truth: Path) -> tuple[dict[str, Path], dict[str
     """Case name to file on both sides; two single files are one case, whatever their names."""
     for path in (predictions, truth):
         if not path.exists():
-            raise VolumeError("NOT_FOUND", path, "expected a NIfTI file or a folder of them, got nothing",
+            raise VolumeError("UNREADABLE", path, "expected a NIfTI file or a folder of them, got nothing",
                               "check the path")
     if predictions.is_dir() != truth.is_dir():
-        raise UsageError("PATHS", predictions, f"expected two files or two folders, got one of each (truth: {truth})",
+        raise UsageError("FILE_AND_FOLDER", predictions, "expected two files or two folders, got one of "
+                         f"each (truth: {truth})",
                          "name the file of the case on both sides")
     if truth.is_dir():
         return _by_case(predictions), _by_case(truth)
@@ -248,7 +249,7 @@ def _scans(ct_folder: Path | None, truth_folder: Path) -> dict[str, Path]:
     if ct_folder is None and truth_folder.name.startswith("labels"):
         ct_folder = truth_folder.with_name("images" + truth_folder.name.removeprefix("labels"))
     elif ct_folder is not None and not ct_folder.is_dir():
-        raise VolumeError("NOT_FOUND", ct_folder, "expected a folder of scans, got none", "check the path")
+        raise VolumeError("UNREADABLE", ct_folder, "expected a folder of scans, got none", "check the path")
     return _by_case(ct_folder) if ct_folder is not None and ct_folder.is_dir() else {}
 
 

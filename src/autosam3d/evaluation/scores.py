@@ -277,7 +277,7 @@ def read_text_capped(path: Path) -> str:
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise VolumeError("TOO_LARGE", path, "expected at most 256 MiB of JSON, got more", "check the file")
+            raise VolumeError("EVALUATION", path, "expected at most 256 MiB of JSON, got more", "check the file")
         return path.read_text("utf-8")
     except OSError as error:
         raise VolumeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None

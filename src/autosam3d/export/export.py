@@ -95,7 +95,7 @@ def export_model(
 
     Raises:
         CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`; INT8, that one does.
-        UsageError: EXISTS, or TARGET, one that is none or does not run this network.
+        UsageError: OUTPUT_EXISTS, or TARGET, one that is none or does not run this network.
         MissingExtraError: a package that writes or runs one of the files is not installed.
     """
     recipe = model.recipe
@@ -292,7 +292,7 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds anything but an export which may be replaced.
 
     Raises:
-        UsageError: EXISTS.
+        UsageError: OUTPUT_EXISTS.
     """
     folders.demand_replaceable(folder, overwrite, is_export, "an export")
 

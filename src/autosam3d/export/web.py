@@ -49,7 +49,7 @@ def write_web_folder(export: Export, folder: Path, *, overwrite: bool = False) -
         folder: new, or with `overwrite` one that this function wrote before.
 
     Raises:
-        UsageError: EXISTS.
+        UsageError: OUTPUT_EXISTS.
         CheckpointError: CORRUPT or HASH, the export is damaged; NO_APP, this installation lacks the built page.
     """
     demand_replaceable(folder, overwrite)
@@ -71,7 +71,7 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds anything but a web folder which may be replaced.
 
     Raises:
-        UsageError: EXISTS.
+        UsageError: OUTPUT_EXISTS.
     """
     folders.demand_replaceable(folder, overwrite, lambda there: (there / MARKER).is_file(), "a web export")
 

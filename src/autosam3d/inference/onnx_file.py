@@ -48,11 +48,11 @@ def demand_self_contained(content: bytes, where: Path) -> OnnxFacts:
     """Refuse an ONNX file that is not whole in itself.
 
     Raises:
-        CheckpointError: TOO_LARGE, CORRUPT (not the protobuf of a model), UNSAFE (external data, foreign operators,
-            graphs inside graphs, functions) or OPSET.
+        CheckpointError: MODEL_TOO_LARGE, CORRUPT (not the protobuf of a model), UNSAFE (external data, foreign
+            operators, graphs inside graphs, functions) or OPSET.
     """
     if len(content) > MAX_ONNX_BYTES:
-        raise CheckpointError("TOO_LARGE", where, f"expected at most 2 GiB, got {len(content)} bytes",
+        raise CheckpointError("MODEL_TOO_LARGE", where, f"expected at most 2 GiB, got {len(content)} bytes",
                               "take another model")
     facts, seen = OnnxFacts(), set[str]()
     for kind, message in _messages(memoryview(content), "model", where):

@@ -28,7 +28,7 @@ class OnnxPredictor:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        CheckpointError: CORRUPT, UNSAFE, OPSET, TOO_LARGE or MISMATCH, of shapes or of labels.
+        CheckpointError: CORRUPT, UNSAFE, OPSET, MODEL_TOO_LARGE or MISMATCH, of shapes or of labels.
     """
 
     name = "onnxruntime"

@@ -90,7 +90,7 @@ def segment(
         uint8 labels [z, y, x] on the grid of `volume`, with the organs' names and the mean probability of each.
 
     Raises:
-        ResourceError: MEMORY or DISK, before the work where it can be foreseen.
+        ResourceError: MEMORY or NO_SPACE, before the work where it can be foreseen.
         CheckpointError: NONFINITE, the network returned NaN or infinity.
     """
     options = SegmentOptions(tiling=tiling, batch_size=batch_size, tta=tta, max_ram_bytes=max_ram_bytes)
@@ -304,7 +304,7 @@ class _Walk:
             if scratch is None:
                 raise
             raise ResourceError(
-                "DISK", scratch, f"no room for the sums of the windows ({error.strerror}, "
+                "NO_SPACE", scratch, f"no room for the sums of the windows ({error.strerror}, "
                 f"{size_text(shutil.disk_usage(scratch).free)} free)",
                 "free some space, name another folder in TMPDIR, or use a machine with more memory",
             ) from error

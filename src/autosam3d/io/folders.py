@@ -22,16 +22,17 @@ def demand_replaceable(folder: Path, overwrite: bool, is_ours: Callable[[Path], 
         what: such a folder is called, with its article.
 
     Raises:
-        UsageError: EXISTS.
+        UsageError: OUTPUT_EXISTS.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError("EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
+        raise UsageError("OUTPUT_EXISTS", folder, "expected a new folder, got a file or a link", "name another folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not is_ours(folder):
-        raise UsageError("EXISTS", folder, f"the folder holds files that are not {what}", "name another folder")
+        raise UsageError("OUTPUT_EXISTS", folder, f"the folder holds files that are not {what}", "name another folder")
     if not overwrite:
-        raise UsageError("EXISTS", folder, f"the folder holds {what}", "name another folder or allow --overwrite")
+        raise UsageError("OUTPUT_EXISTS", folder, f"the folder holds {what}",
+                         "name another folder or allow --overwrite")
 
 
 @contextlib.contextmanager

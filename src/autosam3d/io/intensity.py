@@ -35,7 +35,7 @@ def check_hounsfield(voxels: np.ndarray, where: str | Path, may_be_nonfinite: bo
         What was put right, one sentence each.
 
     Raises:
-        VolumeError: NO_CONTENT, NOT_FINITE, WRAPAROUND or NOT_HU (with the measured percentiles).
+        VolumeError: NO_CONTENT, VOXELS_NONFINITE, WRAPAROUND or NOT_HU (with the measured percentiles).
     """
     warnings = _fill_nonfinite(voxels, where) if may_be_nonfinite else []
     low, high = float(voxels.min()), float(voxels.max())
@@ -69,7 +69,7 @@ def _fill_nonfinite(voxels: np.ndarray, where: str | Path) -> list[str]:
         raise VolumeError("NO_CONTENT", where, "every voxel is NaN or infinite", "check what was exported")
     share = num_bad / voxels.size
     if share > _MAX_NONFINITE_SHARE:
-        raise VolumeError("NOT_FINITE", where, f"expected numbers, got {num_bad} NaN or infinite voxels "
+        raise VolumeError("VOXELS_NONFINITE", where, f"expected numbers, got {num_bad} NaN or infinite voxels "
                           f"({100 * share:.1f} %)", "repair the scan; up to 1 % would be taken as air")
     for slab in voxels:
         np.nan_to_num(slab, copy=False, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)

@@ -42,7 +42,7 @@ def read_recipe_text(source: str | Path) -> tuple[str, str]:
     """A recipe's YAML and how to call its source.
 
     Raises:
-        RecipeError: NO_RECIPE, UNREADABLE, TOO_LARGE, ENCODING.
+        RecipeError: NO_RECIPE, RECIPE_UNREADABLE, RECIPE_TOO_LARGE, ENCODING.
     """
     return _read_text(source, _recipes(), "NO_RECIPE", "recipe")
 
@@ -54,7 +54,7 @@ def with_model(recipe: Mapping[str, Any], preset: str | Path) -> dict[str, Any]:
     ``train`` that the preset does not name. Nothing is distilled.
 
     Raises:
-        RecipeError: NO_MODEL, or a preset that is none.
+        RecipeError: NO_PRESET, or a preset that is none.
     """
     method, where = _read_preset(preset)
     strangers = sorted(str(key) for key in set(method) - {*_PRESET_SECTIONS})
@@ -81,7 +81,7 @@ def with_model(recipe: Mapping[str, Any], preset: str | Path) -> dict[str, Any]:
 
 
 def _read_preset(preset: str | Path) -> tuple[dict[str, Any], str]:
-    text, where = _read_text(preset, _recipes().joinpath("models"), "NO_MODEL", "model preset")
+    text, where = _read_text(preset, _recipes().joinpath("models"), "NO_PRESET", "model preset")
     return parse_yaml(text, where), where
 
 
@@ -120,12 +120,12 @@ def read_yaml_file(path: Path, kind: str) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise RecipeError("UNREADABLE", path, "expected a file, got something else", f"name a {kind} file")
+            raise RecipeError("RECIPE_UNREADABLE", path, "expected a file, got something else", f"name a {kind} file")
         if status.st_size > MAX_RECIPE_BYTES:
-            raise RecipeError("TOO_LARGE", path, f"expected at most 1 MiB of YAML, got {status.st_size} bytes",
+            raise RecipeError("RECIPE_TOO_LARGE", path, f"expected at most 1 MiB of YAML, got {status.st_size} bytes",
                               f"name a {kind} file")
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise RecipeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
+        raise RecipeError("RECIPE_UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
     except UnicodeDecodeError:
         raise RecipeError("ENCODING", path, "expected UTF-8 text", "save the file as UTF-8") from None

@@ -160,7 +160,7 @@ def segment_batch(
         Also where cases failed; a failure is an `AutoSam3dError`, anything else is a bug and passes through.
 
     Raises:
-        UsageError: EXISTS.
+        UsageError: OUTPUT_EXISTS.
         ResourceError: NOT_WRITABLE, the output folder, before any work.
     """
     options, how = options or ReadOptions(), how or SegmentOptions()
@@ -173,9 +173,9 @@ def segment_batch(
     foreign = [job for job in states if states[job] == "foreign"]
     foreign += [job for job in jobs if job not in states and _has_strange_neighbours(job, preview, form)]
     if foreign and not overwrite:
-        raise UsageError("EXISTS", foreign[0].output, f"it, or a file that goes beside it, exists and is not of this "
-                         f"model, scan and settings "
-                         f"({len(foreign)} of {len(jobs)} outputs)", "choose another folder or allow --overwrite")
+        raise UsageError("OUTPUT_EXISTS", foreign[0].output, f"it, or a file that goes beside it, exists and is not of "
+                         f"this model, scan and settings ({len(foreign)} of {len(jobs)} outputs)",
+                         "choose another folder or allow --overwrite")
     try:
         for done, job in enumerate(jobs):
             if progress is not None:

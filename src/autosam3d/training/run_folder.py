@@ -30,8 +30,8 @@ def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
     """Make `folder`; inside, this run alone trains there. The lock ends with the process, however it ends.
 
     Raises:
-        UsageError: RUNNING, another process trains there.
-        ResourceError: UNWRITABLE.
+        UsageError: LOCKED, another process trains there.
+        ResourceError: NOT_WRITABLE.
     """
     with contextlib.ExitStack() as stack:
         if fabric.is_global_zero:
@@ -46,7 +46,7 @@ def _lock(file: TextIO, folder: Path) -> None:
     try:
         take_lock(file)
     except HeldError as owner:
-        raise UsageError("RUNNING", folder, f"expected a run folder that nobody trains in, another process does "
+        raise UsageError("LOCKED", folder, f"expected a run folder that nobody trains in, another process does "
                          f"({owner})", "wait for its end, or name another folder with --out") from None
     except OSError as error:  # some network file systems have none
         log.info("%s: cannot be locked (%s)", folder, error.strerror)
@@ -59,7 +59,7 @@ def _demand_writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError("UNWRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
+        raise ResourceError("NOT_WRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
                             "name another folder") from None
 
 
@@ -70,7 +70,7 @@ def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
 
     Raises:
         UsageError: OTHER_RUN.
-        ResourceError: UNWRITABLE or NOT_WRITABLE.
+        ResourceError: NOT_WRITABLE.
     """
     path = folder / "recipe.yaml"
     text = dump_recipe(recipe)

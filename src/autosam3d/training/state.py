@@ -95,7 +95,7 @@ def resume(run: Run) -> None:
 
 def _demand_state(meta: Mapping[str, Any], path: Path) -> None:
     if meta.get("kind") != "training":
-        raise CheckpointError("MISMATCH", path, f"expected a training state, got a checkpoint of kind "
+        raise CheckpointError("KIND", path, f"expected a training state, got a checkpoint of kind "
                               f"{meta.get('kind')!r}", "do not rename checkpoints")
 
 

@@ -245,6 +245,6 @@ def test_one_process_a_state_folder_and_delays_that_grow(tmp_path: Path) -> None
                 "from autosam3d.services.pacs.state_folder import hold_state_folder\n"
                 "with hold_state_folder(Path(sys.argv[1])): pass")
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "state")], capture_output=True, text=True)
-        assert "RUNNING" in done.stderr or "another process does" in done.stderr
+        assert "LOCKED" in done.stderr or "another process does" in done.stderr
     delays = np.array([[Retry().delay(n) for n in range(1, 15)] for _ in range(50)])
     assert (delays.max(axis=0) <= np.minimum(3600, 10 * 2.0 ** np.arange(14))).all() and delays.std(axis=0).min() > 0

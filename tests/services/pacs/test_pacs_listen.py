@@ -190,4 +190,4 @@ def test_two_listeners_on_one_state_folder(orthanc: Orthanc, start: Callable[...
     first = start()
     first.port()
     second = start()
-    assert second.wait() == 1 and "error[RUNNING]" in second.log()
+    assert second.wait() == 1 and "error[LOCKED]" in second.log()

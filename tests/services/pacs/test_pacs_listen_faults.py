@@ -267,7 +267,7 @@ def test_an_archive_that_does_not_take_a_result(port: int, tmp_path: Path) -> No
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
     ds.Modality = "MR"
     bad.save(ds, tmp_path / "lie.dcm")
-    for name, title, to, code in (("ct", "ANOTHER", port, "REFUSED"), ("mr", "LISTENER", port, "REFUSED"),
+    for name, title, to, code in (("ct", "ANOTHER", port, "SERVER_REFUSED"), ("mr", "LISTENER", port, "SERVER_REFUSED"),
                                   ("lie", "LISTENER", port, "NOT_STORED"), ("ct", "X", free_port(), "SERVER_DOWN")):
         with pytest.raises(ArchiveError) as caught:
             DimseSink(Destination(title, HOST, to), "SCANNER").put(tmp_path / f"{name}.dcm")
@@ -280,7 +280,7 @@ def test_an_archive_that_does_not_take_a_result(port: int, tmp_path: Path) -> No
         ds.Rows = ds.Columns = 400
         bad.save(ds, tmp_path / "large.dcm")
         sink.put(tmp_path / "large.dcm")
-    assert caught.value.code == "NO_SPACE"
+    assert caught.value.code == "SERVER_FULL"
 
 
 class NoSegmenter:

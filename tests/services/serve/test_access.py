@@ -130,8 +130,9 @@ def test_token_files_that_are_none(content: str, mode: int, tmp_path: Path) -> N
     path.chmod(mode)
     with pytest.raises(UsageError) as error:
         read_token(path)
-    assert error.value.code == "TOKEN" and (not content or content[:5] not in str(error.value))
-    line = run("serve", mini_export(), "--token-file", path, "--folder", tmp_path / "state").demand_error("TOKEN", 2)
+    assert error.value.code == "TOKEN_FILE" and (not content or content[:5] not in str(error.value))
+    done = run("serve", mini_export(), "--token-file", path, "--folder", tmp_path / "state")
+    line = done.demand_error("TOKEN_FILE", 2)
     assert not content or content not in line
 
 

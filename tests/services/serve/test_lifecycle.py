@@ -101,8 +101,8 @@ def test_two_of_a_kind_and_other_bad_places(service: Running, tmp_path: Path) ->
     _refusal(run("serve", mini_export(), "--folder", tmp_path / "a", "--workers", 0), "BAD_VALUE", 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    _refusal(run("serve", mini_export(), "--folder", tmp_path / "mine", "--port", 0), "FOLDER", 2)
-    _refusal(run("serve", mini_export(), "--folder", tmp_path / "mine/notes.txt", "--port", 0), "FOLDER", 2)
+    _refusal(run("serve", mini_export(), "--folder", tmp_path / "mine", "--port", 0), "OUTPUT_EXISTS", 2)
+    _refusal(run("serve", mini_export(), "--folder", tmp_path / "mine/notes.txt", "--port", 0), "OUTPUT_PATH", 2)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     _refusal(run("serve", tmp_path / "no_model", "--folder", tmp_path / "b", "--port", 0), "NO_MODEL", 4)
     other = tmp_path / "c"

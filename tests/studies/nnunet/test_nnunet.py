@@ -330,9 +330,9 @@ def test_another_run_in_the_way_is_left_alone(dataset: Path, tmp_path: Path, fak
 
 
 def test_a_second_process_waits_outside(dataset: Path, tmp_path: Path, fake: Path) -> None:
-    with run_module._held(tmp_path / "out"), pytest.raises(ResourceError) as caught:
+    with run_module._held(tmp_path / "out"), pytest.raises(UsageError) as caught:
         train_and_predict(dataset, tmp_path / "out", PLAN)
-    assert caught.value.code == "BUSY"
+    assert caught.value.code == "LOCKED"
 
 
 def test_a_stop_ends_the_stage_and_all_that_it_started(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_the_command_writes_what_evaluate_scores_and_goes_on_where_it_stopped(fo
     assert scored.code == 0 and "4 cases: Dice" in scored.out
     before = (out / "c0.nii.gz").read_bytes()
     done = segment(folder, out, "--sam", sam_file, "--prompt", "box")
-    assert "--overwrite" in done.demand_error("EXISTS", 2) and (out / "c0.nii.gz").read_bytes() == before
+    assert "--overwrite" in done.demand_error("OUTPUT_EXISTS", 2) and (out / "c0.nii.gz").read_bytes() == before
     assert segment(folder, out, "--sam", sam_file, "--prompt", "box", "--overwrite").code == 0
 
 
@@ -368,7 +368,7 @@ def test_wrong_calls_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path
     mobile = tmp_path / "mobile_sam.pt"
     torch.save({"image_encoder.layers.0.blocks.0.conv1.c.weight": torch.ones(2, 2)}, mobile)
     segment(folder, out).demand_error("USAGE", 2)
-    segment(folder, out, "--sam", tmp_path / "none.pth").demand_error("NOT_FOUND", 4)
+    segment(folder, out, "--sam", tmp_path / "none.pth").demand_error("NO_SAM", 4)
     assert "MobileSAM" in segment(folder, out, "--sam", mobile).demand_error("MISMATCH", 4)
     segment(folder, out, "--sam", sam_file, "--case", "c9").demand_error("USAGE", 2)
     segment(folder, out, "--sam", sam_file, "--part", "test").demand_error("NO_CASES", 3)

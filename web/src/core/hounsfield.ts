@@ -43,7 +43,7 @@ function fillNonfinite(voxels: Float32Array, where: string, warnings: string[]) 
     throw new AppError("NO_CONTENT", where, "every voxel is NaN or infinite", "check what was exported");
   }
   if (count / voxels.length > MAX_NONFINITE_SHARE) {
-    throw new AppError("NOT_FINITE", where, `expected numbers, got ${count} NaN or infinite voxels `
+    throw new AppError("VOXELS_NONFINITE", where, `expected numbers, got ${count} NaN or infinite voxels `
       + `(${((100 * count) / voxels.length).toFixed(1)} %)`, "repair the scan; up to 1 % would be taken as air");
   }
   for (let i = 0; i < voxels.length; i++) if (!Number.isFinite(voxels[i]!)) voxels[i] = AIR_HU;

@@ -65,7 +65,7 @@ async function nextChunk(reader: ReadableStreamDefaultReader<Uint8Array>, where:
     const { done, value } = await reader.read();
     return done ? undefined : value;
   } catch {
-    throw new AppError("CORRUPT", where, "the compressed data is cut or damaged", "copy or download it again");
+    throw new AppError("CRC", where, "the compressed data is cut or damaged", "copy or download it again");
   }
 }
 

@@ -18,9 +18,10 @@ export async function isZip(file: Blob): Promise<boolean> {
   return start.length === 4 && (new DataView(start.buffer).getUint32(0, true) === LOCAL || u32(start, 0) === END);
 }
 
-/** The files inside; folders are left out, links are marked. CORRUPT, ENCRYPTED, TOO_MANY_FILES or LENGTH. */
+/** The files inside; folders are left out, links are marked. ARCHIVE_DAMAGED, ARCHIVE_ENCRYPTED or
+ * ARCHIVE_SIZE. */
 export async function zipMembers(file: Blob, where: string): Promise<Source[]> {
-  const damaged = (fault: string) => new AppError("CORRUPT", where, fault, "copy or pack it again");
+  const damaged = (fault: string) => new AppError("ARCHIVE_DAMAGED", where, fault, "copy or pack it again");
   const tail = await bytesOf(file, Math.max(0, file.size - MAX_END_BYTES), file.size);
   let end = tail.length - 22;
   while (end >= 0 && u32(tail, end) !== END) end--;
@@ -28,7 +29,7 @@ export async function zipMembers(file: Blob, where: string): Promise<Source[]> {
   const [count, size, start] = [u16(tail, end + 10), u32(tail, end + 12), u32(tail, end + 16)];
   if (count === 0xffff || start === 0xffffffff) throw damaged("zip files of the large form (ZIP64) are not read");
   if (count > MAX_MEMBERS || size > MAX_DIRECTORY_BYTES) {
-    throw new AppError("TOO_MANY_FILES", where, `expected one series, found ${count} files`, "pack the series alone");
+    throw new AppError("ARCHIVE_SIZE", where, `expected one series, found ${count} files`, "pack the series alone");
   }
   if (start + size > file.size) throw damaged("the zip file is cut or damaged");
   const directory = await bytesOf(file, start, start + size);
@@ -41,11 +42,11 @@ export async function zipMembers(file: Blob, where: string): Promise<Source[]> {
     const entry = { method: u16(directory, at + 10), crc: u32(directory, at + 16), packed: u32(directory, at + 20),
       size: u32(directory, at + 24), at: u32(directory, at + 42) };
     if (u16(directory, at + 8) & 1) {
-      throw new AppError("ENCRYPTED", where, "the zip file is encrypted", "unpack it, and give the folder");
+      throw new AppError("ARCHIVE_ENCRYPTED", where, "the zip file is encrypted", "unpack it, and give the folder");
     }
     total += entry.size;
     if (total > MAX_TOTAL_BYTES) {
-      throw new AppError("LENGTH", where, `it claims more than ${sizeText(MAX_TOTAL_BYTES)}`, "pack the series alone");
+      throw new AppError("ARCHIVE_SIZE", where, `it claims more than ${sizeText(MAX_TOTAL_BYTES)}`, "pack the series alone");
     }
     const mode = u32(directory, at + 38) >>> 16;
     if (!name.endsWith("/")) {
@@ -61,7 +62,7 @@ interface Entry { method: number; crc: number; packed: number; size: number; at:
 
 /** A member's bytes, never more than it claims nor than `limit`. */
 async function memberBytes(file: Blob, entry: Entry, limit: number, where: string): Promise<Uint8Array> {
-  const damaged = () => new AppError("CORRUPT", where, "a file in it is damaged", "copy or pack it again");
+  const damaged = () => new AppError("ARCHIVE_DAMAGED", where, "a file in it is damaged", "copy or pack it again");
   const head = await bytesOf(file, entry.at, entry.at + 30);
   if (head.length < 30 || u32(head, 0) !== LOCAL) throw damaged();
   const start = entry.at + 30 + u16(head, 26) + u16(head, 28);

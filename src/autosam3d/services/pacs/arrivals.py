@@ -112,9 +112,10 @@ def _is_more(job: SeriesJob, names: frozenset[str], service: ArchiveService) -> 
         _log.info("%s: nothing in it is new, it is %s", job.id, job.state)
         return False
     if not known <= names:
-        fault = f"{num_new} more objects came when its images had been deleted"
-        service.ledger.note(job.id, "LATE", fault)
-        _log.warning("%s: LATE: %s; send the whole series again", job.id, fault)
+        late = VolumeError("LATE", job.id, f"{num_new} more objects came when its images had been deleted",
+                           "send the whole series again")
+        service.ledger.note(job.id, late.code, late.fault)
+        _log.warning("%s: %s: %s; %s", late.where, late.code, late.fault, late.remedy)
         return False
     return True
 

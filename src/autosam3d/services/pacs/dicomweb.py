@@ -162,7 +162,7 @@ class DicomWeb:
             except BrokenMultipartError as error:
                 raise self._fault("BROKEN_ANSWER", f"the series did not come whole: {error}") from None
             except TooLargeError as error:
-                raise ArchiveError("TOO_LARGE", self.name, f"the series is larger than allowed: {error}",
+                raise ArchiveError("ANSWER_TOO_LARGE", self.name, f"the series is larger than allowed: {error}",
                                    "look at the series, or raise the limits", retry=False) from None
         return num_files
 
@@ -199,7 +199,7 @@ class DicomWeb:
                     yield item
             if not fresh:
                 return
-        raise self._fault("TOO_LARGE", f"more than {_MAX_PAGES} pages of answers")
+        raise self._fault("ANSWER_TOO_LARGE", f"more than {_MAX_PAGES} pages of answers")
 
     def _page(self, path: str, wish: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         with self._answer("GET", path, headers={"Accept": _JSON}, params=dict(wish)) as answer:
@@ -231,7 +231,7 @@ class DicomWeb:
         if status in (401, 403):
             raise self._fault("AUTH", f"it answers {status}: we are not let in", "check --auth-file")
         if status == 404:
-            raise self._fault("NOT_FOUND", "it answers 404: no such thing, or no DICOMweb service at this root",
+            raise self._fault("SERVER_NOT_FOUND", "it answers 404: no such thing, or no DICOMweb service at this root",
                               "check the URL, and whether the series is still there")
         raise self._fault("SERVER_STATUS", f"it answers {status}")
 
@@ -241,7 +241,7 @@ class DicomWeb:
         for chunk in self._chunks(answer, deadline):
             content += chunk
             if len(content) > self._limits.max_json_bytes:
-                raise self._fault("TOO_LARGE", "an answer is larger than allowed")
+                raise self._fault("ANSWER_TOO_LARGE", "an answer is larger than allowed")
         try:
             return json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError):
@@ -255,7 +255,7 @@ class DicomWeb:
                 return
             yield chunk
             if time.monotonic() > deadline:
-                raise self._fault("SLOW", "the answer takes too long")
+                raise self._fault("SERVER_SLOW", "the answer takes too long")
 
     def _fault(self, code: str, fault: str, remedy: str = "look at the archive; it is tried again") -> ArchiveError:
         return ArchiveError(code, self.name, fault, remedy)

@@ -119,7 +119,7 @@ class Ledger:
                         self._db.execute(f"PRAGMA user_version = {_VERSION}")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version != _VERSION:
-            raise UsageError("VERSION", path, f"expected a ledger of version {_VERSION}, got {version}",
+            raise UsageError("LEDGER_VERSION", path, f"expected a ledger of version {_VERSION}, got {version}",
                              "use the version of autosam3d that wrote it, or another --state")
 
     def close(self) -> None:
@@ -247,8 +247,8 @@ class Ledger:
             yield
         except sqlite3.DatabaseError as error:
             if "not a database" in str(error) or "malformed" in str(error):
-                raise UsageError("LEDGER", self._path, "expected the ledger of autosam3d pacs, got something else or "
-                                 "a damaged one", "restore it, or name another --state folder") from None
+                raise UsageError("LEDGER_DAMAGED", self._path, "expected the ledger of autosam3d pacs, got something "
+                                 "else or a damaged one", "restore it, or name another --state folder") from None
             raise ResourceError("LEDGER", self._path, f"cannot be read or written ({error})",
                                 "check the disk, and that no other program holds it") from None
         except OSError as error:

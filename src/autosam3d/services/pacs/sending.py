@@ -40,7 +40,7 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
         calling: our AE title.
 
     Raises:
-        ArchiveError: SERVER_DOWN, REFUSED, NOT_STORED, NO_SPACE; all worth another try.
+        ArchiveError: SERVER_DOWN, SERVER_REFUSED, NOT_STORED, SERVER_FULL; all worth another try.
     """
     entity = AE(ae_title=calling)
     entity.connection_timeout = _CONNECT_SECONDS
@@ -63,7 +63,7 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
     if status in _WARNINGS:
         _log.warning("%s: it took a result and says 0x%04X: it may have changed it", destination.name, status)
     elif status >> 8 == _NO_ROOM:
-        raise ArchiveError("NO_SPACE", destination.name, f"it has no room for the result (0x{status:04X})",
+        raise ArchiveError("SERVER_FULL", destination.name, f"it has no room for the result (0x{status:04X})",
                            "look at the archive; it will be tried again")
     elif status not in (_SUCCESS, _DUPLICATE):
         raise ArchiveError("NOT_STORED", destination.name, f"it did not store the result (0x{status:04X})",
@@ -72,11 +72,11 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
 
 def _demand_association(association: Any, destination: Destination) -> None:
     if association.is_rejected:
-        raise ArchiveError("REFUSED", destination.name, "it refuses us", "make our AE title and address known to it, "
-                           "and check the AE title that it has itself")
+        raise ArchiveError("SERVER_REFUSED", destination.name, "it refuses us", "make our AE title and address known "
+                           "to it, and check the AE title that it has itself")
     if not association.is_established:
         if association.rejected_contexts:
-            raise ArchiveError("REFUSED", destination.name, "it does not take objects of this kind",
+            raise ArchiveError("SERVER_REFUSED", destination.name, "it does not take objects of this kind",
                                "let the archive accept Segmentation and RT Structure Set Storage")
         raise _down(destination)
 

@@ -68,7 +68,7 @@ def hold_state_folder(path: Path) -> Iterator[StateFolder]:
     """Make the folder; inside, this process alone works there. The lock ends with the process, however it ends.
 
     Raises:
-        UsageError: RUNNING, another process works there; OUTPUT_PATH.
+        UsageError: LOCKED, another process works there; OUTPUT_PATH.
         ResourceError: NOT_WRITABLE.
     """
     state = StateFolder(path)
@@ -81,7 +81,7 @@ def hold_state_folder(path: Path) -> Iterator[StateFolder]:
         try:
             take_lock(file)
         except HeldError as owner:
-            raise UsageError("RUNNING", path, f"expected a state folder that nobody works in, another process does "
+            raise UsageError("LOCKED", path, f"expected a state folder that nobody works in, another process does "
                              f"({owner})", "wait for its end, or name another --state") from None
         except OSError as error:
             raise ResourceError("NO_LOCK", path, f"it cannot be locked ({error.strerror}), so two processes could do "

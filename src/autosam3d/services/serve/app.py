@@ -144,7 +144,7 @@ def _forms(wished: str | None) -> tuple[str, ...]:
         return FORMS
     forms = tuple(dict.fromkeys(part.strip() for part in wished.split(",")))
     if not set(forms) <= set(FORMS):
-        raise ServiceFault(400, "FORMAT", f"expected some of {', '.join(FORMS)}")
+        raise ServiceFault(400, "PARAMETER", f"expected some of {', '.join(FORMS)}")
     return forms
 
 

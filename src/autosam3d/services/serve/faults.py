@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autosam3d.errors import AutoSam3dError
+from autosam3d.errors import AutoSam3dError, ResourceError
 
-_STATUS_OF_CODE = {"NO_SPACE": 507, "DISK": 507, "IO": 507, "NOT_WRITABLE": 507, "WORKER_DIED": 503, "TIMEOUT": 503,
+_STATUS_OF_CODE = {"NO_SPACE": 507, "IO": 507, "NOT_WRITABLE": 507, "WORKER_DIED": 503, "TIMEOUT": 503,
                    "MEMORY": 422}
 _STATUS_OF_EXIT = {2: 422, 3: 422, 4: 500, 5: 503}
 _CODE_OF_STATUS = {400: "BAD_REQUEST", 404: "NOT_FOUND", 405: "METHOD", 406: "NOT_ACCEPTABLE", 413: "TOO_LARGE",
@@ -43,16 +43,27 @@ class ServiceFault(Exception):
         return cls(told["status"], told["code"], told["message"], 30 if told["status"] == 503 else None)
 
     @classmethod
-    def of(cls, error: AutoSam3dError) -> ServiceFault:
-        """An error of the library; `where` stays behind."""
+    def of(cls, error: AutoSam3dError, retry_after: int = 30) -> ServiceFault:
+        """An error of the library; `where` stays behind. It asks for patience where the fault is the machine's."""
         status = _STATUS_OF_CODE.get(error.code, _STATUS_OF_EXIT.get(error.exit_code, 500))
-        return cls(status, error.code, f"{error.fault}; {error.remedy}", 30 if status in (503, 507) else None)
+        return cls(status, error.code, f"{error.fault}; {error.remedy}", retry_after if status in (503, 507) else None)
 
     @classmethod
     def of_status(cls, status: int) -> ServiceFault:
         """What the framework refused by itself."""
         words = {404: "there is nothing at this address", 405: "this address does not take this method"}
         return cls(status, _CODE_OF_STATUS.get(status, "REFUSED"), words.get(status, "the request was refused"))
+
+
+def disk_failed() -> ServiceFault:
+    """The disk that uploads and results lie on cannot be read or written."""
+    return ServiceFault.of(ResourceError("IO", "service", "the service's disk failed", "try again later"))
+
+
+def disk_full() -> ServiceFault:
+    """There is no room for an upload."""
+    return ServiceFault.of(ResourceError("NO_SPACE", "service", "the service's disk is full", "try again later"),
+                           retry_after=60)
 
 
 NO_SUCH_JOB = ServiceFault(404, "NO_SUCH_JOB", "there is no such job, or it was deleted")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autosam3d.errors import AutoSam3dError
 from autosam3d.io import ReadOptions
-from autosam3d.services.serve.faults import ServiceFault
+from autosam3d.services.serve.faults import ServiceFault, disk_failed
 from autosam3d.services.serve.settings import ServeSettings, SteadyClock
 from autosam3d.services.serve.store import DONE, FAILED, JobStore, StoredJob
 from autosam3d.services.workers.messages import ModelFacts, WorkerSettings, result_message
@@ -198,7 +198,7 @@ class Runner:
             return FAILED, ServiceFault.of(error).as_dict()
         except OSError as error:
             _log.error("job of request %s: %s", job.request.get("request_id"), type(error).__name__)
-            return FAILED, ServiceFault(507, "IO", "the service's disk failed; try again later").as_dict()
+            return FAILED, disk_failed().as_dict()
         if not result.files:
             return FAILED, ServiceFault.of(next(iter(result.refused.values()))).as_dict()
         return DONE, result_message(result, (source, folder))

@@ -53,7 +53,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
         on_ready: told the address when requests are answered.
 
     Raises:
-        UsageError: NO_TOKEN, PORT_IN_USE, ADDRESS, LOCKED, FOLDER.
+        UsageError: NO_TOKEN, PORT_IN_USE, ADDRESS, LOCKED, OUTPUT_EXISTS, OUTPUT_PATH.
         AutoSam3dError: as `open_model`.
     """
     demand_token_off_loopback(settings.host, settings.token)
@@ -145,7 +145,8 @@ def _own_folder(folder: Path) -> Iterator[None]:
     try:
         lock = _open_folder(folder)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError("FOLDER", folder, f"expected a folder ({error.strerror})", "name another --folder") from None
+        raise UsageError("OUTPUT_PATH", folder, f"expected a folder ({error.strerror})",
+                         "name another --folder") from None
     except OSError as error:
         raise ResourceError("NOT_WRITABLE", folder, f"the service's folder cannot be used ({error.strerror})",
                             "name another --folder") from None
@@ -162,7 +163,7 @@ def _open_folder(folder: Path) -> TextIO:
     """Make or check the folder; its lock, held while the file is open."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(p.name not in _OURS for p in folder.iterdir()):
-        raise UsageError("FOLDER", folder, "expected an empty folder or one of a service, got other files",
+        raise UsageError("OUTPUT_EXISTS", folder, "expected an empty folder or one of a service, got other files",
                          "name another --folder")
     folder.chmod(0o700)
     lock = (folder / LOCK).open("a+", encoding="utf-8")

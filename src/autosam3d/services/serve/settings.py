@@ -61,17 +61,17 @@ def read_token(path: Path) -> str:
     """The one line of a token file.
 
     Raises:
-        UsageError: TOKEN, others may read the file, or it holds no token.
+        UsageError: TOKEN_FILE, others may read the file, or it holds no token.
         VolumeError: UNREADABLE, as for every file.
     """
     remedy = "write it with: (umask 077; python -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE)"
-    content = read_private(path, _MAX_TOKEN + 2, "TOKEN")
+    content = read_private(path, _MAX_TOKEN + 2, "TOKEN_FILE")
     try:
         token = content.decode("ascii").strip()
     except UnicodeDecodeError:
         token = ""
     if not _MIN_TOKEN <= len(token) <= _MAX_TOKEN or not all(33 <= ord(c) <= 126 and c != ":" for c in token):
-        raise UsageError("TOKEN", path, f"expected {_MIN_TOKEN} to {_MAX_TOKEN} letters, digits and signs without "
+        raise UsageError("TOKEN_FILE", path, f"expected {_MIN_TOKEN} to {_MAX_TOKEN} letters, digits and signs without "
                          "spaces and colons", remedy)
     return token
 

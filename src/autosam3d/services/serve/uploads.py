@@ -16,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from autosam3d.services.serve.faults import ServiceFault
+from autosam3d.services.serve.faults import ServiceFault, disk_failed, disk_full
 from autosam3d.services.serve.settings import ServeSettings
 
 MULTIPART = "multipart/form-data"
@@ -44,7 +44,7 @@ def demand_body(request: Request, settings: ServeSettings) -> None:
     """Refuse by the headers alone.
 
     Raises:
-        ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 LENGTH, 507 NO_SPACE.
+        ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 CONTENT_LENGTH, 507 NO_SPACE.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ServiceFault(415, "CONTENT_ENCODING", "expected a body without Content-Encoding; .nii.gz and .zip are "
@@ -54,12 +54,12 @@ def demand_body(request: Request, settings: ServeSettings) -> None:
         raise ServiceFault(415, "CONTENT_TYPE", f"expected {MULTIPART} with a file, or {RAW[0]} with the scan alone")
     length = request.headers.get("content-length")
     if length is not None and not (length.isascii() and length.isdigit() and len(length) < 20):
-        raise ServiceFault(400, "LENGTH", "expected a number in Content-Length")
+        raise ServiceFault(400, "CONTENT_LENGTH", "expected a number in Content-Length")
     size = int(length or 0)
     if size > settings.max_upload_bytes:
         raise _too_large(settings)
     if shutil.disk_usage(settings.folder).free < size + _ROOM_LEFT_BYTES:
-        raise _no_room()
+        raise disk_full()
 
 
 async def discard(request: Request, places: asyncio.Semaphore) -> None:
@@ -102,8 +102,8 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
             await loop.run_in_executor(threads, work)
         except OSError as error:
             if error.errno in _NO_ROOM:
-                raise _no_room() from None
-            raise ServiceFault(507, "IO", "the service's disk failed; try again later", 30) from None
+                raise disk_full() from None
+            raise disk_failed() from None
 
     sink = _Sink(folder)
     try:
@@ -294,10 +294,6 @@ def _content_type(request: Request) -> str:
 
 def _too_large(settings: ServeSettings) -> ServiceFault:
     return ServiceFault(413, "TOO_LARGE", f"expected at most {settings.max_upload_bytes >> 20} MiB")
-
-
-def _no_room() -> ServiceFault:
-    return ServiceFault(507, "NO_SPACE", "the service's disk is full; try again later", 60)
 
 
 def _bad_form() -> ServiceFault:

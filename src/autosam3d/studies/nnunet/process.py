@@ -116,8 +116,8 @@ def run_stage(
         held: a file descriptor that the stage keeps open; with a lock on it, the lock lives as long as the stage.
 
     Raises:
-        UsageError: REFUSED, the stage says why it cannot do what is asked.
-        ResourceError: MEMORY, DISK, else NNUNET_FAILED with its last word; its last lines are told before as kind
+        UsageError: NNUNET_REFUSED, the stage says why it cannot do what is asked.
+        ResourceError: MEMORY, NO_SPACE, else NNUNET_FAILED with its last word; its last lines are told before as kind
             ``tail``.
     """
     tail: deque[str] = deque(maxlen=_TAIL)
@@ -146,7 +146,7 @@ def run_stage(
         finally:
             _end(child)
     if refused:
-        raise UsageError("REFUSED", stage, refused[0], "change the option")
+        raise UsageError("NNUNET_REFUSED", stage, refused[0], "change the option")
     if code:
         on_event({"kind": "tail", "lines": list(tail)})
         raise _explained(stage, code, list(tail), log)
@@ -180,7 +180,7 @@ def _explained(stage: str, code: int, tail: list[str], log: Path) -> ResourceErr
         return ResourceError("MEMORY", f"nnU-Net's {stage}", "expected enough memory, and it ran out or the process "
                              "was killed", f"free memory or take a smaller --patch or --batch; {remedy}")
     if _DISK.search(text):
-        return ResourceError("DISK", f"nnU-Net's {stage}", "expected space on the disk, got none",
+        return ResourceError("NO_SPACE", f"nnU-Net's {stage}", "expected space on the disk, got none",
                              f"make room; {remedy}")
     last = next((line for line in reversed(tail) if re.match(r"\w*(Error|Exception|Interrupt)\b", line)), "")
     last = last or (tail[-1] if tail else "no word")

@@ -131,8 +131,8 @@ def train_and_predict(
             ``trained``, ``scan``, ``tail``.
 
     Raises:
-        VolumeError: the dataset. UsageError: options, OTHER_RUN in the way, a Python without nnU-Net.
-        ResourceError: BUSY, and what `run_stage` raises.
+        VolumeError: the dataset. UsageError: options, OTHER_RUN in the way, LOCKED, a Python without nnU-Net.
+        ResourceError: what `run_stage` raises.
     """
     plan, out = plan or NnunetPlan(), Path(out)
     source = open_for_nnunet(data, plan.fold)
@@ -324,6 +324,6 @@ def _held(out: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ResourceError("BUSY", out, "expected a run that nobody works on, got one at work",
+            raise UsageError("LOCKED", out, "expected a run that nobody works on, got one at work",
                                 "wait for it, or name another folder") from None
         yield file.fileno()

@@ -209,7 +209,7 @@ def _prepared_shapes(paths: Sequence[Path], recipe: Recipe) -> list[Size]:
 
 def _demand_test_cases(cases: CaseSet) -> None:
     if not cases.test:
-        raise VolumeError("NO_TEST", cases.folder / "imagesTs", "expected test cases, got none",
+        raise VolumeError("NO_CASES", cases.folder / "imagesTs", "expected test cases, got none",
                           "run autosam3d prepare with a recipe that names test cases")
     if any(case.label_path is None for case in cases.test):
         raise VolumeError("NO_TRUTH", cases.folder / "labelsTs", "expected the truth of the test cases, got none",

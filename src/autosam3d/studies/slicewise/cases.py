@@ -77,7 +77,7 @@ def segment_cases(
         Also where cases failed.
 
     Raises:
-        UsageError: EXISTS, OUTPUT_PATH; ResourceError: NOT_WRITABLE.
+        UsageError: OUTPUT_EXISTS, OUTPUT_PATH; ResourceError: NOT_WRITABLE.
     """
     make_folder(out)
     remove_stale_temporaries(out)
@@ -87,8 +87,8 @@ def segment_cases(
     states = {case: _state(case, path, model) for case, path in outputs.items()}
     foreign = [case for case in cases if states[case] == "foreign"]
     if foreign and not overwrite:
-        raise UsageError("EXISTS", outputs[foreign[0]], f"it, or its report, exists and is not of this model, case and "
-                         f"settings ({len(foreign)} of {len(cases)} outputs)",
+        raise UsageError("OUTPUT_EXISTS", outputs[foreign[0]], f"it, or its report, exists and is not of this model, "
+                         f"case and settings ({len(foreign)} of {len(cases)} outputs)",
                          "choose another folder or allow --overwrite")
     encoder = SliceEncoder(sam, framing, cache)
     result, started = SlicewiseResult(), time.perf_counter()

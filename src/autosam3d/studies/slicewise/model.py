@@ -137,7 +137,7 @@ def build_sam(sizes: SamSizes) -> SamModel:
     try:
         from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
     except ImportError:
-        raise MissingExtraError("EXTRA", "slicewise", "SAM on slices needs transformers",
+        raise MissingExtraError("MISSING_EXTRA", "slicewise", "SAM on slices needs transformers",
                                 "pip install 'autosam3d[sam]'") from None
     place: dict[str, Any] = {"image_size": sizes.image_size, "patch_size": sizes.token_size}
     vision = SamVisionConfig(
@@ -274,7 +274,7 @@ def _read_base(source: str | Path | None, began_with: SamSource | None) -> tuple
     try:
         state, digest = read_sam_state(where)
     except CheckpointError as error:
-        if source is not None or error.code != "NOT_FOUND":
+        if source is not None or error.code != "NO_SAM":
             raise
         raise CheckpointError("NO_SAM", where, "the SAM weights that the tuning began with are not there any more",
                               "name the place where they lie now: --sam PATH") from None

@@ -200,7 +200,7 @@ def resume(run: TuneRun) -> None:
         try:
             checkpoint = read_checkpoint(path)
             if checkpoint.meta.get("kind") != f"{KIND}-training":
-                raise CheckpointError("MISMATCH", path, f"expected the state of a tuning, got a checkpoint of kind "
+                raise CheckpointError("KIND", path, f"expected the state of a tuning, got a checkpoint of kind "
                                       f"{checkpoint.meta.get('kind')!r}", "do not rename checkpoints")
         except CheckpointError as error:
             fault = fault or error

@@ -90,7 +90,7 @@ def tune(
         cache: for embeddings; default ``folder/embeddings``. Not used where all is tuned.
 
     Raises:
-        UsageError: OTHER_RUN, RUNNING, OUTPUT_PATH, RANKS (several processes), TUNED.
+        UsageError: OTHER_RUN, LOCKED, OUTPUT_PATH, RANKS (several processes), TUNED.
         VolumeError: as `collect_samples`; DATA_CHANGED.
         CheckpointError: the saved state cannot be read; NONFINITE.
         ResourceError: memory, disk.
