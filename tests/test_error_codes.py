@@ -16,6 +16,7 @@ PAGE = (REPO / "docs/error-codes.md").read_text("utf-8")
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in sorted((REPO / "src/autosam3d").rglob("*.py"))}
 CALLS = [(path, node) for path, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
 HTTP = "ServiceFault"
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -27,7 +28,9 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def name_of(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def classes() -> dict[str, str]:
@@ -46,13 +49,13 @@ CLASSES = classes()
 
 def functions_around(path: Path, node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """The functions that a node stands in, the innermost first."""
-    around = [f for f in ast.walk(TREES[path]) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-              and any(inner is node for inner in ast.walk(f))]
+    around = [function for function in ast.walk(TREES[path]) if isinstance(function, FUNCTIONS)
+              and any(inner is node for inner in ast.walk(function))]
     return sorted(around, key=lambda f: f.lineno, reverse=True)
 
 
 def codes_of(value: ast.expr | None, path: Path, call: ast.Call) -> Iterator[str]:
-    """The words that an argument can be; through a function's parameter, those that its callers give.
+    """The words that an argument of `call` can be.
 
     An error that is raised anew with the code of another one brings no word of its own.
     """
@@ -62,27 +65,44 @@ def codes_of(value: ast.expr | None, path: Path, call: ast.Call) -> Iterator[str
         yield from codes_of(value.body, path, call)
         yield from codes_of(value.orelse, path, call)
     elif isinstance(value, ast.Name):
-        given = False
-        for function in functions_around(path, call):
-            names = [argument.arg for argument in function.args.args]
-            if value.id in names:
-                place = names.index(value.id) - (names[0] in ("self", "cls"))
-                for there, caller in CALLS:
-                    if name_of(caller.func) == function.name:
-                        named = [k.value for k in caller.keywords if k.arg == value.id]
-                        given = True
-                        yield from codes_of(named[0] if named else caller.args[place], there, caller)
-                break
-            for step in ast.walk(function):
-                if isinstance(step, ast.Assign) and any(isinstance(t, ast.Name) and t.id == value.id
-                                                        for t in step.targets):
-                    given = True
-                    yield from codes_of(step.value, path, call)
-        assert given, f"{path}:{call.lineno}: where does {value.id} come from?"
+        sources = list(sources_of(value.id, path, call))
+        assert sources, f"{path}:{call.lineno}: where does {value.id} come from?"
+        for source, there, caller in sources:
+            yield from codes_of(source, there, caller)
     else:
         told = (isinstance(value, ast.Attribute) and value.attr == "code") or (
             isinstance(value, ast.Subscript) and ast.unparse(value.slice) == "'code'")
         assert told, f"{path}:{call.lineno}: which code is {value and ast.unparse(value)}?"
+
+
+def sources_of(name: str, path: Path, call: ast.Call) -> Iterator[tuple[ast.expr, Path, ast.Call]]:
+    """What a variable can hold: what the callers of its function give, or what is assigned to it."""
+    for function in functions_around(path, call):
+        parameters = [argument.arg for argument in function.args.args]
+        if name in parameters:
+            place = parameters.index(name) - (parameters[0] in ("self", "cls"))
+            for there, caller in CALLS:
+                if name_of(caller.func) == function.name:
+                    named = [keyword.value for keyword in caller.keywords if keyword.arg == name]
+                    yield (named[0] if named else caller.args[place]), there, caller
+            return
+        for step in ast.walk(function):
+            if isinstance(step, ast.Assign):
+                (target,) = step.targets
+                if isinstance(target, ast.Name) and target.id == name:
+                    yield step.value, path, call
+                elif isinstance(target, ast.Tuple) and name in map(ast.unparse, target.elts):
+                    for value in returned(step.value, path):
+                        yield value.elts[list(map(ast.unparse, target.elts)).index(name)], path, call
+
+
+def returned(value: ast.expr, path: Path) -> Iterator[ast.Tuple]:
+    """The tuples that a call of a function of the same file can return."""
+    for function in ast.walk(TREES[path]):
+        if isinstance(value, ast.Call) and isinstance(function, FUNCTIONS) and function.name == name_of(value.func):
+            for step in ast.walk(function):
+                if isinstance(step, ast.Return) and isinstance(step.value, ast.Tuple):
+                    yield step.value
 
 
 def raised() -> dict[str, set[tuple[str, str]]]:
@@ -103,8 +123,9 @@ def raised() -> dict[str, set[tuple[str, str]]]:
             line = argument.values[0] if isinstance(argument, ast.JoinedStr) else argument
             if isinstance(line, ast.Constant) and isinstance(line.value, str):
                 for code in re.findall(r"^error\[([A-Z_]+)\]", line.value):
-                    exits = [str(a.value) for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, int)]
-                    found[code].add(("", exits[0]))
+                    (exit_code,) = (a.value for a in call.args
+                                    if isinstance(a, ast.Constant) and isinstance(a.value, int))
+                    found[code].add(("", str(exit_code)))
     for status in range(400, 600):
         fault = ServiceFault.of_status(status)
         found[fault.code].add((HTTP, "HTTP, any other" if fault.code == "REFUSED" else f"HTTP {status}"))
@@ -137,25 +158,25 @@ def test_the_page_names_the_class_and_the_exit_code() -> None:
 
 
 def test_meaning_and_remedy_are_sentences() -> None:
-    for code, *_, meaning, remedy in rows("Codes"):
-        assert meaning[0].isupper() and meaning.endswith("."), code
-        assert remedy[0].isupper() or remedy[0] == "`", code
-        assert remedy.endswith("."), code
+    for code, _, _, meaning, remedy in rows("Codes"):
+        for sentence in (meaning, remedy):
+            assert re.match(r"[A-Z`/]", sentence), code
+            assert re.search(r"[.]$", sentence), code
     meanings = [row[3] for row in rows("Codes")]
     assert len(set(meanings)) == len(meanings)
 
 
 def test_the_service_answers_errors_of_the_library_as_the_page_says() -> None:
-    (text,) = re.findall(r"The service answers (.*?)\n\n", PAGE, re.S)
-    told = {int(exit_code): int(status) for status, codes in re.findall(r"(\d{3}) for exit ([\d ,and]+)", text)
-            for exit_code in re.findall(r"\d", codes)}
-    kinds = (errors.UsageError, errors.VolumeError, errors.CheckpointError, errors.ResourceError)
-    for kind in kinds:
-        assert ServiceFault.of(kind("ANY", "", "", "")).status == told[kind.exit_code]
-    special = {code: int(status) for status, codes in re.findall(r"(\d{3}) for ((?:`[A-Z_]+`(?:, | and )?)+)", text)
+    (text,) = re.findall(r"The service answers .*?(?=\n\n)", PAGE, re.S)
+    text = " ".join(text.split())
+    of_exit = {int(number): int(status) for numbers, status in re.findall(r"exit (\d(?: and \d)?) with (\d{3})", text)
+               for number in re.findall(r"\d", numbers)}
+    for kind in (errors.UsageError, errors.VolumeError, errors.CheckpointError, errors.ResourceError):
+        assert ServiceFault.of(kind("ANY", "", "", "")).status == of_exit[kind.exit_code]
+    of_code = {code: int(status) for codes, status in re.findall(r"((?:`[A-Z_]+`(?:, | and | ))+)with (\d{3})", text)
                for code in re.findall(r"[A-Z_]+", codes)}
-    assert set(special) == {"NO_SPACE", "IO", "NOT_WRITABLE", "MEMORY"}
-    for code, status in special.items():
+    assert set(of_code) == {"NO_SPACE", "IO", "NOT_WRITABLE", "WORKER_DIED", "TIMEOUT", "MEMORY"}
+    for code, status in of_code.items():
         assert ServiceFault.of(errors.ResourceError(code, "", "", "")).status == status
 
 
