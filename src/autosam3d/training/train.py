@@ -25,10 +25,6 @@ from autosam3d.data.cache import CachedCase, demand_organs
 from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
-from autosam3d.evaluation.metrics import dice_per_label
-from autosam3d.geometry.patches import Tiling
-from autosam3d.inference.pipeline import label_prepared
-from autosam3d.inference.torch_runtime import TorchPredictor
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.cases import ask_teacher, cache_on_all_ranks
 from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
@@ -48,6 +44,7 @@ from autosam3d.training.schedule import demand_full_rate, learning_rate
 from autosam3d.training.state import copy_into
 from autosam3d.training.stopping import Interrupted, StopRequest
 from autosam3d.training.teacher import Teacher, load_teacher
+from autosam3d.training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +115,7 @@ def train(
                 loaded_teacher = _load_teacher(recipe, teacher, fabric.device)
                 run = start_run(recipe, fabric, run_folder, sam, stop, observer, loaded_teacher)
                 demand_space(run)
-                cache_dir = cache_dir or run_folder / "cache"
-                train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
-                demand_organs(train_cases, recipe, cases.folder)
-                keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
-                run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
-                resume_run(run)
-                train_cases = ask_teacher(run, train_cases, cache_dir)
+                train_cases, val_cases = _take_up(run, cases, cache_dir or run_folder / "cache")
         except Interrupted:
             return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
@@ -138,6 +129,16 @@ def train(
         finally:
             runlog.close()
         return _leave(run)
+
+
+def _take_up(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Training and validation cases, and `run` where it stood when it was last saved."""
+    train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
+    demand_organs(train_cases, run.recipe, cases.folder)
+    keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
+    run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+    resume_run(run)
+    return ask_teacher(run, train_cases, cache_dir), val_cases
 
 
 def _train_epochs(
@@ -311,43 +312,6 @@ def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) ->
         runlog.validation(position.epoch, position.global_step, _metrics_dict(run.recipe, dice, mean))
         run.observer.on_message(f"epoch {position.epoch + 1}: validation Dice {mean:.3f} "
                                 f"(best {position.best_dice:.3f}, epoch {position.best_epoch + 1})")
-
-
-def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
-    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ.
-
-    Raises:
-        Interrupted: on all ranks, after the same window.
-    """
-    recipe, fabric = run.recipe, run.fabric
-    was_training = run.network.training
-    run.network.eval()
-    predictor = TorchPredictor(run.network, recipe.model.patch_size, fabric.device, recipe.train.precision)
-    tiling = Tiling(overlap=recipe.train.val_overlap, importance=recipe.inference.importance)
-    table = np.full((len(cases), len(recipe.labels.organs)), np.nan)
-
-    def watch(done: int, total: int) -> None:
-        run.demand_no_stop(busy=True)
-
-    try:
-        for index in range(fabric.global_rank, len(cases), fabric.world_size):
-            case = cases[index]
-            predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
-                                       air=recipe.preprocess.air, progress=watch)
-            table[index] = dice_per_label(predicted, case.labels, recipe.labels.num_outputs)
-            run.observer.on_validation(min(index + fabric.world_size, len(cases)), len(cases))
-        while run.demand_no_stop():
-            pass  # ranks with fewer or smaller cases go on meeting the others
-    finally:
-        run.network.train(was_training)
-    if fabric.world_size > 1:
-        # Each row was filled by one rank; the others hold NaN there.
-        everyone = fabric.all_gather(fabric.to_device(torch.from_numpy(table)))
-        assert isinstance(everyone, Tensor)
-        table = np.nan_to_num(everyone.cpu().numpy(), nan=-1.0).max(axis=0)
-        table[table < 0] = np.nan
-    present = np.isfinite(table)
-    return np.where(present.any(0), np.nansum(table, 0) / np.maximum(present.sum(0), 1), np.nan)
 
 
 def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def tune(
         claim_folder(folder, identity_of(settings, recipe, sam))
         started = time.perf_counter()
         try:
-            run = _start(recipe, cases, sam, folder, settings, cache, options, observer, stop)
+            kept = (cache or folder / "embeddings") if settings.scope == "decoder" else None
+            encoder = SliceEncoder(sam, settings.framing, kept, stop.demand_none)
+            run = _start(recipe, cases, encoder, folder, settings, options, observer, stop)
             _encode_all(run)
         except Interrupted:
             return TuneResult(stop.signal, 0, 0, None, 0.0, time.perf_counter() - started)
@@ -131,13 +133,11 @@ def tune(
 
 
 def _start(
-    recipe: Recipe, cases: CaseSet, sam: SliceSam, folder: Path, settings: TuneSettings, cache: Path | None,
-    options: ReadOptions, observer: Observer, stop: StopRequest,
+    recipe: Recipe, cases: CaseSet, encoder: SliceEncoder, folder: Path, settings: TuneSettings, options: ReadOptions,
+    observer: Observer, stop: StopRequest,
 ) -> TuneRun:
-    frozen = settings.scope == "decoder"
-    kept = (cache or folder / "embeddings") if frozen else None
-    encoder = SliceEncoder(sam, settings.framing, kept, stop.demand_none)
-    demand_memory(sam, settings.batch_size or 1, training=not frozen)
+    sam = encoder.sam
+    demand_memory(sam, settings.batch_size or 1, training=settings.scope == "full")
     samples = collect_samples(
         cases.train, encoder, recipe.labels, min_slice_px=settings.min_slice_px, min_case_vox=settings.min_case_vox,
         options=options, watch=stop.demand_none, progress=observer.on_cache,
