@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from autosam3d.axes import Size
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ class Volume:
         return f"Volume({Path(self.name).name}, {_grid_text(self)})"
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> Size:
         """Voxels (z, y, x)."""
         return self.voxels_hu.shape  # type: ignore[return-value]
 
@@ -119,7 +121,7 @@ class Segmentation:
         return f"Segmentation({_grid_text(self)}, {names_text(self.organs.values())})"
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> Size:
         """Voxels (z, y, x)."""
         return self.labels.shape  # type: ignore[return-value]
 

@@ -82,7 +82,7 @@ def test_a_damaged_entry_is_made_again(cases: tuple[Case, ...], tmp_path: Path, 
         [again] = cache_cases(cases[:1], recipe, tmp_path)
     assert np.array_equal(again.voxels, good.voxels) and np.array_equal(again.labels, good.labels)
     assert {p.name: p.read_bytes() for p in (tmp_path / good.key).iterdir()} == whole
-    assert ("is damaged" in caplog.text) == (name != "info.json" or damage != "absent")
+    assert ("damaged in the cache" in caplog.text) == (name != "info.json" or damage != "absent")
 
 
 def test_an_altered_spacing_is_noticed(cases: tuple[Case, ...], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_a_killed_writer_left_is_swept_and_replaced(cases: tuple[Case, ...]
             raise KeyboardInterrupt
         real(file, array)
 
-    monkeypatch.setattr("autosam3d.data.cache.np.save", killed)
+    monkeypatch.setattr("autosam3d.data.entries.np.save", killed)
     with pytest.raises(KeyboardInterrupt):
         cache_cases(cases[:1], mini_recipe(), tmp_path)
     monkeypatch.undo()
@@ -118,8 +118,8 @@ def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, 
                                                              monkeypatch: Any) -> None:
     [made] = cache_cases(cases[:1], mini_recipe(), tmp_path)
     assert len(bytes.fromhex(made.key)) == KEY_BYTES
-    for function in ("crc_of_file", "sha256_of", "_build_entry"):
-        monkeypatch.setattr(f"autosam3d.data.cache.{function}", lambda *_: pytest.fail("the work was done again"))
+    for function in ("entries._crc_of_file", "cache.sha256_of", "cache._build"):
+        monkeypatch.setattr(f"autosam3d.data.{function}", lambda *_: pytest.fail("the work was done again"))
     opened = open_cached(tmp_path, made.key, made.name)
     assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)
     for name in ("voxels", "labels", "centers"):

@@ -205,7 +205,7 @@ def test_a_second_student_asks_no_teacher(
     start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(student(label_weight=0.5), tmp_path / "first")
-    monkeypatch.setattr(teacher_module, "_build_entry", lambda *_: pytest.fail("asked the teacher again"))
+    monkeypatch.setattr(teacher_module, "_build", lambda *_: pytest.fail("asked the teacher again"))
     start(student(label_weight=0.2), tmp_path / "second")
     start(student(label_weight=0.0, mse_reduction="class_sum"), tmp_path / "third")
 
@@ -233,7 +233,7 @@ def test_a_damaged_cache_is_made_again(
     victim = next((tmp_path / plain[1].key).glob(f"teacher-*.{suffix}"))
     damage(victim)
     again = cache_probabilities(plain, loaded_teacher, recipe, tmp_path)
-    assert "are damaged, making them again" in caplog.text
+    assert f"the teacher's probabilities of {plain[1].name}: damaged in the cache" in caplog.text
     assert all(np.array_equal(case.probs, probs) for case, probs in zip(again, whole, strict=True))
 
 
@@ -253,8 +253,8 @@ def test_a_killed_cache_goes_on_after_the_last_whole_case(
     with pytest.raises(KeyboardInterrupt):
         cache_probabilities(plain, loaded_teacher, recipe, tmp_path, watch=kill_in_the_third_case)
     built: list[str] = []
-    own = teacher_module._build_entry
-    monkeypatch.setattr(teacher_module, "_build_entry", lambda *args: built.append(args[2].name) or own(*args))
+    own = teacher_module._build
+    monkeypatch.setattr(teacher_module, "_build", lambda *args: built.append(args[1].name) or own(*args))
     cache_probabilities(plain, loaded_teacher, recipe, tmp_path)
     assert built == [case.name for case in plain[2:]]
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import autosam3d.checkpoints.checkpoint as checkpoint_module
-import autosam3d.data.cache as data_module
+import autosam3d.data.cache as cache_module
+import autosam3d.data.entries as entries_module
 import autosam3d.training.run as run_module
 import autosam3d.training.run_folder as folder_module
 import autosam3d.training.state as state_module
@@ -303,7 +304,8 @@ def test_a_signal_that_comes_twice_is_one_request_among_several_processes() -> N
 @pytest.mark.parametrize("function", ["prepare_ct", "save_array"])
 def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = getattr(data_module, function), itertools.count()
+    module = {"prepare_ct": cache_module, "save_array": entries_module}[function]
+    real, calls = getattr(module, function), itertools.count()
 
     def endless(*args: Any) -> Any:
         if next(calls) == 4:  # the fifth case, or the second array of the second
@@ -313,7 +315,7 @@ def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_p
 
     started = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, function, endless)
+        patch.setattr(module, function, endless)
         result = train(RECIPE, cases, tmp_path / "run", device="cpu")
     assert result.stopped_by == signal.SIGTERM and time.monotonic() - started < 15
     cache = tmp_path / "run" / "cache"
@@ -322,7 +324,7 @@ def test_a_case_at_work_is_given_up_at_once(function: str, cases: CaseSet, tmp_p
     assert sorted(len(list(entry.iterdir())) for entry in cache.iterdir()) == [1] * (made == 1) + [4] * made
     assert len(list(cache.glob("*/info.json"))) == made
     prepared: list[int] = []
-    monkeypatch.setattr(data_module, "prepare_ct", lambda *args: prepared.append(1) or prepare_ct(*args))
+    monkeypatch.setattr(cache_module, "prepare_ct", lambda *args: prepared.append(1) or prepare_ct(*args))
     assert train(RECIPE, cases, tmp_path / "run", device="cpu").stopped_by is None
     assert len(prepared) == 6 - made
 

@@ -368,6 +368,7 @@ import torch
 import autosam3d.data.cache as data_module
 import autosam3d.training.train as train_module
 from autosam3d.data.folder import CaseSet, open_dataset
+from autosam3d.inference.torch_runtime import TorchPredictor
 from mini_run import mini_recipe
 
 torch.set_num_threads(1)
@@ -394,7 +395,7 @@ def signalled(name, real):
     return call
 
 train_module.train_step = signalled("step", train_module.train_step)
-train_module.TorchPredictor.predict = signalled("window", train_module.TorchPredictor.predict)
+TorchPredictor.predict = signalled("window", TorchPredictor.predict)
 real_hash = data_module.sha256_of
 data_module.sha256_of = lambda path: hashed.append(path.name) or real_hash(path)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from autosam3d.axes import Size
 from autosam3d.labels import LabelMap
 from autosam3d.recipes.settings import Augment
 
@@ -57,8 +58,8 @@ def augment(crop: Crop, spec: Augment, label_map: LabelMap, random: np.random.Ge
 
 
 def affine_margin(
-    patch_size: tuple[int, int, int], spacing_mm: tuple[float, float, float], spec: Augment
-) -> tuple[int, int, int]:
+    patch_size: Size, spacing_mm: tuple[float, float, float], spec: Augment
+) -> Size:
     """Voxels (z, y, x) that a crop needs around the patch on each side, so that `random_affine` stays inside it."""
     if spec.affine_prob == 0:
         return 0, 0, 0
@@ -77,7 +78,7 @@ def affine_margin(
 
 def random_affine(
     crop: Crop,
-    patch_size: tuple[int, int, int],
+    patch_size: Size,
     spacing_mm: tuple[float, float, float],
     spec: Augment,
     random: np.random.Generator,

@@ -1,8 +1,8 @@
-"""Training data: preprocessed cases cached on disk, and the random crops that a step sees.
+"""Training data: preprocessed cases, cached on disk.
 
 A case is oriented, cropped to the body, resampled and normalised once, then kept as plain .npy files that are
-mapped into memory. The cache key is made of everything that could change the result, so a cache is never stale;
-each entry carries checksums and is rebuilt when it is cut or altered.
+mapped into memory (`entries`). The cache key is made of everything that could change the result, so a cache is never
+stale.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from autosam3d.data.entries import Entry, open_entry, open_or_build
 from autosam3d.data.folder import Case
-from autosam3d.errors import ResourceError, VolumeError
+from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
-from autosam3d.io.files import atomic_write, remove_stale_temporaries, sha256_of, write_text_atomic
+from autosam3d.io.files import sha256_of
 from autosam3d.labels import remap
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import same_grid
@@ -33,12 +34,9 @@ log = logging.getLogger(__name__)
 CACHE_VERSION = 1
 # Organ voxels kept per case and organ as possible crop centres; more would only repeat their neighbours.
 MAX_CENTERS = 4000
-_ARRAYS = ("voxels", "labels", "centers")
 _DTYPES = {"voxels": np.float16, "labels": np.uint8, "centers": np.int32}
 # Of a cache key, which is their hexadecimal text.
 KEY_BYTES = 16
-# What reading a damaged entry can raise.
-NO_ENTRY = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,8 @@ def cache_cases(
     for done, case in enumerate(cases):
         if progress:
             progress(done, len(cases))
-        key = _cache_key(case, recipe)
-        entry = _open_entry(cache_dir / key, case.name)
-        if entry is None:
-            _build_entry(cache_dir / key, case, recipe)
-            entry = _open_entry(cache_dir / key, case.name)
-            if entry is None:
-                raise ResourceError("CACHE", cache_dir / key, "a cache entry that was just written does not read back",
-                                    "check the disk, or name another folder with --cache")
-        cached.append(entry)
+        entry = _entry(cache_dir, _cache_key(case, recipe))
+        cached.append(open_or_build(entry, partial(_read, case.name), partial(_build, entry, case, recipe), case.name))
     if progress:
         progress(len(cases), len(cases))
     return cached
@@ -100,12 +91,7 @@ def open_cached(cache_dir: Path, key: str, name: str) -> CachedCase:
     Raises:
         ResourceError: CACHE, it is not there or not what an entry is.
     """
-    try:
-        return _map_entry(cache_dir / key, _checked_info(cache_dir / key), name)
-    except NO_ENTRY:
-        raise ResourceError("CACHE", cache_dir / key, "expected the cache entry that another process of this run has "
-                            "checked, got none or a damaged one", "let all processes of a machine see the same --cache "
-                            "folder, and leave it alone while they train") from None
+    return open_entry(_entry(cache_dir, key), partial(_read, name))
 
 
 def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> None:
@@ -165,8 +151,21 @@ def _cache_key(case: Case, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[: 2 * KEY_BYTES]
 
 
-def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
-    """Preprocess a case into `folder`. What makes the entry count, info.json, is written last."""
+def _entry(cache_dir: Path, key: str) -> Entry:
+    folder = cache_dir / key
+    return Entry(folder / "info.json", {name: folder / f"{name}.npy" for name in _DTYPES})
+
+
+def _read(name: str, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
+    arrays = {"voxels": entry.map("voxels"), "labels": entry.map("labels"), "centers": entry.load("centers")}
+    if any(arrays[a].dtype != _DTYPES[a] for a in arrays) or arrays["voxels"].shape != arrays["labels"].shape:
+        raise ValueError(f"{entry.info_path}: arrays of other types or shapes")
+    z, y, x = facts["spacing_mm"]
+    return CachedCase(name, **arrays, spacing_mm=(z, y, x), key=entry.info_path.parent.name)
+
+
+def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
+    """Preprocess a case into its entry."""
     volume = read_ct(case.image_path, ReadOptions())
     assert case.label_path is not None  # _cache_key demands it
     truth = read_segmentation(case.label_path)
@@ -189,66 +188,7 @@ def _build_entry(folder: Path, case: Case, recipe: Recipe) -> None:
         "labels": labels,
         "centers": pick_centers(labels, np.random.default_rng(0)),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", folder.parent, f"expected a folder that may be written ({error.strerror})",
-                            "name another folder with --cache") from None
-    remove_stale_temporaries(folder)
-    for name, array in arrays.items():
-        atomic_write(folder / f"{name}.npy", lambda path, array=array: save_array(path, array),
-                     size_bytes=array.nbytes)
-    entry = {"spacing_mm": prepared.spacing_mm, "crc": {name: crc_of_file(folder / f"{name}.npy") for name in arrays}}
-    write_text_atomic(folder / "info.json", json.dumps({"entry": entry, "crc": crc_of(entry)}))
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """`array` in NumPy's format under exactly that name."""
-    with path.open("wb") as file:  # given a path, numpy would put .npy behind the temporary name
-        np.save(file, array)
-
-
-def _open_entry(folder: Path, name: str) -> CachedCase | None:
-    """The entry, or None where it is absent, cut or altered."""
-    if not (folder / "info.json").exists():
-        return None
-    try:
-        entry = _checked_info(folder)
-        if all(crc_of_file(folder / f"{a}.npy") == entry["crc"][a] for a in _ARRAYS):
-            return _map_entry(folder, entry, name)
-    except NO_ENTRY:
-        pass
-    log.warning("cache of %s is damaged, making it again", name)
-    return None
-
-
-def _checked_info(folder: Path) -> dict[str, Any]:
-    info = json.loads((folder / "info.json").read_text("utf-8"))
-    if info["crc"] != crc_of(info["entry"]):
-        raise ValueError("info.json is not what its checksum says")
-    return info["entry"]
-
-
-def _map_entry(folder: Path, entry: Mapping[str, Any], name: str) -> CachedCase:
-    arrays = {a: np.load(folder / f"{a}.npy", mmap_mode=None if a == "centers" else "r") for a in _ARRAYS}
-    if any(arrays[a].dtype != _DTYPES[a] for a in _ARRAYS) or arrays["voxels"].shape != arrays["labels"].shape:
-        raise ValueError("arrays of other types or shapes")
-    z, y, x = entry["spacing_mm"]
-    return CachedCase(name, arrays["voxels"], arrays["labels"], arrays["centers"], (z, y, x), folder.name)
-
-
-def crc_of(entry: Any) -> int:
-    """CRC-32 of the entry as JSON with sorted keys."""
-    return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
-
-
-def crc_of_file(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
+    entry.write(arrays, {"spacing_mm": prepared.spacing_mm})
 
 
 def pick_centers(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

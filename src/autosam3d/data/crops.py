@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from autosam3d.axes import Size
 from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.data.cache import CachedCase, with_background
-from autosam3d.geometry.preprocess import Size
 from autosam3d.recipes.recipe import Recipe
 
 

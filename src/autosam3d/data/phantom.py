@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from autosam3d import io
+from autosam3d.axes import Size
 from autosam3d.data.folder import index_description, write_index
 from autosam3d.data.phantom_anatomy import draw_abdomen
 from autosam3d.data.phantom_canvas import Canvas, rotation
@@ -29,7 +30,7 @@ BTCV_LABELS = LabelMap(
 
 def make_phantom(
     seed: int,
-    shape: tuple[int, int, int] = (48, 96, 96),
+    shape: Size = (48, 96, 96),
     spacing_mm: tuple[float, float, float] = (5.0, 3.5, 3.5),
     noise_hu: float = 11.0,
 ) -> tuple[Volume, Segmentation]:
@@ -96,7 +97,7 @@ def write_phantom_dataset(
 
 
 def _random_grid(
-    rng: np.random.Generator, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+    rng: np.random.Generator, shape: Size, spacing_mm: tuple[float, float, float]
 ) -> tuple[np.ndarray, SourceGrid]:
     """An oblique canonical affine centred on the abdomen, and a file grid with its axes swapped and reversed."""
     tilt = rotation(rng.uniform(-4, 4, 3))
@@ -121,7 +122,7 @@ def _random_grid(
     )
 
 
-def _ct_noise(rng: np.random.Generator, shape: tuple[int, int, int], noise_hu: float) -> np.ndarray:
+def _ct_noise(rng: np.random.Generator, shape: Size, noise_hu: float) -> np.ndarray:
     """Noise as filtered backprojection leaves it: grainy, without slow waves, a little alike in neighbouring slices."""
     white = rng.normal(0, 1, shape).astype(np.float32)
     grain = ndimage.gaussian_filter(white, (0.4, 0.6, 0.6)) - 0.8 * ndimage.gaussian_filter(white, (0.4, 2.2, 2.2))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
+from autosam3d.axes import Size
 from autosam3d.labels import LabelMap
 
 Point = Sequence[float] | np.ndarray
@@ -31,7 +32,7 @@ class Canvas:
     """Reference coordinates of every voxel, and what has been painted there so far."""
 
     def __init__(
-        self, rng: np.random.Generator, shape: tuple[int, int, int], affine: np.ndarray, labels: LabelMap
+        self, rng: np.random.Generator, shape: Size, affine: np.ndarray, labels: LabelMap
     ) -> None:
         self.rng, self.label_map = rng, labels
         index = np.indices(shape, dtype=np.float32)[::-1].reshape(3, -1)  # x, y, z of every voxel

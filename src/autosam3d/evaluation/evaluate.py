@@ -69,11 +69,7 @@ def evaluate_folder(
         raise VolumeError("NO_PAIRS", predictions, f"expected files named as in {truth} ({_few(sorted(true))}), got "
                           f"{_few(sorted(predicted))}", "give both files of a case the same name")
     missing, extra = sorted(true.keys() - predicted.keys()), sorted(predicted.keys() - true.keys())
-    warnings = []
-    if missing:
-        warnings.append(f"the truth has {counted(len(missing), 'case')} without a prediction: {_few(missing)}")
-    if extra:
-        warnings.append(f"{counted(len(extra), 'prediction')} without a truth left out: {_few(extra)}")
+    warnings = _without_partner(missing, extra)
     for warning in warnings:
         log.warning("%s: %s", predictions, warning)
     naming = _Naming(labels, truth if truth.is_dir() else truth.parent)
@@ -85,12 +81,7 @@ def evaluate_folder(
         cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name), options))
     if progress is not None:
         progress(len(names), len(names))
-    warnings += naming.warnings
-    finest_mm = min((min(case.spacing_mm) for case in cases), default=0.0)
-    for t in tolerances_mm:
-        if t < finest_mm:
-            warnings.append(f"NSD at {t:g} mm is below the voxel edges ({finest_mm:.2f} mm or more): only surface that "
-                            "coincides exactly counts")
+    warnings += naming.warnings + _below_voxel_edges(tolerances_mm, cases)
     return Evaluation(
         cases=tuple(cases), organs=naming.used(), tolerances_mm=tolerances_mm,
         predictions=predictions, truth=truth, missing=tuple(missing), extra=tuple(extra), warnings=tuple(warnings),
@@ -243,6 +234,21 @@ def _by_case(folder: Path) -> dict[str, Path]:
                              "remove one")
         found[name] = path
     return found
+
+
+def _without_partner(missing: list[str], extra: list[str]) -> list[str]:
+    warnings = []
+    if missing:
+        warnings.append(f"the truth has {counted(len(missing), 'case')} without a prediction: {_few(missing)}")
+    if extra:
+        warnings.append(f"{counted(len(extra), 'prediction')} without a truth left out: {_few(extra)}")
+    return warnings
+
+
+def _below_voxel_edges(tolerances_mm: Sequence[float], cases: Sequence[CaseResult]) -> list[str]:
+    finest_mm = min((min(case.spacing_mm) for case in cases), default=0.0)
+    return [f"NSD at {t:g} mm is below the voxel edges ({finest_mm:.2f} mm or more): only surface that coincides "
+            "exactly counts" for t in tolerances_mm if t < finest_mm]
 
 
 def _scans(ct_folder: Path | None, truth_folder: Path) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy
 
+from autosam3d.axes import Size
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.metrics import ABSENT_RULE, HD95_RULE, OrganScore
 from autosam3d.evaluation.statistics import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, Estimate, estimate
@@ -38,7 +39,7 @@ class CaseResult:
 
     name: str
     scores: tuple[OrganScore, ...]
-    shape: tuple[int, int, int]
+    shape: Size
     """(z, y, x)."""
     spacing_mm: tuple[float, float, float]
     """(z, y, x)."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autosam3d.axes import Size
 from autosam3d.errors import MissingExtraError
-from autosam3d.export.onnx_graph import Size
 from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.quiet import mute, quiet
 

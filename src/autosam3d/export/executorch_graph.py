@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autosam3d.axes import Size
 from autosam3d.errors import MissingExtraError
-from autosam3d.export.onnx_graph import Size
 from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.quiet import mute, quiet
 from autosam3d.models.conv2d_form import with_conv2d

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from autosam3d.axes import Size
 from autosam3d.errors import CheckpointError
-from autosam3d.geometry.patches import Size, grid_starts, pad_to
+from autosam3d.geometry.patches import grid_starts, pad_to
 from autosam3d.geometry.preprocess import prepare_ct
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Volume

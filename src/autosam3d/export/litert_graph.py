@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from autosam3d.axes import Size
 from autosam3d.errors import MissingExtraError
-from autosam3d.export.onnx_graph import HALF_FROM, Size
+from autosam3d.export.onnx_graph import HALF_FROM
 from autosam3d.inference.litert_runtime import IDENTIFIER, LABELS_KEY
 from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.quiet import mute, quiet

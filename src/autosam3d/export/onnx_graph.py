@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
 from autosam3d.errors import MissingExtraError
 from autosam3d.inference.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
 
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
 
 OPSET = 18
 HALF_FROM = 1024

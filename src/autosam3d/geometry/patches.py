@@ -12,8 +12,7 @@ from tempfile import TemporaryFile
 
 import numpy as np
 
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
+from autosam3d.axes import Size
 
 # Slices that `Stitcher.finished` hands out at a time: enough to keep the Python overhead small, few enough to
 # cost little memory beside the accumulator.

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from autosam3d.geometry.resample import Size, Taps, lerp, lerp_plane, rows_first
+from autosam3d.axes import Size
+from autosam3d.geometry.resample import Taps, lerp, lerp_plane, rows_first
 from autosam3d.volume import Volume
 
 # What a CT can mean: -1024 HU is air as scanners store it, 3071 the top of 12 bits; padding lies below, metal above.

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
+from autosam3d.axes import Size
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from autosam3d.axes import Size
 from autosam3d.errors import CheckpointError, ResourceError
-from autosam3d.geometry.patches import Size, Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
+from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
 from autosam3d.geometry.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer, restore_labels
 from autosam3d.inference.memory import MemoryPlan, estimate_ram_bytes, fit_memory

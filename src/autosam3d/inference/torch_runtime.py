@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from autosam3d.axes import Size
 from autosam3d.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
 # The CPU kernels keep copies of tensors and weights in their own layout, and the allocator keeps what it has freed:
 # resident growth measured was 1.04 (SwinUNETR 64^3), 1.28 (two convolutions 96^3), 1.54 (nnU-Net's network 96^3) and,
 # less the 32 MiB that `memory` sets aside, 1.7 (AutoSAM vit_tiny 48^3) and 2.1 times (AutoSAM ViT-B 64^3, float32) the

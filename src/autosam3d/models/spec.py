@@ -10,8 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
+from autosam3d.axes import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +53,10 @@ class AutoSamSpec:
     patch_size: Size = (128, 128, 128)
     """The crop that the model is built for; other sizes run, with interpolated depth positions."""
     vit: str = "vit_b"
-    scale: tuple[int, int, int] = (4, 4, 4)
+    scale: Size = (4, 4, 4)
     """How far the CT is (virtually) enlarged per axis before SAM's 16-voxel tokens are cut: 1, 2, 4, 8 or 16;
     a token covers 16/scale voxels."""
-    attn_window: tuple[int, int, int] = (8, 8, 8)
+    attn_window: Size = (8, 8, 8)
     """Tokens per attention window; a grid smaller than the window is one window."""
     global_blocks: tuple[int, ...] = ()
     """Blocks that attend over the whole grid."""
@@ -110,12 +109,12 @@ class AutoSamSpec:
         demand(all(0 <= b < blocks for b in self.global_blocks), "global_blocks", f"blocks from 0 to {blocks - 1}")
 
     @property
-    def token_size(self) -> tuple[int, int, int]:
+    def token_size(self) -> Size:
         """Voxels per token (z, y, x)."""
         return tuple(16 // s for s in self.scale)  # type: ignore[return-value]
 
     @property
-    def token_grid(self) -> tuple[int, int, int]:
+    def token_grid(self) -> Size:
         """Tokens per patch (d, h, w)."""
         return tuple(n // t for n, t in zip(self.patch_size, self.token_size, strict=True))  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""A training run: its parts, its folder, and its state on disk, from which it goes on as if it had never stopped."""
+"""A training run: its parts, how they are made, and how they are saved and taken up again."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from autosam3d.checkpoints.checkpoint import (
-    SamSource,
-    attach_sam,
-)
+from autosam3d.checkpoints.checkpoint import SamSource, attach_sam, save_checkpoint
 from autosam3d.errors import UsageError
 from autosam3d.inference.torch_runtime import bf16_in_hardware, pick_device
 from autosam3d.models.autosam.sam_weights import frozen_names
 from autosam3d.models.build import build_network
+from autosam3d.models.side_outputs import without_side_outputs
 from autosam3d.models.spec import AutoSamSpec
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.optimizer import build_optimizer
+from autosam3d.training.state import SavedState, Trained, read_state, save_state
 from autosam3d.training.stopping import Interrupted, StopRequest, stop_inside
 from autosam3d.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
+_KIND = "training"
+
 
 @dataclass
-class Progress:
-    """Where a run stands; all of it is in the training state on disk."""
+class Position:
+    """Where a run stands; all of it is in the training state on disk, under the key ``progress``."""
 
     epoch: int = 0
     step_in_epoch: int = 0
@@ -73,14 +75,14 @@ class Run:
     sam: SamSource | None
     stop: StopRequest
     observer: Observer
-    progress: Progress = field(default_factory=Progress)
+    position: Position = field(default_factory=Position)
     average: dict[str, Tensor] = field(default_factory=dict)
     """Moving average of the tuned weights; empty when `optim.ema` is 0."""
     bad_steps: int = 0
     """Steps in a row, up to the last one, whose gradient was not finite."""
     data_sha256: str = ""
     """Of everything that the preprocessed cases were made from."""
-    saved: Progress | None = None
+    saved: Position | None = None
     """Where the state on disk stands; None where there is none."""
     teacher: Teacher | None = None
     """Of a student; None where there is none or the labels alone count."""
@@ -91,6 +93,11 @@ class Run:
         state = self.network.state_dict()
         left_out = set(frozen_names(self.network)) if self.sam and self.recipe.train.freeze_sam else set()
         return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+    @property
+    def trained(self) -> Trained:
+        """What the steps change, as it is saved."""
+        return Trained(self.network, self.tuned, self.optimizer, self.average)
 
     def demand_no_stop(self, busy: bool = False) -> bool:
         """Raise `Interrupted` as soon as one rank was asked to stop: on all of them, with the same `stop.signal`.
@@ -180,3 +187,71 @@ def start_run(
     if recipe.optim.ema > 0:
         run.average = {name: tensor.detach().clone() for name, tensor in run.tuned.items()}
     return run
+
+
+def save_run(run: Run) -> None:
+    """The whole state of training to ``last.json``; the one before stays as ``previous.json``. All ranks must come.
+
+    Raises:
+        ResourceError: the disk is full or not writable; the states that are there stay.
+    """
+    run.fabric.barrier()
+    if run.fabric.is_global_zero:
+        place = {"progress": vars(run.position), "data_sha256": run.data_sha256, "world_size": run.fabric.world_size}
+        save_state(run.folder, run.trained.tensors(), _meta(run, _KIND) | place)
+    run.fabric.barrier()
+    run.saved = replace(run.position)
+
+
+def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
+    """The weights as they are to ``best.json``."""
+    if run.fabric.is_global_zero:
+        kept = without_side_outputs(run.tuned)
+        save_checkpoint(run.folder / "best.json", kept, _meta(run, "model") | {"metrics": dict(metrics)})
+
+
+def _meta(run: Run, kind: str) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "contains": "tuned" if run.sam and run.recipe.train.freeze_sam else "all",
+        "recipe": run.recipe.as_dict(),
+        "sam": vars(run.sam) if run.sam else None,
+        "teacher": run.teacher.origin if run.teacher else None,
+        "epoch": run.position.epoch,
+        "torch": torch.__version__,
+    }
+
+
+def resume_run(run: Run) -> None:
+    """Take up the state in the run folder, if there is one; a damaged last state falls back to the one before.
+
+    Raises:
+        CheckpointError: there are states and none can be read.
+        UsageError: OTHER_SAM, OTHER_TEACHER.
+        VolumeError: DATA_CHANGED.
+    """
+    saved = read_state(run.folder, _KIND)
+    if saved is None:
+        return
+    _demand_same_origin(run, saved)
+    run.trained.load(saved.tensors, saved.path)
+    run.position = Position(**saved.meta["progress"])
+    # Positions of crops are the same for any number of processes; only steps are counted in larger bites.
+    run.position.step_in_epoch = run.position.step_in_epoch * saved.meta["world_size"] // run.fabric.world_size
+    if run.fabric.is_global_zero:
+        saved.keep_as_last()
+    run.saved = replace(run.position)
+    run.observer.on_message(f"resuming at epoch {run.position.epoch + 1}, step {run.position.global_step}")
+
+
+def _demand_same_origin(run: Run, saved: SavedState) -> None:
+    before, now = (saved.meta.get("sam") or {}).get("sha256"), run.sam.sha256 if run.sam else None
+    if before != now:
+        raise UsageError("OTHER_SAM", saved.path, "the run began with other SAM weights" if before else
+                         "the run began without SAM weights", "give the same --sam, or name a new run folder")
+    before = (saved.meta.get("teacher") or {}).get("sha256")
+    now = run.teacher.origin["sha256"] if run.teacher else None
+    if before != now:
+        raise UsageError("OTHER_TEACHER", saved.path, "the run began with another teacher" if before else
+                         "the run began without a teacher", "give the same teacher, or name a new run folder")
+    saved.demand_same_data(run.data_sha256, "training and validation files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -66,28 +66,53 @@ def _demand_writable(folder: Path) -> Iterator[None]:
 def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
     """Write recipe.yaml into `folder`, or check that the run in it is of the same recipe and settings.
 
-    A run that has not saved anything yet is none: its recipe may be replaced.
-
     Raises:
         UsageError: OTHER_RUN.
         ResourceError: NOT_WRITABLE.
     """
-    path = folder / "recipe.yaml"
     text = dump_recipe(recipe)
     if fabric.is_global_zero:
-        with _demand_writable(folder):
-            remove_stale_temporaries(folder)
-            begun = any((folder / f"{name}.json").exists() for name in ("last", "previous", "best"))
-            if not path.exists() or (not begun and path.read_bytes() != text.encode()):
-                write_text_atomic(path, text)
+        claim_run_folder(folder, "recipe.yaml", text)
     fabric.barrier()
+    demand_same_run(folder, "recipe.yaml", text, lambda there: _means(there, recipe, folder / "recipe.yaml"))
+
+
+def claim_run_folder(folder: Path, name: str, text: str) -> None:
+    """Write the file that says which run a folder is of. A run that has not saved anything yet is none: it gives way.
+
+    Args:
+        name: of that file.
+
+    Raises:
+        ResourceError: UNWRITABLE or NOT_WRITABLE.
+    """
+    path = folder / name
+    with _demand_writable(folder):
+        remove_stale_temporaries(folder)
+        begun = any((folder / f"{saved}.json").exists() for saved in ("last", "previous", "best"))
+        if not begun and (not path.exists() or path.read_bytes() != text.encode()):
+            write_text_atomic(path, text)
+
+
+def demand_same_run(folder: Path, name: str, text: str, same: Callable[[str], bool] = lambda there: False) -> None:
+    """Refuse a folder whose file `name` is absent or says other than `text`.
+
+    Args:
+        same: whether other words than `text` mean the same run.
+
+    Raises:
+        UsageError: OTHER_RUN, with the first line that differs.
+    """
+    path = folder / name
+    if not path.exists():
+        raise UsageError("OTHER_RUN", folder, f"expected a new folder or one with a {name}, it holds another run",
+                         "name a new folder with --out")
     there = path.read_bytes().decode("utf-8", errors="replace")
-    if there != text and not _means(there, recipe, path):
+    if there != text and not same(there):
         pairs = zip_longest(there.splitlines(), text.splitlines(), fillvalue="nothing")
-        old, new = next((a.strip(), b.strip()) for a, b in pairs if a != b)
-        raise UsageError("OTHER_RUN", folder, f"it holds a run of another recipe or other settings: expected {old!r} "
-                         f"as in its recipe.yaml, got {new!r}",
-                         "name a new folder with --out, or give the same settings")
+        old, new = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("its line ends", "others"))
+        raise UsageError("OTHER_RUN", folder, f"it holds a run of other settings: expected {old!r} as in its {name}, "
+                         f"got {new!r}", "name a new folder with --out, or give the same settings")
 
 
 def _means(text: str, recipe: Recipe, path: Path) -> bool:

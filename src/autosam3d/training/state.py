@@ -1,133 +1,142 @@
-"""The state of a training run on disk, from which it goes on as if it had never stopped."""
+"""The state of a training on disk, from which it goes on as if it had never stopped.
+
+``last.json`` names the newest state that is whole, ``previous.json`` the one before it. A state is named tensors (the
+tuned weights, their moving average where there is one, what the optimiser keeps of each) and a dictionary: ``kind``,
+which training writes such states; ``progress``, where it stands; and what it must be continued with.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autosam3d.checkpoints.checkpoint import load_strictly, read_checkpoint, save_checkpoint
-from autosam3d.errors import CheckpointError, UsageError, VolumeError
+from autosam3d.errors import CheckpointError, VolumeError
 from autosam3d.io.files import write_text_atomic
-from autosam3d.models.side_outputs import without_side_outputs
-from autosam3d.training.run import Progress, Run
 
 log = logging.getLogger(__name__)
 
 
-def save_state(run: Run) -> None:
-    """The whole state of training to ``last.json``; the one before stays as ``previous.json``."""
-    run.fabric.barrier()
-    if run.fabric.is_global_zero:
-        tensors = {f"model.{name}": tensor for name, tensor in run.tuned.items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in run.average.items()}
-        names = {id(parameter): name for name, parameter in run.network.named_parameters()}
-        for parameter, state in run.optimizer.state.items():
+@dataclass(frozen=True)
+class Trained:
+    """What the steps of a training change."""
+
+    network: nn.Module
+    tuned: Mapping[str, Tensor]
+    """Those of the network's tensors that are kept, by their names in it."""
+    optimizer: torch.optim.Optimizer
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+    """Moving average of `tuned`; empty where there is none."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name: ``model.NAME``, ``average.NAME``, ``optimizer.KEY.NAME``."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.tuned.items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
                 tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
-        place = {"progress": vars(run.progress), "data_sha256": run.data_sha256, "world_size": run.fabric.world_size}
-        save_checkpoint(run.folder / "last.json", tensors, _meta(run, "training") | place,
-                        previous=run.folder / "previous.json")
-    run.fabric.barrier()
-    run.saved = replace(run.progress)
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor], where: Path) -> None:
+        """Take over what `tensors` gave.
+
+        Args:
+            where: they come from, for messages.
+
+        Raises:
+            CheckpointError: MISMATCH, they are not those of this network.
+        """
+        sections: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            section, _, rest = name.partition(".")
+            sections[section][rest] = tensor
+        load_strictly(self.network, sections["model"], set(self.tuned), where)
+        copy_into(self.average, sections["average"])
+        states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in sections["optimizer"].items():
+            key, _, parameter_name = name.partition(".")
+            states[parameter_name][key] = tensor
+        parameters = dict(self.network.named_parameters())
+        for name, state in states.items():
+            parameter = parameters[name]
+            self.optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in state.items()}
 
 
-def save_model(run: Run, metrics: Mapping[str, Any]) -> None:
-    """The weights as they are to ``best.json``."""
-    if run.fabric.is_global_zero:
-        kept = without_side_outputs(run.tuned)
-        save_checkpoint(run.folder / "best.json", kept, _meta(run, "model") | {"metrics": dict(metrics)})
+@dataclass(frozen=True)
+class SavedState:
+    """A state as it was read."""
+
+    path: Path
+    """Of its JSON."""
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def demand_same_data(self, data_sha256: str, what: str) -> None:
+        """Refuse to go on with data other than those that the run began with.
+
+        Raises:
+            VolumeError: DATA_CHANGED.
+        """
+        if self.meta["data_sha256"] != data_sha256:
+            raise VolumeError("DATA_CHANGED", self.path, f"expected the {what} that the run began with, got others",
+                              "restore them, or name a new run folder")
+
+    def keep_as_last(self) -> None:
+        """Let ``last.json`` name it again, else the next save would keep a damaged state as the previous one.
+
+        Raises:
+            ResourceError: the disk is full or not writable.
+        """
+        last = self.path.with_name("last.json")
+        if self.path != last:
+            write_text_atomic(last, self.path.read_text("utf-8"))
 
 
-def _meta(run: Run, kind: str) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "contains": "tuned" if run.sam and run.recipe.train.freeze_sam else "all",
-        "recipe": run.recipe.as_dict(),
-        "sam": vars(run.sam) if run.sam else None,
-        "teacher": run.teacher.origin if run.teacher else None,
-        "epoch": run.progress.epoch,
-        "torch": torch.__version__,
-    }
+def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """A state to ``last.json``; the one before stays as ``previous.json``.
+
+    Args:
+        meta: with ``kind``, ``progress`` and ``data_sha256``.
+
+    Raises:
+        ResourceError: the disk is full or not writable; the states that are there stay.
+    """
+    save_checkpoint(folder / "last.json", tensors, meta, previous=folder / "previous.json")
 
 
-def resume(run: Run) -> None:
-    """Take up the state in the run folder, if there is one; a damaged last state falls back to the one before.
+def read_state(folder: Path, kind: str) -> SavedState | None:
+    """The newest whole state in `folder`, None where none was saved; a damaged last one falls back to the one before.
+
+    Args:
+        kind: that the training writes.
 
     Raises:
         CheckpointError: there are states and none can be read.
-        UsageError: OTHER_SAM, OTHER_TEACHER.
-        VolumeError: DATA_CHANGED.
     """
-    last, fault = run.folder / "last.json", None
-    for path in (last, run.folder / "previous.json"):
+    fault: CheckpointError | None = None
+    for path in (folder / "last.json", folder / "previous.json"):
         if not path.exists():
             continue
         try:
             checkpoint = read_checkpoint(path)
-            _demand_state(checkpoint.meta, path)
+            _demand_kind(checkpoint.meta, kind, path)
         except CheckpointError as error:
             log.warning("%s", error)
             fault = fault or error
             continue
-        _demand_same_origin(run, checkpoint.meta, path)
-        _load_state(run, checkpoint.tensors, path)
-        run.progress = Progress(**checkpoint.meta["progress"])
-        # Positions of crops are the same for any number of processes; only steps are counted in larger bites.
-        bites = checkpoint.meta["world_size"], run.fabric.world_size
-        run.progress.step_in_epoch = run.progress.step_in_epoch * bites[0] // bites[1]
-        if path != last and run.fabric.is_global_zero:
-            # Else the next save would keep the damaged state as the previous one.
-            write_text_atomic(last, path.read_text("utf-8"))
-        run.saved = replace(run.progress)
-        run.observer.on_message(f"resuming at epoch {run.progress.epoch + 1}, step {run.progress.global_step}")
-        return
+        return SavedState(path, checkpoint.meta, checkpoint.tensors)
     if fault is not None:
-        raise CheckpointError(fault.code, run.folder, f"its saved states cannot be read ({fault.where}: {fault.fault})",
+        raise CheckpointError(fault.code, folder, f"its saved states cannot be read ({fault.where}: {fault.fault})",
                               "restore last.json and its weights from a copy, or name a new run folder")
-
-
-def _demand_state(meta: Mapping[str, Any], path: Path) -> None:
-    if meta.get("kind") != "training":
-        raise CheckpointError("KIND", path, f"expected a training state, got a checkpoint of kind "
-                              f"{meta.get('kind')!r}", "do not rename checkpoints")
-
-
-def _demand_same_origin(run: Run, meta: Mapping[str, Any], path: Path) -> None:
-    before, now = (meta.get("sam") or {}).get("sha256"), run.sam.sha256 if run.sam else None
-    if before != now:
-        raise UsageError("OTHER_SAM", path, "the run began with other SAM weights" if before else
-                         "the run began without SAM weights", "give the same --sam, or name a new run folder")
-    before, now = (meta.get("teacher") or {}).get("sha256"), run.teacher.origin["sha256"] if run.teacher else None
-    if before != now:
-        raise UsageError("OTHER_TEACHER", path, "the run began with another teacher" if before else
-                         "the run began without a teacher", "give the same teacher, or name a new run folder")
-    if meta["data_sha256"] != run.data_sha256:
-        raise VolumeError("DATA_CHANGED", path, "expected the training and validation files that the run began with, "
-                          "got others", "restore them, or name a new run folder")
-
-
-def _load_state(run: Run, tensors: Mapping[str, Tensor], path: Path) -> None:
-    sections: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        section, _, rest = name.partition(".")
-        sections[section][rest] = tensor
-    load_strictly(run.network, sections["model"], set(run.tuned), path)
-    if run.average:
-        copy_into(run.average, sections["average"])
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in sections["optimizer"].items():
-        key, _, parameter_name = name.partition(".")
-        states[parameter_name][key] = tensor
-    parameters = dict(run.network.named_parameters())
-    for name, state in states.items():
-        run.optimizer.state[parameters[name]] = {key: t.to(parameters[name].device) for key, t in state.items()}
+    return None
 
 
 @torch.no_grad()
@@ -135,3 +144,9 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Non
     """Overwrite each tensor of `target` by its namesake."""
     for name, tensor in target.items():
         tensor.copy_(source[name])
+
+
+def _demand_kind(meta: Mapping[str, Any], kind: str, path: Path) -> None:
+    if meta.get("kind") != kind:
+        raise CheckpointError("KIND", path, f"expected a state of kind {kind!r}, got a checkpoint of kind "
+                              f"{meta.get('kind')!r}", "do not rename checkpoints")

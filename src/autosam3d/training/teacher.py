@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,12 @@ import torch
 from torch import Tensor
 
 from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
-from autosam3d.data.cache import (
-    NO_ENTRY,
-    CachedCase,
-    crc_of,
-    crc_of_file,
-    pick_centers,
-    save_array,
-    with_background,
-    without_background,
-)
-from autosam3d.errors import CheckpointError, ResourceError
+from autosam3d.data.cache import CachedCase, pick_centers, with_background, without_background
+from autosam3d.data.entries import Entry, open_entry, open_or_build
+from autosam3d.errors import CheckpointError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import probabilities_prepared
-from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
 from autosam3d.recipes.recipe import Recipe
-
-log = logging.getLogger(__name__)
 
 # Raise it when the probabilities of one teacher for one scan change in a way that its settings do not show.
 _CACHE_VERSION = 1
@@ -100,15 +88,9 @@ def cache_probabilities(
     for index, case in enumerate(cases):
         if progress:
             progress(index, len(cases))
-        name = _entry_name(teacher, recipe)
-        folder = cache_dir / case.key
-        probs = _open_entry(folder, name, case, recipe)
-        if probs is None:
-            _build_entry(folder, name, case, teacher, recipe, watch)
-            probs = _open_entry(folder, name, case, recipe)
-            if probs is None:
-                raise ResourceError("CACHE", folder / f"{name}.npy", "a cache entry that was just written does not "
-                                    "read back", "check the disk, or name another folder with --cache")
+        entry = _entry(case, teacher, recipe, cache_dir)
+        probs = open_or_build(entry, partial(_read, case, recipe), partial(_build, entry, case, teacher, recipe, watch),
+                              f"the teacher's probabilities of {case.name}")
         done.append(_with_probs(case, probs, recipe))
     if progress:
         progress(len(cases), len(cases))
@@ -122,14 +104,10 @@ def open_probabilities(cases: Sequence[CachedCase], teacher: Teacher, recipe: Re
     Raises:
         ResourceError: CACHE, one is not there.
     """
-    name, opened = _entry_name(teacher, recipe), []
+    opened = []
     for case in cases:
-        try:
-            opened.append(_with_probs(case, np.load(cache_dir / case.key / f"{name}.npy", mmap_mode="r"), recipe))
-        except NO_ENTRY:
-            raise ResourceError("CACHE", cache_dir / case.key, "expected the teacher's probabilities that another "
-                                "process of this run has checked, got none", "let all processes of a machine see the "
-                                "same --cache folder, and leave it alone while they train") from None
+        probs = open_entry(_entry(case, teacher, recipe, cache_dir), partial(_read, case, recipe))
+        opened.append(_with_probs(case, probs, recipe))
     return opened
 
 
@@ -146,37 +124,27 @@ def _labels_of(probs: np.ndarray) -> np.ndarray:
     return np.stack([with_background(probs[:, z]).argmax(0).astype(np.uint8) for z in range(probs.shape[1])])
 
 
-def _entry_name(teacher: Teacher, recipe: Recipe) -> str:
-    """Says which teacher and how it looked; scan and preprocessing are in the folder's name already."""
+def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) -> Entry:
+    """Beside the arrays of its case; the name says which teacher and how it looked."""
     assert recipe.distill is not None
     model = teacher.model
     parts = {"version": _CACHE_VERSION, "teacher": model.sha256, "recipe": model.recipe.digest("model", "preprocess"),
              "overlap": recipe.distill.teacher_overlap, "importance": model.recipe.inference.importance}
-    return f"teacher-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+    name = f"teacher-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+    return Entry(cache_dir / case.key / f"{name}.json", {"probs": cache_dir / case.key / f"{name}.npy"})
 
 
-def _open_entry(folder: Path, name: str, case: CachedCase, recipe: Recipe) -> np.ndarray | None:
-    """The probabilities, or None where they are absent, cut or altered."""
-    info, array = folder / f"{name}.json", folder / f"{name}.npy"
-    if not info.exists():
-        return None
-    try:
-        content: Mapping[str, Any] = json.loads(info.read_text("utf-8"))
-        if content["crc"] == crc_of(content["entry"]) and content["entry"]["crc"] == crc_of_file(array):
-            probs = np.load(array, mmap_mode="r")
-            if probs.dtype == np.uint8 and probs.shape == (len(recipe.labels.organs), *case.labels.shape):
-                return probs
-    except NO_ENTRY:
-        pass
-    log.warning("the teacher's probabilities of %s are damaged, making them again", case.name)
-    return None
+def _read(case: CachedCase, recipe: Recipe, entry: Entry, _: Mapping[str, Any]) -> np.ndarray:
+    probs = entry.map("probs")
+    if probs.dtype != np.uint8 or probs.shape != (len(recipe.labels.organs), *case.labels.shape):
+        raise ValueError(f"{entry.info_path}: probabilities of another type or shape")
+    return probs
 
 
-def _build_entry(
-    folder: Path, name: str, case: CachedCase, teacher: Teacher, recipe: Recipe,
-    watch: Callable[[int, int], None] | None,
+def _build(
+    entry: Entry, case: CachedCase, teacher: Teacher, recipe: Recipe, watch: Callable[[int, int], None] | None
 ) -> None:
-    """Have the teacher look at a whole case. What makes the entry count, the JSON, is written last."""
+    """Have the teacher look at a whole case."""
     assert recipe.distill is not None
     model = teacher.model
     tiling = Tiling(overlap=recipe.distill.teacher_overlap, importance=model.recipe.inference.importance)
@@ -186,8 +154,4 @@ def _build_entry(
                                        air=recipe.preprocess.air, progress=watch):
         probs[:, z : z + slab.shape[1]] = without_background(slab)
         z += slab.shape[1]
-    remove_stale_temporaries(folder)
-    path = folder / f"{name}.npy"
-    atomic_write(path, lambda staged: save_array(staged, probs), size_bytes=probs.nbytes)
-    entry = {"teacher_sha256": model.sha256, "crc": crc_of_file(path)}
-    write_text_atomic(folder / f"{name}.json", json.dumps({"entry": entry, "crc": crc_of(entry)}))
+    entry.write({"probs": probs}, {"teacher_sha256": model.sha256})

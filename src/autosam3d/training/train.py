@@ -25,20 +25,26 @@ from autosam3d.data.cache import CachedCase, demand_organs
 from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
-from autosam3d.evaluation.metrics import dice_per_label
-from autosam3d.geometry.patches import Tiling
-from autosam3d.inference.pipeline import label_prepared
-from autosam3d.inference.torch_runtime import TorchPredictor
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.cases import ask_teacher, cache_on_all_ranks
 from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
-from autosam3d.training.run import Observer, Run, build_fabric, start_run, warnings_of_one_rank
+from autosam3d.training.run import (
+    Observer,
+    Run,
+    build_fabric,
+    resume_run,
+    save_model,
+    save_run,
+    start_run,
+    warnings_of_one_rank,
+)
 from autosam3d.training.run_folder import demand_space, hold_run_folder, prepare_run_folder
 from autosam3d.training.runlog import RunLog
 from autosam3d.training.schedule import demand_full_rate, learning_rate
-from autosam3d.training.state import copy_into, resume, save_model, save_state
+from autosam3d.training.state import copy_into
 from autosam3d.training.stopping import Interrupted, StopRequest
 from autosam3d.training.teacher import Teacher, load_teacher
+from autosam3d.training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -109,19 +115,13 @@ def train(
                 loaded_teacher = _load_teacher(recipe, teacher, fabric.device)
                 run = start_run(recipe, fabric, run_folder, sam, stop, observer, loaded_teacher)
                 demand_space(run)
-                cache_dir = cache_dir or run_folder / "cache"
-                train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
-                demand_organs(train_cases, recipe, cases.folder)
-                keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
-                run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
-                resume(run)
-                train_cases = ask_teacher(run, train_cases, cache_dir)
+                train_cases, val_cases = _take_up(run, cases, cache_dir or run_folder / "cache")
         except Interrupted:
             return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
         sampler = StepSampler(dataset, recipe.train.batch_size, fabric.global_rank, fabric.world_size)
         loader = CropLoader(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
-        runlog = RunLog(run_folder, run.progress.global_step, enabled=fabric.is_global_zero)
+        runlog = RunLog(run_folder, run.position.global_step, enabled=fabric.is_global_zero)
         try:
             _train_epochs(run, loader, sampler, val_cases, runlog)
         except Interrupted:
@@ -131,30 +131,40 @@ def train(
         return _leave(run)
 
 
+def _take_up(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase], list[CachedCase]]:
+    """Training and validation cases, and `run` where it stood when it was last saved."""
+    train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
+    demand_organs(train_cases, run.recipe, cases.folder)
+    keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
+    run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+    resume_run(run)
+    return ask_teacher(run, train_cases, cache_dir), val_cases
+
+
 def _train_epochs(
     run: Run, loader: CropLoader, sampler: StepSampler, val_cases: list[CachedCase], runlog: RunLog
 ) -> None:
-    recipe, progress = run.recipe, run.progress
-    while progress.epoch < recipe.train.epochs:
+    recipe, position = run.recipe, run.position
+    while position.epoch < recipe.train.epochs:
         _train_steps(run, loader, sampler, runlog)
-        last = progress.epoch + 1 == recipe.train.epochs
-        validated = last or (progress.epoch + 1) % recipe.train.validate_every == 0
+        last = position.epoch + 1 == recipe.train.epochs
+        validated = last or (position.epoch + 1) % recipe.train.validate_every == 0
         if validated:
             _validate_and_keep(run, val_cases, runlog)
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
         if validated:
-            save_state(run)
+            save_run(run)
 
 
 def _leave(run: Run) -> TrainResult:
-    progress = run.progress
-    finished = progress.epoch >= run.recipe.train.epochs
+    position = run.position
+    finished = position.epoch >= run.recipe.train.epochs
     # A stop during a save, or before the first step after it, finds the state on disk already.
-    if not finished and (run.saved is None or replace(run.saved, seconds=progress.seconds) != progress):
-        save_state(run)
-    best = progress.best_dice if progress.best_dice >= 0 else None
+    if not finished and (run.saved is None or replace(run.saved, seconds=position.seconds) != position):
+        save_run(run)
+    best = position.best_dice if position.best_dice >= 0 else None
     signal = None if finished else run.stop.signal
-    return TrainResult(signal, progress.epoch, best, progress.seconds, run.fabric.global_rank)
+    return TrainResult(signal, position.epoch, best, position.seconds, run.fabric.global_rank)
 
 
 def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: RunLog) -> None:
@@ -164,8 +174,8 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         Interrupted: a stop was asked for; `run` is as it was after its last whole step.
         CheckpointError: NONFINITE.
     """
-    recipe, progress, fabric = run.recipe, run.progress, run.fabric
-    sampler.epoch, sampler.first_step = progress.epoch, progress.step_in_epoch
+    recipe, position, fabric = run.recipe, run.position, run.fabric
+    sampler.epoch, sampler.first_step = position.epoch, position.step_in_epoch
     run.demand_no_stop()
     if len(sampler) == 0:
         return
@@ -178,21 +188,21 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
         run.bad_steps = 0 if good else run.bad_steps + 1
         if run.bad_steps >= recipe.train.max_nan_steps:
-            save_state(run)
+            save_run(run)
             raise CheckpointError(
                 "NONFINITE", run.folder, f"the loss was not finite for {run.bad_steps} steps in a row at step "
-                f"{progress.global_step + 1}; the last good state is kept",
+                f"{position.global_step + 1}; the last good state is kept",
                 "start in a new folder (--out) with a lower optim.lr or train.precision=fp32")
-        progress.step_in_epoch += 1
-        progress.global_step += 1
+        position.step_in_epoch += 1
+        position.global_step += 1
         took = time.perf_counter() - mark
-        progress.seconds += took
+        position.seconds += took
         values |= {"lr": rate, "seconds": took, "data_wait": waited / took}
-        runlog.step(progress.epoch, progress.global_step, values)
-        run.observer.on_step(progress.global_step, total, values)
+        runlog.step(position.epoch, position.global_step, values)
+        run.observer.on_step(position.global_step, total, values)
         run.demand_no_stop()
-        if progress.global_step % recipe.train.save_every_steps == 0 and good:
-            save_state(run)
+        if position.global_step % recipe.train.save_every_steps == 0 and good:
+            save_run(run)
         mark = time.perf_counter()
 
 
@@ -218,7 +228,7 @@ def train_step(
         run.optimizer.step()
         _update_average(run)
     else:
-        log.warning("step %d: the gradient is not finite, step skipped", run.progress.global_step)
+        log.warning("step %d: the gradient is not finite, step skipped", run.position.global_step)
     return {name: float(value.detach()) for name, value in values.items()} | {"grad_norm": float(norm)}, good
 
 
@@ -257,15 +267,15 @@ def _update_average(run: Run) -> None:
     if not run.average:
         return
     # The average of a young run would mostly remember the start: let its memory grow with the run.
-    decay = min(run.recipe.optim.ema, (1 + run.progress.global_step) / (10 + run.progress.global_step))
+    decay = min(run.recipe.optim.ema, (1 + run.position.global_step) / (10 + run.position.global_step))
     with torch.no_grad():
         for name, tensor in run.tuned.items():
             run.average[name].lerp_(tensor, 1 - decay)
 
 
 def _set_learning_rate(run: Run, steps_per_epoch: int) -> float:
-    optim, progress = run.recipe.optim, run.progress
-    epoch = progress.epoch + (progress.step_in_epoch / steps_per_epoch if optim.per_step else 0.0)
+    optim, position = run.recipe.optim, run.position
+    epoch = position.epoch + (position.step_in_epoch / steps_per_epoch if optim.per_step else 0.0)
     rate = learning_rate(epoch, run.recipe.train.epochs, optim)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
@@ -288,57 +298,20 @@ def _averaged_weights(run: Run) -> Iterator[None]:
 
 def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) -> None:
     """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
-    progress = run.progress
+    position = run.position
     started = time.perf_counter()
     with _averaged_weights(run):
         dice = validate(run, val_cases) if val_cases else None
         mean = float(np.nanmean(dice)) if dice is not None and np.isfinite(dice).any() else None
-        if mean is None or mean > progress.best_dice:
-            progress.best_epoch = progress.epoch
-            progress.best_dice = mean if mean is not None else progress.best_dice
+        if mean is None or mean > position.best_dice:
+            position.best_epoch = position.epoch
+            position.best_dice = mean if mean is not None else position.best_dice
             save_model(run, _metrics_dict(run.recipe, dice, mean))
-    progress.seconds += time.perf_counter() - started
+    position.seconds += time.perf_counter() - started
     if mean is not None:
-        runlog.validation(progress.epoch, progress.global_step, _metrics_dict(run.recipe, dice, mean))
-        run.observer.on_message(f"epoch {progress.epoch + 1}: validation Dice {mean:.3f} "
-                                f"(best {progress.best_dice:.3f}, epoch {progress.best_epoch + 1})")
-
-
-def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
-    """Dice per organ, the mean over the cases that have it, on the preprocessed grid; NaN for an absent organ.
-
-    Raises:
-        Interrupted: on all ranks, after the same window.
-    """
-    recipe, fabric = run.recipe, run.fabric
-    was_training = run.network.training
-    run.network.eval()
-    predictor = TorchPredictor(run.network, recipe.model.patch_size, fabric.device, recipe.train.precision)
-    tiling = Tiling(overlap=recipe.train.val_overlap, importance=recipe.inference.importance)
-    table = np.full((len(cases), len(recipe.labels.organs)), np.nan)
-
-    def watch(done: int, total: int) -> None:
-        run.demand_no_stop(busy=True)
-
-    try:
-        for index in range(fabric.global_rank, len(cases), fabric.world_size):
-            case = cases[index]
-            predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
-                                       air=recipe.preprocess.air, progress=watch)
-            table[index] = dice_per_label(predicted, case.labels, recipe.labels.num_outputs)
-            run.observer.on_validation(min(index + fabric.world_size, len(cases)), len(cases))
-        while run.demand_no_stop():
-            pass  # ranks with fewer or smaller cases go on meeting the others
-    finally:
-        run.network.train(was_training)
-    if fabric.world_size > 1:
-        # Each row was filled by one rank; the others hold NaN there.
-        everyone = fabric.all_gather(fabric.to_device(torch.from_numpy(table)))
-        assert isinstance(everyone, Tensor)
-        table = np.nan_to_num(everyone.cpu().numpy(), nan=-1.0).max(axis=0)
-        table[table < 0] = np.nan
-    present = np.isfinite(table)
-    return np.where(present.any(0), np.nansum(table, 0) / np.maximum(present.sum(0), 1), np.nan)
+        runlog.validation(position.epoch, position.global_step, _metrics_dict(run.recipe, dice, mean))
+        run.observer.on_message(f"epoch {position.epoch + 1}: validation Dice {mean:.3f} "
+                                f"(best {position.best_dice:.3f}, epoch {position.best_epoch + 1})")
 
 
 def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -> dict[str, Any]:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Triple = tuple[int, int, int]
 
 _SEAM = 1000.0
 """What two tokens on different sides of a seam lose in their logit. Weights far from their start give logits of a few
@@ -43,7 +44,7 @@ class WindowAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, attn_window: Triple, shifted: bool = False, whole_grid: bool = False
+        self, dim: int, num_heads: int, attn_window: Size, shifted: bool = False, whole_grid: bool = False
     ) -> None:
         super().__init__()
         self.num_heads, self.attn_window, self.shifted, self.whole_grid = num_heads, attn_window, shifted, whole_grid
@@ -55,16 +56,16 @@ class WindowAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(rows_w, dim // num_heads))
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
-        grid = cast(Triple, tuple(tokens.shape[1:4]))
+        grid = cast(Size, tuple(tokens.shape[1:4]))
         # An axis shorter than the window is one window, and one window needs no shift.
-        window = grid if self.whole_grid else cast(Triple, tuple(map(min, self.attn_window, grid)))
-        shift = cast(Triple, tuple(n // 2 if self.shifted and g > n else 0 for n, g in zip(window, grid, strict=True)))
+        window = grid if self.whole_grid else cast(Size, tuple(map(min, self.attn_window, grid)))
+        shift = cast(Size, tuple(n // 2 if self.shifted and g > n else 0 for n, g in zip(window, grid, strict=True)))
         windows = split_windows(tokens, window, shift)
         seams = window_seams(grid, window, shift, windows)
         mixed = self.mix(self.qkv(windows), window, seams)
         return merge_windows(self.proj(mixed), grid, window, shift)
 
-    def mix(self, qkv: Tensor, window: Triple, seams: Tensor | None) -> Tensor:
+    def mix(self, qkv: Tensor, window: Size, seams: Tensor | None) -> Tensor:
         """Attention proper, between the two projections: queries, keys and values (V, n, 3C) to (V, n, C).
 
         Args:
@@ -82,7 +83,7 @@ class WindowAttention(nn.Module):
 
 
 def widen(
-    q: Tensor, k: Tensor, window: Triple, tables: Sequence[Tensor], seams: Tensor | None
+    q: Tensor, k: Tensor, window: Size, tables: Sequence[Tensor], seams: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Add the channels whose inner product, times c**-0.5, is the relative position and the mask.
 
@@ -175,7 +176,7 @@ class _ChunkedAttention(torch.autograd.Function):
         return torch.softmax(logits, -1)
 
 
-def position_code(window: Triple, like: Tensor) -> Tensor:
+def position_code(window: Size, like: Tensor) -> Tensor:
     """One-hot codes of each token's d, h and w side by side: (n, nd + nh + nw) of the dtype and device of `like`."""
     nd, nh, nw = window
     code_d, code_h, code_w = (torch.eye(n, dtype=like.dtype, device=like.device) for n in window)
@@ -216,7 +217,7 @@ def resize_table(table: Tensor, n: int, how: str) -> Tensor:
     return stretched[0].t().to(table.dtype)
 
 
-def split_windows(tokens: Tensor, window: Triple, shift: Triple) -> Tensor:
+def split_windows(tokens: Tensor, window: Size, shift: Size) -> Tensor:
     """Cut a grid into windows: (B, d, h, w, C) to (V, n, C), V = B times the windows of one grid.
 
     The grid is padded with zeros at its far ends to whole windows and rolled back by `shift` first.
@@ -233,7 +234,7 @@ def split_windows(tokens: Tensor, window: Triple, shift: Triple) -> Tensor:
     return tokens.reshape(-1, window[0] * window[1] * window[2], dim)
 
 
-def merge_windows(windows: Tensor, grid: Triple, window: Triple, shift: Triple) -> Tensor:
+def merge_windows(windows: Tensor, grid: Size, window: Size, shift: Size) -> Tensor:
     """Undo `split_windows`: (V, n, C) to (B, d, h, w, C)."""
     dim = windows.shape[-1]
     counts = [-(-g // n) for g, n in zip(grid, window, strict=True)]
@@ -244,7 +245,7 @@ def merge_windows(windows: Tensor, grid: Triple, window: Triple, shift: Triple) 
     return tokens[:, : grid[0], : grid[1], : grid[2]]
 
 
-def window_seams(grid: Triple, window: Triple, shift: Triple, like: Tensor) -> Tensor | None:
+def window_seams(grid: Size, window: Size, shift: Size, like: Tensor) -> Tensor | None:
     """On which side of each seam a token lies: (V, n, s) of 0/1; None where all tokens of all windows may meet.
 
     One seam per shifted axis (where the roll brought the two ends of the grid together) and one around the padding.

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autosam3d.axes import Size
 from autosam3d.models.autosam.adapter import SpatialAdapter
-from autosam3d.models.autosam.attention import Triple, WindowAttention
+from autosam3d.models.autosam.attention import WindowAttention
 from autosam3d.models.conv import Conv3d
 from autosam3d.models.spec import VITS, AutoSamSpec
 
@@ -40,7 +41,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, ct: Float[Tensor, "B 1 D H W"]) -> list[Float[Tensor, "B d h w C"]]:
         tokens = self.patch_embed(ct)
-        tokens = tokens + self.positions(cast(Triple, tuple(tokens.shape[1:4])))
+        tokens = tokens + self.positions(cast(Size, tuple(tokens.shape[1:4])))
         stages = []
         for index, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
@@ -51,7 +52,7 @@ class ImageEncoder(nn.Module):
                 stages.append(tokens)
         return stages
 
-    def positions(self, grid: Triple) -> Float[Tensor, "d h w C"]:
+    def positions(self, grid: Size) -> Float[Tensor, "d h w C"]:
         """SAM's table of absolute positions, pooled to the plane, plus the depth positions."""
         positions = resize_plane(self.pos_embed, grid[1], grid[2])
         if self.depth_embed is not None:
@@ -67,7 +68,7 @@ class PatchEmbed(nn.Module):
     of border on each side. The enlarged volume never exists. *Source*: paper section 3.2 (factorised embedding).
     """
 
-    def __init__(self, dim: int, kernel: int, scale: Triple, sam_norm: bool) -> None:
+    def __init__(self, dim: int, kernel: int, scale: Size, sam_norm: bool) -> None:
         super().__init__()
         self.kernel, self.scale, self.sam_norm = kernel, scale, sam_norm
         self.proj = nn.Conv2d(3, dim, kernel, stride=kernel)

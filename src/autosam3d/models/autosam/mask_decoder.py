@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
 from autosam3d.models.autosam.prompt_generator import ConvNormRelu, instance_norm, resize
 from autosam3d.models.conv import Conv3d, conv3d
 
@@ -31,7 +32,7 @@ class MaskDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, head_dim: int, num_outputs: int, num_inputs: int, token_size: tuple[int, int, int],
+        self, dim: int, head_dim: int, num_outputs: int, num_inputs: int, token_size: Size,
         fuse_stride: int = 2, refine: bool = False,
     ) -> None:
         super().__init__()
@@ -61,13 +62,13 @@ class MaskDecoder(nn.Module):
     def _fuse(self, joined: Tensor, image: Tensor) -> Tensor:
         """The fusion convolution over (enlarged heads, image) as a sum over the two: no copy of both into one map."""
         split = joined.shape[1]
-        size = cast(tuple[int, int, int], tuple(image.shape[2:]))
+        size = cast(Size, tuple(image.shape[2:]))
         fused = conv_enlarged(joined, self.fuse.weight[:, :split], size)
         fused = fused + conv3d(image, self.fuse.weight[:, split:], padding=1)
         return F.relu(instance_norm(fused))
 
 
-def conv_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int, int]) -> Tensor:
+def conv_enlarged(x: Tensor, weight: Tensor, size: Size) -> Tensor:
     """``conv3d(resize(x, size), weight, padding=1)``, the same numbers, without ever making the enlarged map.
 
     Enlarging works on voxels and the kernel's taps on channels, so they can trade places: first every tap mixes the

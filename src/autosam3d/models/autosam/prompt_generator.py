@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
 from autosam3d.models.conv import Conv3d
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class PromptGenerator(nn.Module):
         residual: add the input to the output.
     """
 
-    def __init__(self, dim: int, base: int, grid: tuple[int, int, int], residual: bool = False) -> None:
+    def __init__(self, dim: int, base: int, grid: Size, residual: bool = False) -> None:
         super().__init__()
         self.residual = residual
         widths = [base * factor for factor in _WIDTHS[: 1 + _num_halvings(max(grid), len(_WIDTHS) - 1)]]

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autosam3d.models.autosam.attention import Triple, merge_windows, split_windows, window_seams
+from autosam3d.axes import Size
+from autosam3d.models.autosam.attention import merge_windows, split_windows, window_seams
 from autosam3d.models.conv import guard_convolutions
-from autosam3d.models.spec import NnFormerSpec, Size
+from autosam3d.models.spec import NnFormerSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -83,8 +84,8 @@ class Stem(nn.Module):
 
     def __init__(self, dim: int, token_size: Size) -> None:
         super().__init__()
-        first = cast(Triple, tuple(min(t, 2) for t in token_size))
-        second = cast(Triple, tuple(t // f for t, f in zip(token_size, first, strict=True)))
+        first = cast(Size, tuple(min(t, 2) for t in token_size))
+        second = cast(Size, tuple(t // f for t, f in zip(token_size, first, strict=True)))
         half = dim // 2
         shapes = ((1, half, first), (half, half, 1), (half, dim, second), (dim, dim, 1))
         self.convs = nn.ModuleList([nn.Conv3d(a, b, 3, stride, 1) for a, b, stride in shapes])
@@ -179,13 +180,13 @@ class Windows(nn.Module):
         nn.init.trunc_normal_(self.offset_bias, std=0.02)
         self.proj = nn.Linear(dim, dim)
 
-    def cut(self, grid: Triple) -> tuple[Triple, Triple]:
+    def cut(self, grid: Size) -> tuple[Size, Size]:
         """Tokens per window, and how far the windows are shifted: not where one window holds the axis."""
-        window = cast(Triple, tuple(min(self.attn_window, n) for n in grid))
+        window = cast(Size, tuple(min(self.attn_window, n) for n in grid))
         shift = tuple(w // 2 if self.shifted and n > w else 0 for n, w in zip(grid, window, strict=True))
-        return window, cast(Triple, shift)
+        return window, cast(Size, shift)
 
-    def bias(self, window: Triple) -> Tensor:
+    def bias(self, window: Size) -> Tensor:
         """(heads, n, n): the bias of each pair of tokens, by the offset between them."""
         table = self.offset_bias
         for axis, n in enumerate(window):
@@ -195,7 +196,7 @@ class Windows(nn.Module):
         n = window[0] * window[1] * window[2]
         return table.permute(0, 1, 3, 5, 2, 4, 6).reshape(self.num_heads, n, n)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Triple) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Size) -> Tensor:
         """softmax(q k' / sqrt(c) + bias) v inside each window, then the projection.
 
         Args:
@@ -227,7 +228,7 @@ class SelfAttention(Windows):
         self.qkv = nn.Linear(dim, 3 * dim)
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
-        grid = cast(Triple, tuple(tokens.shape[1:4]))
+        grid = cast(Size, tuple(tokens.shape[1:4]))
         q, k, v = self.qkv(split_windows(tokens, *self.cut(grid))).chunk(3, -1)
         return self.mix(q, k, v, grid)
 
@@ -242,7 +243,7 @@ class SkipAttention(Windows):
     def forward(
         self, up: Float[Tensor, "B d h w C"], skip: Float[Tensor, "B d h w C"]
     ) -> Float[Tensor, "B d h w C"]:
-        grid = cast(Triple, tuple(skip.shape[1:4]))
+        grid = cast(Size, tuple(skip.shape[1:4]))
         k, v = self.kv(split_windows(skip, *self.cut(grid))).chunk(2, -1)
         return self.mix(split_windows(up, *self.cut(grid)).to(k.dtype), k, v, grid)
 
@@ -264,7 +265,7 @@ def _crop(logits: Tensor, ct: Tensor, step: int) -> Tensor:
     return logits[:, :, :d, :h, :w]
 
 
-def _windows_of(grid: Triple, window: Triple) -> int:
+def _windows_of(grid: Size, window: Size) -> int:
     counts = [-(-n // w) for n, w in zip(grid, window, strict=True)]
     return counts[0] * counts[1] * counts[2]
 

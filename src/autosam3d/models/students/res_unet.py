@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
 from autosam3d.models.conv import Conv3d
 from autosam3d.models.instance_norm import norm_leaky
 from autosam3d.models.pointwise import Doubling, Mixing
@@ -97,7 +98,7 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self, dim_in: int, dim_out: int, kernel: int | tuple[int, int, int] = 3, stride: int = 1, slope: float = _SLOPE
+        self, dim_in: int, dim_out: int, kernel: int | Size = 3, stride: int = 1, slope: float = _SLOPE
     ) -> None:
         super().__init__()
         if kernel == 1:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autosam3d.axes import Size
 from autosam3d.models.dry_run import is_dry
-from autosam3d.models.students.swin_cut import WINDOW, Cut, Side, Triple
+from autosam3d.models.students.swin_cut import WINDOW, Cut, Side
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,7 +52,7 @@ class WindowAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
-        cut = Cut.of(cast(Triple, tuple(tokens.shape[1:4])), self.shifted)
+        cut = Cut.of(cast(Size, tuple(tokens.shape[1:4])), self.shifted)
         if torch.onnx.is_in_onnx_export() and len(tokens) == 1:
             return self.proj(self.mix_sides(self.qkv(tokens.flatten(0, 3)), cut)).view(tokens.shape)
         return cut.merge(self.proj(self.mix(self.qkv(cut.split(tokens)), cut)))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Triple = tuple[int, int, int]
+from autosam3d.axes import Size
+
 Slices = tuple[slice, slice, slice]
 
 WINDOW = 7
@@ -25,21 +26,21 @@ WINDOW = 7
 class Cut:
     """How a grid of tokens is cut into windows. All triples are (d, h, w)."""
 
-    grid: Triple
-    window: Triple
-    shift: Triple
+    grid: Size
+    window: Size
+    shift: Size
     """How far the grid is rolled back first."""
 
     @classmethod
-    def of(cls, grid: Triple, shifted: bool) -> Cut:
+    def of(cls, grid: Size, shifted: bool) -> Cut:
         """Windows of 7 tokens, shifted by 3; an axis of at most 7 tokens is one window and is not shifted."""
-        window = cast(Triple, tuple(min(WINDOW, g) for g in grid))
-        return cls(grid, window, cast(Triple, tuple(WINDOW // 2 if shifted and g > WINDOW else 0 for g in grid)))
+        window = cast(Size, tuple(min(WINDOW, g) for g in grid))
+        return cls(grid, window, cast(Size, tuple(WINDOW // 2 if shifted and g > WINDOW else 0 for g in grid)))
 
     @property
-    def counts(self) -> Triple:
+    def counts(self) -> Size:
         """Windows per axis."""
-        return cast(Triple, tuple(-(-g // n) for g, n in zip(self.grid, self.window, strict=True)))
+        return cast(Size, tuple(-(-g // n) for g, n in zip(self.grid, self.window, strict=True)))
 
     def split(self, tokens: Tensor) -> Tensor:
         """Cut a grid into windows: (B, d, h, w, C) to (V, n, C), V = B times the windows of one grid.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from autosam3d.axes import Size
 from autosam3d.errors import AutoSam3dError, UsageError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import SegmentOptions, begin_segment
@@ -82,7 +83,7 @@ class ScanResult:
     refused: dict[str, AutoSam3dError]
     """Forms that this scan cannot have, such as a DICOM object of slices without UIDs; the others are there."""
     organs: list[OrganVolume]
-    shape_zyx: tuple[int, int, int]
+    shape_zyx: Size
     spacing_mm_zyx: tuple[float, float, float]
     warnings: tuple[str, ...]
     from_dicom: bool

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from autosam3d.geometry.patches import Size, Tiling
+from autosam3d.axes import Size
+from autosam3d.geometry.patches import Tiling
 from autosam3d.geometry.preprocess import plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer
 from autosam3d.inference.pipeline import Model

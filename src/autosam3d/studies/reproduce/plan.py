@@ -13,7 +13,7 @@ from autosam3d.errors import UsageError
 from autosam3d.studies.reproduce.paper import LAMBDAS, lambda_key
 
 Target = Literal["table1", "table2", "table3", "table4", "fig1", "fig3", "fig4"]
-Size = Literal["paper", "2core"]
+StudySize = Literal["paper", "2core"]
 
 TARGETS: tuple[Target, ...] = ("table1", "table2", "table3", "table4", "fig1", "fig3", "fig4")
 BASELINES: Mapping[str, str] = {
@@ -63,7 +63,7 @@ class RunSpec:
 
 
 def plan_runs(
-    target: Target, size: Size, seeds: Sequence[int], *, more_ablations: bool = False, nnunet_v2: bool = False,
+    target: Target, size: StudySize, seeds: Sequence[int], *, more_ablations: bool = False, nnunet_v2: bool = False,
     student: str | None = None,
 ) -> list[RunSpec]:
     """The runs of one dataset, teachers before their students; equal ones once.

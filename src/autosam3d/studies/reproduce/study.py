@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from autosam3d.axes import Size
 from autosam3d.data.folder import CaseSet, open_dataset
 from autosam3d.errors import ResourceError, UsageError, VolumeError
-from autosam3d.geometry.patches import Size, grid_starts
+from autosam3d.geometry.patches import grid_starts
 from autosam3d.geometry.preprocess import plan_grid
 from autosam3d.io import read_ct
 from autosam3d.io.files import write_text_atomic

@@ -1,7 +1,8 @@
 """Image embeddings of slices, kept on disk: each is computed once, whatever is killed in between.
 
 A file's name is the SHA-256 of what it was made from: encoder, framing, slice. So files of several SAMs and datasets
-share a folder, the same slice under another name is not encoded again, and no file can be out of date.
+share a folder, the same slice under another name is not encoded again, and no file can be out of date. They are
+thousands a dataset, so each is one file with its checksum inside, and no entry of `data.entries` with a JSON beside.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,11 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from autosam3d.checkpoints.checkpoint import load_strictly, read_checkpoint, save_checkpoint
+from autosam3d.checkpoints.checkpoint import save_checkpoint
 from autosam3d.data.folder import CaseSet
-from autosam3d.errors import CheckpointError, UsageError, VolumeError
 from autosam3d.io import ReadOptions
-from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.studies.slicewise.cache import SliceEncoder
 from autosam3d.studies.slicewise.images import Framing
@@ -27,13 +23,15 @@ from autosam3d.studies.slicewise.prompts import PromptSpec
 from autosam3d.studies.slicewise.samples import SliceSample
 from autosam3d.studies.slicewise.slices import TRUTH_NOTE
 from autosam3d.training.run import Observer
+from autosam3d.training.run_folder import claim_run_folder, demand_same_run
+from autosam3d.training.state import Trained, read_state, save_state
 from autosam3d.training.stopping import StopRequest
-
-log = logging.getLogger(__name__)
 
 _LEARNING_RATES = {"box": 1e-4, "point": 5e-5}
 """*Source*: MedSAM's training, and that of its extension to points."""
 _BATCH_SIZES = {"decoder": 8, "full": 2}
+_STATE_KIND = f"{KIND}-training"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
@@ -91,7 +89,9 @@ class TuneSettings:
 
 
 @dataclass
-class TuneProgress:
+class TunePosition:
+    """Where a tuning stands; all of it is in its state on disk, under the key ``progress``."""
+
     epoch: int = 0
     step_in_epoch: int = 0
     global_step: int = 0
@@ -116,18 +116,23 @@ class TuneRun:
     data_sha256: str
     cases: CaseSet
     options: ReadOptions
-    progress: TuneProgress = field(default_factory=TuneProgress)
-    saved: TuneProgress | None = None
+    position: TunePosition = field(default_factory=TunePosition)
+    saved: TunePosition | None = None
 
     @property
     def tuned(self) -> dict[str, Tensor]:
         return tuned_tensors(self.sam.network, self.settings.scope)
 
     @property
+    def trained(self) -> Trained:
+        """What the steps change, as it is saved."""
+        return Trained(self.sam.network, self.tuned, self.optimizer)
+
+    @property
     def finished(self) -> bool:
         minutes = self.settings.minutes
-        return self.progress.epoch >= self.settings.epochs or (
-            minutes is not None and self.progress.step_seconds >= 60 * minutes)
+        return self.position.epoch >= self.settings.epochs or (
+            minutes is not None and self.position.step_seconds >= 60 * minutes)
 
 
 def identity_of(settings: TuneSettings, recipe: Recipe, sam: SliceSam) -> dict[str, Any]:
@@ -143,22 +148,11 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: OTHER_RUN.
+        ResourceError: UNWRITABLE or NOT_WRITABLE.
     """
-    remove_stale_temporaries(folder)
-    path, text = folder / "tuning.json", json.dumps(identity, indent=1, sort_keys=True) + "\n"
-    begun = any((folder / f"{name}.json").exists() for name in ("last", "previous", "best"))
-    if not path.exists() and begun:
-        raise UsageError("OTHER_RUN", folder, "expected a new folder or one of a tuning, it holds another run",
-                         "name a new folder with --out")
-    if not begun:
-        write_text_atomic(path, text)
-        return
-    there = path.read_text("utf-8", errors="replace")
-    if there != text:
-        old, new = next(((a.strip(), b.strip()) for a, b in zip(there.splitlines(), text.splitlines(), strict=False)
-                         if a != b), ("its end", "another"))
-        raise UsageError("OTHER_RUN", folder, f"it holds a tuning with other settings: expected {old!r} as in its "
-                         f"tuning.json, got {new!r}", "name a new folder with --out, or give the same settings")
+    text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
+    claim_run_folder(folder, "tuning.json", text)
+    demand_same_run(folder, "tuning.json", text)
 
 
 def save_best(run: TuneRun, metrics: Mapping[str, Any]) -> None:
@@ -171,64 +165,30 @@ def save_best(run: TuneRun, metrics: Mapping[str, Any]) -> None:
 def _meta(run: TuneRun) -> dict[str, Any]:
     return {
         "recipe": run.recipe.as_dict(), "sam": vars(run.sam.sam), "settings": asdict(run.settings), "note": TRUTH_NOTE,
-        "epoch": run.progress.epoch, "step": run.progress.global_step, "torch": torch.__version__,
+        "epoch": run.position.epoch, "step": run.position.global_step, "torch": torch.__version__,
     }
 
 
-def save_state(run: TuneRun) -> None:
+def save_tuning(run: TuneRun) -> None:
     """The whole state to ``last.json``; the one before stays as ``previous.json``."""
-    tensors = {f"model.{name}": tensor for name, tensor in run.tuned.items()}
-    names = {id(parameter): name for name, parameter in run.sam.network.named_parameters()}
-    for parameter, state in run.optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optimizer.{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
-    place = {"kind": f"{KIND}-training", "progress": vars(run.progress), "data_sha256": run.data_sha256}
-    save_checkpoint(run.folder / "last.json", tensors, _meta(run) | place, previous=run.folder / "previous.json")
-    run.saved = replace(run.progress)
+    place = {"kind": _STATE_KIND, "progress": vars(run.position), "data_sha256": run.data_sha256}
+    save_state(run.folder, run.trained.tensors(), _meta(run) | place)
+    run.saved = replace(run.position)
 
 
-def resume(run: TuneRun) -> None:
+def resume_tuning(run: TuneRun) -> None:
     """Take up the state in the run folder, if there is one; a damaged last state falls back to the one before.
 
     Raises:
-        CheckpointError: there are states and none can be read; VolumeError: DATA_CHANGED.
+        CheckpointError: there are states and none can be read.
+        VolumeError: DATA_CHANGED.
     """
-    fault: CheckpointError | None = None
-    for path in (run.folder / "last.json", run.folder / "previous.json"):
-        if not path.exists():
-            continue
-        try:
-            checkpoint = read_checkpoint(path)
-            if checkpoint.meta.get("kind") != f"{KIND}-training":
-                raise CheckpointError("KIND", path, f"expected the state of a tuning, got a checkpoint of kind "
-                                      f"{checkpoint.meta.get('kind')!r}", "do not rename checkpoints")
-        except CheckpointError as error:
-            fault = fault or error
-            log.warning("%s cannot be read (%s), trying the state before", path, error.code)
-            continue
-        if checkpoint.meta["data_sha256"] != run.data_sha256:
-            raise VolumeError("DATA_CHANGED", path, "expected the training slices that the run began with, got others",
-                              "restore them, or name a new run folder")
-        _load_state(run, checkpoint.tensors, path)
-        run.progress = TuneProgress(**checkpoint.meta["progress"])
-        if path.name != "last.json":
-            write_text_atomic(run.folder / "last.json", path.read_text("utf-8"))
-        run.saved = replace(run.progress)
-        run.observer.on_message(f"resuming at epoch {run.progress.epoch + 1}, step {run.progress.global_step}")
+    saved = read_state(run.folder, _STATE_KIND)
+    if saved is None:
         return
-    if fault is not None:
-        raise CheckpointError(fault.code, run.folder, f"its saved states cannot be read ({fault.where}: {fault.fault})",
-                              "restore last.json and its weights from a copy, or name a new run folder")
-
-
-def _load_state(run: TuneRun, tensors: Mapping[str, Tensor], path: Path) -> None:
-    model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    load_strictly(run.sam.network, model, set(run.tuned), path)
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, key, parameter_name = name.split(".", 2)
-            states[parameter_name][key] = tensor
-    parameters = dict(run.sam.network.named_parameters())
-    for name, state in states.items():
-        run.optimizer.state[parameters[name]] = {key: t.to(parameters[name].device) for key, t in state.items()}
+    saved.demand_same_data(run.data_sha256, "training slices")
+    run.trained.load(saved.tensors, saved.path)
+    run.position = TunePosition(**saved.meta["progress"])
+    saved.keep_as_last()
+    run.saved = replace(run.position)
+    run.observer.on_message(f"resuming at epoch {run.position.epoch + 1}, step {run.position.global_step}")

@@ -31,9 +31,9 @@ from autosam3d.studies.slicewise.run import (
     TuneSettings,
     claim_folder,
     identity_of,
-    resume,
+    resume_tuning,
     save_best,
-    save_state,
+    save_tuning,
 )
 from autosam3d.studies.slicewise.samples import (
     SliceSample,
@@ -110,12 +110,14 @@ def tune(
         claim_folder(folder, identity_of(settings, recipe, sam))
         started = time.perf_counter()
         try:
-            run = _start(recipe, cases, sam, folder, settings, cache, options, observer, stop)
+            kept = (cache or folder / "embeddings") if settings.scope == "decoder" else None
+            encoder = SliceEncoder(sam, settings.framing, kept, stop.demand_none)
+            run = _start(recipe, cases, encoder, folder, settings, options, observer, stop)
             _encode_all(run)
         except Interrupted:
             return TuneResult(stop.signal, 0, 0, None, 0.0, time.perf_counter() - started)
         encode_seconds = time.perf_counter() - started
-        runlog = RunLog(folder, run.progress.global_step)
+        runlog = RunLog(folder, run.position.global_step)
         try:
             _tune_epochs(run, runlog)
         except Interrupted:
@@ -123,21 +125,19 @@ def tune(
         finally:
             sam.network.eval()
             runlog.close()
-        if run.saved is None or replace(run.saved, seconds=run.progress.seconds) != run.progress:
-            save_state(run)
-        best = run.progress.best_dice if run.progress.best_dice >= 0 else None
-        return TuneResult(None if run.finished else stop.signal, run.progress.epoch, run.progress.global_step, best,
-                          run.progress.seconds, encode_seconds)
+        if run.saved is None or replace(run.saved, seconds=run.position.seconds) != run.position:
+            save_tuning(run)
+        best = run.position.best_dice if run.position.best_dice >= 0 else None
+        return TuneResult(None if run.finished else stop.signal, run.position.epoch, run.position.global_step, best,
+                          run.position.seconds, encode_seconds)
 
 
 def _start(
-    recipe: Recipe, cases: CaseSet, sam: SliceSam, folder: Path, settings: TuneSettings, cache: Path | None,
-    options: ReadOptions, observer: Observer, stop: StopRequest,
+    recipe: Recipe, cases: CaseSet, encoder: SliceEncoder, folder: Path, settings: TuneSettings, options: ReadOptions,
+    observer: Observer, stop: StopRequest,
 ) -> TuneRun:
-    frozen = settings.scope == "decoder"
-    kept = (cache or folder / "embeddings") if frozen else None
-    encoder = SliceEncoder(sam, settings.framing, kept, stop.demand_none)
-    demand_memory(sam, settings.batch_size or 1, training=not frozen)
+    sam = encoder.sam
+    demand_memory(sam, settings.batch_size or 1, training=settings.scope == "full")
     samples = collect_samples(
         cases.train, encoder, recipe.labels, min_slice_px=settings.min_slice_px, min_case_vox=settings.min_case_vox,
         options=options, watch=stop.demand_none, progress=observer.on_cache,
@@ -150,7 +150,7 @@ def _start(
     stop_inside(sam.network, stop)
     run = TuneRun(settings, recipe, sam, folder, optimizer, encoder, stop, observer, samples, samples_sha256(samples),
                cases, options)
-    resume(run)
+    resume_tuning(run)
     return run
 
 
@@ -168,26 +168,26 @@ def _encode_all(run: TuneRun) -> None:
 
 
 def _tune_epochs(run: TuneRun, runlog: RunLog) -> None:
-    progress, settings = run.progress, run.settings
-    if progress.global_step == 0:
+    position, settings = run.position, run.settings
+    if position.global_step == 0:
         _validate_and_keep(run, runlog)
     while not run.finished:
         _tune_steps(run, runlog)
-        last = run.finished or progress.epoch + 1 == settings.epochs
-        if last or (progress.epoch + 1) % settings.validate_every == 0:
+        last = run.finished or position.epoch + 1 == settings.epochs
+        if last or (position.epoch + 1) % settings.validate_every == 0:
             _validate_and_keep(run, runlog)
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        save_state(run)
+        position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        save_tuning(run)
 
 
 def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
     """The remaining steps of the current epoch, or of the minutes."""
-    progress, settings = run.progress, run.settings
+    position, settings = run.position, run.settings
     size, count = settings.batch_size or 1, len(run.samples)
-    order = order_of_epoch(count, settings.seed, progress.epoch)
+    order = order_of_epoch(count, settings.seed, position.epoch)
     per_epoch = math.ceil(count / size)
     bad = 0
-    for step in range(progress.step_in_epoch, per_epoch):
+    for step in range(position.step_in_epoch, per_epoch):
         started = time.perf_counter()
         run.stop.demand_none()
         positions = range(step * size, min((step + 1) * size, count))
@@ -195,24 +195,24 @@ def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
         bad = 0 if good else bad + 1
         if bad >= _MAX_NAN_STEPS:
             raise CheckpointError("NONFINITE", run.folder, f"the loss was not finite for {bad} steps in a row at step "
-                                  f"{progress.global_step + 1}", "start in a new folder (--out) with a lower --lr")
-        progress.step_in_epoch, progress.global_step = step + 1, progress.global_step + 1
+                                  f"{position.global_step + 1}", "start in a new folder (--out) with a lower --lr")
+        position.step_in_epoch, position.global_step = step + 1, position.global_step + 1
         took = time.perf_counter() - started
-        progress.seconds += took
-        progress.step_seconds += took
-        runlog.step(progress.epoch, progress.global_step, values | {"lr": settings.lr or 0.0, "seconds": took})
-        run.observer.on_step(progress.global_step, per_epoch * settings.epochs, values)
+        position.seconds += took
+        position.step_seconds += took
+        runlog.step(position.epoch, position.global_step, values | {"lr": settings.lr or 0.0, "seconds": took})
+        run.observer.on_step(position.global_step, per_epoch * settings.epochs, values)
         if run.finished:
             return
-        if good and progress.global_step % settings.save_every_steps == 0:
-            save_state(run)
+        if good and position.global_step % settings.save_every_steps == 0:
+            save_tuning(run)
 
 
 def _step(run: TuneRun, samples: Sequence[SliceSample], positions: Sequence[int]) -> tuple[dict[str, float], bool]:
     """One optimiser step. False, and no change of any weight, where the gradient is not finite."""
     sam, settings = run.sam, run.settings
     sam.network.train()
-    batch = make_batch(samples, positions, run.encoder, settings.training_prompts, run.progress.epoch)
+    batch = make_batch(samples, positions, run.encoder, settings.training_prompts, run.position.epoch)
     if settings.scope == "full":
         pixels = [settings.framing.pixels(image, sam.sizes.image_size) for image in batch.images]
         embeddings = sam.encode(torch.stack(pixels))
@@ -226,27 +226,27 @@ def _step(run: TuneRun, samples: Sequence[SliceSample], positions: Sequence[int]
     if good:
         run.optimizer.step()
     else:
-        log.warning("step %d: the gradient is not finite, step skipped", run.progress.global_step + 1)
+        log.warning("step %d: the gradient is not finite, step skipped", run.position.global_step + 1)
     return {"loss": float(loss.total.detach()), "dice_loss": float(loss.dice), "ce_loss": float(loss.cross_entropy),
             "grad_norm": float(norm)}, good
 
 
 def _validate_and_keep(run: TuneRun, runlog: RunLog) -> None:
     """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
-    progress, started = run.progress, time.perf_counter()
+    position, started = run.position, time.perf_counter()
     dice = _validate(run)
     mean = float(np.nanmean(dice)) if np.isfinite(dice).any() else None
     metrics = {"val_dice": mean, "val_dice_per_organ": {
         name: None if math.isnan(value) else float(value)
         for name, value in zip(run.recipe.labels.organs, dice, strict=True)}}
-    if mean is None or mean > progress.best_dice:
-        progress.best_dice = mean if mean is not None else progress.best_dice
+    if mean is None or mean > position.best_dice:
+        position.best_dice = mean if mean is not None else position.best_dice
         save_best(run, metrics)
-    progress.seconds += time.perf_counter() - started
+    position.seconds += time.perf_counter() - started
     if mean is not None:
-        runlog.validation(progress.epoch, progress.global_step, metrics)
-        run.observer.on_message(f"step {progress.global_step}: validation Dice {mean:.3f} "
-                                f"(best {progress.best_dice:.3f})")
+        runlog.validation(position.epoch, position.global_step, metrics)
+        run.observer.on_message(f"step {position.global_step}: validation Dice {mean:.3f} "
+                                f"(best {position.best_dice:.3f})")
 
 
 def _validate(run: TuneRun) -> np.ndarray:
