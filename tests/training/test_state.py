@@ -78,7 +78,7 @@ def test_tensors_of_another_network_are_refused(tmp_path: Path) -> None:
     assert saved is not None
     with pytest.raises(CheckpointError, match=r"shape \(2, 4\) instead of \(2, 3\)") as caught:
         trained().load(saved.tensors, saved.path)
-    assert caught.value.code == "KIND"
+    assert caught.value.code == "MISMATCH"
 
 
 def test_a_damaged_last_state_falls_back_and_is_not_kept_as_the_previous_one(tmp_path: Path) -> None:
