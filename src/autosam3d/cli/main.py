@@ -29,6 +29,7 @@ from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
 from autosam3d.version import __version__
+from autosam3d.io.user_folders import stand_in_for_home
 
 app = typer.Typer(
     name="autosam3d",
@@ -78,6 +79,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Ends by an exception, so that files half written are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    stand_in_for_home()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:
