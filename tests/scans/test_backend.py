@@ -11,9 +11,9 @@ import pytest
 from autosam3d.checkpoints.exported import open_export
 from autosam3d.checkpoints.probe import Cost, measure_cost
 from autosam3d.errors import MissingExtraError, UsageError
-from autosam3d.io.user_folders import cache_folder
 from autosam3d.scans import backend
 from autosam3d.scans.backend import fastest_backend, wished_backend
+from autosam3d.user_folders import cache_folder
 from exports import mini_export
 
 

@@ -19,6 +19,8 @@ _LIBRARIES = ("fastapi", "highdicom", "huggingface_hub", "lightning_fabric", "mo
               "transformers", "uvicorn")
 _IMPORTS = """
 import importlib, sys
+from autosam3d.cli.home import settle_home
+settle_home()
 from autosam3d.studies.reproduce.drawing import house_style
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -63,7 +65,7 @@ def test_train_export_and_verify(dataset: Path, tmp_path: Path) -> None:
     commands = (["train", recipe, "--data", dataset, "--out", tmp_path / "run"],
                 ["export", tmp_path / "run", tmp_path / "export"], ["verify", tmp_path / "export"])
     for command in commands:
-        done = traced([*_AUTOSAM3D, *command, "--threads", "1"], tmp_path / command[0], seconds=600)
+        done = traced([*_AUTOSAM3D, *command, "--threads", "1"], tmp_path / f"traced_{command[0]}", seconds=600)
         assert done.code == 0, done.told
         _demand_silence(done)
 

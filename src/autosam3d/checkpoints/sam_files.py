@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from autosam3d.errors import CheckpointError, MissingExtraError
-from autosam3d.io.user_folders import cache_folder, may_be_made
+from autosam3d.user_folders import cache_folder, may_be_made
 
 _log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from autosam3d.cli.datasets import phantom, prepare
 from autosam3d.cli.demo import demo
 from autosam3d.cli.evaluate import evaluate
 from autosam3d.cli.export import export, export_web, pack, verify
+from autosam3d.cli.home import settle_home
 from autosam3d.cli.inspect import bench, info, recipes
 from autosam3d.cli.moved import remedy_for
 from autosam3d.cli.nnunet import nnunet
@@ -29,7 +30,6 @@ from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
 from autosam3d.version import __version__
-from autosam3d.io.user_folders import stand_in_for_home
 
 app = typer.Typer(
     name="autosam3d",
@@ -79,7 +79,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Ends by an exception, so that files half written are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    stand_in_for_home()
+    settle_home()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:

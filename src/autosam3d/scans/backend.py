@@ -16,8 +16,8 @@ from autosam3d.checkpoints.probe import measure_cost
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError, UsageError
 from autosam3d.export.certificate import cpu_name
 from autosam3d.io.files import write_text_atomic
+from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__
-from autosam3d.io.user_folders import cache_folder
 
 _log = logging.getLogger(__name__)
 

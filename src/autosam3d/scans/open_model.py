@@ -24,9 +24,9 @@ from autosam3d.checkpoints.model_file import find_checkpoint, packaged_model, re
 from autosam3d.errors import AutoSam3dError, CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.memory import demand_ram
-from autosam3d.io.user_folders import cache_folder
 from autosam3d.scans.backend import fastest_backend, wished_backend
 from autosam3d.scans.batch import SourcedModel
+from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)

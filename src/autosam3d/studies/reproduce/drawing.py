@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from autosam3d.errors import MissingExtraError
 from autosam3d.io.files import atomic_write_all, bytes_to_write
-from autosam3d.io.user_folders import cache_folder
 from autosam3d.studies.reproduce.table import plain_markdown
+from autosam3d.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from autosam3d.io import user_folders
-from autosam3d.io.user_folders import cache_folder, stand_in_for_home, state_folder
+from autosam3d import user_folders
+from autosam3d.cli.home import settle_home
+from autosam3d.user_folders import cache_folder, state_folder
 
 
 @pytest.fixture(autouse=True)
@@ -82,19 +83,21 @@ def test_a_temporary_folder_of_someone_else_is_not_used(nowhere: Path, monkeypat
 def test_who_has_a_home_keeps_it(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(nowhere))
     monkeypatch.setenv("LOGNAME", "someone")
+    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     before = dict(os.environ)
-    stand_in_for_home()
-    assert dict(os.environ) == before
+    settle_home()
+    assert dict(os.environ) == before | {"MPLCONFIGDIR": str(nowhere / ".cache" / "autosam3d" / "matplotlib")}
 
 
 _NAMELESS = """
 import getpass, os, sys
-import autosam3d.io.user_folders as folders
+import autosam3d.user_folders as folders
+from autosam3d.cli.home import settle_home
 try:
     getpass.getuser(); sys.exit("this uid has a name")
 except (KeyError, OSError):
     pass
-folders.stand_in_for_home()
+settle_home()
 print(os.path.expanduser("~"), getpass.getuser(), folders.cache_folder(), folders.state_folder(), sep="\\n")
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import logging
 import os
 import stat
@@ -25,7 +24,13 @@ def cache_folder() -> Path:
     Raises:
         ResourceError: NOT_WRITABLE, not even a temporary folder can be made.
     """
-    return _usable(_in_home("XDG_CACHE_HOME", _cache_in(_home())), "cache", "XDG_CACHE_HOME")
+    return _usable(_named_cache(), "cache", "XDG_CACHE_HOME")
+
+
+def cache_of_home() -> Path | None:
+    """The user's cache of this package, None where `cache_folder` would be a temporary one; nothing is said or made."""
+    folder = _named_cache()
+    return folder if folder is not None and may_be_made(folder) else None
 
 
 def state_folder() -> Path:
@@ -40,21 +45,13 @@ def state_folder() -> Path:
                    "XDG_STATE_HOME")
 
 
-def stand_in_for_home() -> None:
-    """For a user without a name or a home, as containers have: a name, and a temporary home for this process.
+def temporary_home() -> Path:
+    """A home for the processes of a user who has none; where a cache is asked for, it counts as none.
 
-    Libraries ask for either as they are imported, and fail (MONAI, NNCF) or write into a folder that is literally named
-    ``~`` (Hugging Face's hub). For processes that are ours alone; a library changes no environment.
+    Raises:
+        OSError: no temporary folder can be made.
     """
-    try:
-        getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        os.environ["USER"] = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
-    home = _home()
-    # A folder that is there and not to be written stays: what lies in it, such as weights, is still found.
-    if home is None or not (os.path.isdir(home) or may_be_made(home)):  # noqa: PTH112 - Path's raises where it may not look
-        with contextlib.suppress(OSError):
-            os.environ["HOME"] = str(_own_temporary(_STAND_IN))
+    return _own_temporary(_STAND_IN)
 
 
 def may_be_made(folder: Path) -> bool:
@@ -64,6 +61,10 @@ def may_be_made(folder: Path) -> bool:
         return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     except OSError:  # a folder above may not even be looked into
         return False
+
+
+def _named_cache() -> Path | None:
+    return _in_home("XDG_CACHE_HOME", _cache_in(_home()))
 
 
 def _in_home(variable: str, default: Path | None) -> Path | None:
