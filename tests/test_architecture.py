@@ -50,7 +50,7 @@ def test_architecture_states_the_contract_of_the_rooms() -> None:
     (told,) = re.findall(r"^(`cli` > .*?)\.$", PAGE, re.MULTILINE | re.DOTALL)
     assert [layer.strip(" `\n") for layer in told.split(">")] == rooms["layers"].split("\n")[1:]
     assert {name for layer in rooms["layers"].split("\n") for name in layer.split(" | ") if name} == {
-        *ROOMS, "axes", "errors", "labels", "version", "volume"}
+        *ROOMS, "axes", "errors", "labels", "user_folders", "version", "volume"}
 
 
 def test_tests_have_the_same_rooms() -> None:

@@ -11,6 +11,8 @@ version.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from autosam3d.version import __version__
@@ -80,6 +82,14 @@ _HOMES = {
     "segment": "autosam3d.inference.pipeline",
     "write_segmentation": "autosam3d.io",
 }
+
+# Libraries that report their use to their makers are told not to, before anything can import them; with an export of
+# ours nothing leaves the machine. ONNX Runtime looks at this variable as it is loaded, and no later call undoes what it
+# has begun. OpenVINO and NNCF have stubs for a machine without `openvino_telemetry`, which None here is to them.
+# *Source*: onnxruntime/core/platform/telemetry_1ds.cc, openvino/tools/ovc/utils.py, huggingface_hub/constants.py.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if not TYPE_CHECKING:  # a type checker that saw a module's `__getattr__` would believe in every name
 

@@ -1,6 +1,6 @@
 /** The worker: one scan from file to labels, then it is ended. All that is heavy happens here. */
 import { AppError } from "./core/errors.ts";
-import { dicomSeg } from "./core/dicomSeg.ts";
+import { dicomSeg, readersThatFail } from "./core/dicomSeg.ts";
 import { ChoiceError, type DicomScan } from "./core/dicomSeries.ts";
 import { sourceSeries, type SourceSeries } from "./core/dicomSource.ts";
 import { estimateBytes } from "./core/memory.ts";
@@ -150,7 +150,8 @@ async function referredSeries(volume: Volume | DicomScan, name: string): Promise
   try {
     const first = await volume.images[0]!.source.read(volume.images[0]!.source.size);
     const found = sourceSeries(volume.images.map((image) => image.slice), first, volume.source, name);
-    found.warnings.forEach((text) => say({ type: "remark", text }));
+    const failing = readersThatFail(volume.source);
+    [...found.warnings, ...(failing ? [failing] : [])].forEach((text) => say({ type: "remark", text }));
     return found;
   } catch (error) {
     if (!(error instanceof AppError)) throw error;

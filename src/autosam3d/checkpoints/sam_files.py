@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import pickle
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from autosam3d.errors import CheckpointError, MissingExtraError
+from autosam3d.user_folders import cache_folder, may_be_made
 
 _log = logging.getLogger(__name__)
 
@@ -92,17 +94,19 @@ def _from_hub(hub_id: str) -> Path:
             "MISSING_EXTRA", hub_id, "the hub needs huggingface_hub",
             "pip install 'autosam3d[sam]', or pass the path of a file"
         ) from None
+    # A cache that may only be read is read; what is downloaded then lies in ours.
+    keep = None if may_be_made(Path(constants.HF_HUB_CACHE)) else cache_folder() / "hub"
     with _quiet_hub():
         try:
-            for name in _HUB_FILES:
-                cached = try_to_load_from_cache(hub_id, name)
+            for name, folder in itertools.product(_HUB_FILES, (None, keep) if keep else (None,)):
+                cached = try_to_load_from_cache(hub_id, name, cache_dir=folder)
                 if isinstance(cached, str):
                     return Path(cached)
             if constants.HF_HUB_OFFLINE:
                 raise _offline(hub_id, "HF_HUB_OFFLINE forbids asking the hub")
             name = _name_on_hub(hub_id)
             _log.warning("downloading %s of %s", name, hub_id)
-            return Path(hf_hub_download(hub_id, name, etag_timeout=_HUB_PATIENCE_S))
+            return Path(hf_hub_download(hub_id, name, cache_dir=keep, etag_timeout=_HUB_PATIENCE_S))
         except (GatedRepoError, RepositoryNotFoundError, HFValidationError):
             raise CheckpointError(
                 "NO_SAM", hub_id, "the hub has no such model, or not for this user", _GET_A_FILE

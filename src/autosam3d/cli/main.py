@@ -20,6 +20,7 @@ from autosam3d.cli.datasets import phantom, prepare
 from autosam3d.cli.demo import demo
 from autosam3d.cli.evaluate import evaluate
 from autosam3d.cli.export import export, export_web, pack, verify
+from autosam3d.cli.home import settle_home
 from autosam3d.cli.inspect import bench, info, recipes
 from autosam3d.cli.moved import remedy_for
 from autosam3d.cli.nnunet import nnunet
@@ -78,6 +79,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Ends by an exception, so that files half written are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    settle_home()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:

@@ -8,15 +8,15 @@ import importlib.metadata
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from autosam3d.checkpoints.exported import PACKAGE_OF, RUNTIMES, Export, installed_backends
 from autosam3d.checkpoints.probe import measure_cost
-from autosam3d.errors import AutoSam3dError, MissingExtraError, UsageError
+from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError, UsageError
 from autosam3d.export.certificate import cpu_name
 from autosam3d.io.files import write_text_atomic
+from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ def fastest_backend(export: Export, threads: int) -> str:
     if len(names) == 1:
         return names[0]
     key = _key(export, names, threads)
-    path = cache_folder() / f"backend-{_digest(key)}.json"
-    known = _read(path, key)
+    path = _answer_path(key)
+    known = None if path is None else _read(path, key)
     if known in names:
         return known
     costs = {name: cost.seconds for name in names if (cost := measure_cost(export.folder, name, threads)) is not None}
@@ -68,27 +68,23 @@ def fastest_backend(export: Export, threads: int) -> str:
     told = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in costs.items())
     _log.info("runtimes measured, a window takes: %s", told)
     with contextlib.suppress(AutoSam3dError, OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps({"key": key, "fastest": best, "seconds": costs}, indent=1) + "\n")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(path, json.dumps({"key": key, "fastest": best, "seconds": costs}, indent=1) + "\n")
     return best
-
-
-def cache_folder() -> Path:
-    """The user's cache of this package, whether it exists or not."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "autosam3d"
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home raises where there is none
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "autosam3d"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "autosam3d" / "Cache"
-    return home / ".cache" / "autosam3d"
 
 
 def _key(export: Export, names: list[str], threads: int) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(PACKAGE_OF[name]) for name in names}
     return {"model_sha256": export.sha256, "versions": versions, "cpu": cpu_name(), "threads": threads,
             "autosam3d": __version__}
+
+
+def _answer_path(key: dict[str, Any]) -> Path | None:
+    """Where the answer is kept; None where there is no place for it at all."""
+    with contextlib.suppress(ResourceError):
+        return cache_folder() / f"backend-{_digest(key)}.json"
+    return None
 
 
 def _digest(key: dict[str, Any]) -> str:

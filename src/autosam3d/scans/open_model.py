@@ -21,11 +21,12 @@ from autosam3d.checkpoints.exported import (
     open_export,
 )
 from autosam3d.checkpoints.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
-from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
+from autosam3d.errors import AutoSam3dError, CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.memory import demand_ram
-from autosam3d.scans.backend import cache_folder, fastest_backend, wished_backend
+from autosam3d.scans.backend import fastest_backend, wished_backend
 from autosam3d.scans.batch import SourcedModel
+from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -118,7 +119,11 @@ def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
         return None
     if not installed_backends() or wish.device not in ("auto", "cpu") or (wish.device == "auto" and _has_gpu()):
         return None
-    folder = _export_folder(json_path)
+    try:
+        folder = _export_folder(json_path)
+    except ResourceError as error:
+        _log.warning("%s: it cannot be kept as an export (%s); PyTorch runs it", json_path, error.fault)
+        return None
     refused = folder.with_name(f"{folder.name}.refused")
     if _kept_export(json_path) is None and (refused.exists() or not _can_export(wish)):
         return None
@@ -157,7 +162,7 @@ def _kept_export(json_path: Path) -> Export | None:
         export = open_export(_export_folder(json_path))
         for name in export.meta["files"]:
             export.path(name)
-    except (CheckpointError, OSError):
+    except (CheckpointError, ResourceError, OSError):
         return None
     return export if export.meta.get("trained_weights_sha256") == _weights_sha256(json_path) else None
 

@@ -1,6 +1,7 @@
 /** What an organ is called in DICOM objects: coded concepts, labels, colours; `io/dicom/codes.py` once more. */
 import type { Triple } from "./grid.ts";
 import type { Organ } from "./model.ts";
+import { sha256 } from "./sha256.ts";
 
 export type Code = [value: string, scheme: string, meaning: string];
 
@@ -9,6 +10,7 @@ export const ANATOMICAL_STRUCTURE: Code = ["91723000", "SCT", "Anatomical struct
 const SIDES: Record<string, Code> = { right: ["24028007", "SCT", "Right"], left: ["7771000", "SCT", "Left"] };
 /** Concepts of the label table that name an organ of either side. */
 const EITHER_SIDE = new Set(["45289007"]);
+const BASE32 = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
 /** sRGB to XYZ and the white of both, as `io/dicom/codes.py` has them. */
 const RGB_TO_XYZ_D50 = [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169],
   [0.0139322, 0.0971045, 0.7141733]] as const;
@@ -24,7 +26,16 @@ export function organText(name: string): string {
 export function organCode({ name, snomed }: Organ): Code {
   const text = organText(name);
   if (snomed) return [snomed, "SCT", text];
-  return [[...text.toUpperCase().replaceAll(" ", "_")].slice(0, 16).join(""), "99AUTOSAM3D", text];
+  return [ownCode(name), "99AUTOSAM3D", text];
+}
+
+/** A code for a name, another one for every other name: its own letters where they fit, else as many as fit before 40
+ * bits of its SHA-256 (RFC 4648, base 32). */
+function ownCode(name: string): string {
+  if (/^[a-z0-9_]{1,16}$/.test(name)) return name.toUpperCase();
+  const bits = sha256(new TextEncoder().encode(name)).subarray(0, 5).reduce((sum, byte) => (sum << 8n) | BigInt(byte), 0n);
+  const digest = Array.from({ length: 8 }, (_, i) => BASE32[Number((bits >> BigInt(35 - 5 * i)) & 31n)]).join("");
+  return `${[...organText(name).toUpperCase().replaceAll(" ", "_")].slice(0, 7).join("")}_${digest}`;
 }
 
 /** The code of the side, where the organ's own code does not say it. */

@@ -16,6 +16,10 @@ const SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4";
 /** Of this program's own files; a UID made of a name. *Source* of the form: DICOM PS3.5 annex B.2. */
 const IMPLEMENTATION = uid(["autosam3d web"]);
 
+/** What the reader calls even and straight, in slices and in columns and rows; as in `io/dicom/`. */
+const MAX_UNEVEN_VOX = 0.06;
+const MAX_LEAN_VOX = 0.5;
+
 /** What made a segmentation, as it is named inside the object. */
 export interface Algorithm {
   name: string;
@@ -122,27 +126,52 @@ function references({ slices }: SourceSeries): DicomItem {
 /** Where the frames lie: dimensions, what all frames share, what each has of its own. */
 function groups(frames: Frame[], { slices }: SourceSeries, grid: SourceGrid, dimensions: string): DicomItem {
   const first = slices[0]!;
-  const step = decimal(columnLengths(grid.affine)[2]);
+  const step = columnLengths(grid.affine)[2];
+  const own = ownThicknesses(grid);
+  const measures = (thickness: number): DicomItem => item([0x00180050, "DS", decimal(thickness)],
+    ...(own ? [] : [[0x00180088, "DS", decimal(step)] as [number, string, string]]),
+    [0x00280030, "DS", first.spacingMm.map(decimal).join("\\")]);
   const index = (pointer: number, group: number, text: string) => item([0x00209164, "UI", dimensions],
     [0x00209165, "AT", [pointer]], [0x00209167, "AT", [group]], [0x00209421, "LO", text]);
   const shared = item(
-    [0x00209116, "SQ", [item([0x00200037, "DS", first.orientation.flat().map(decimal).join("\\")])]],
-    [0x00289110, "SQ", [item([0x00180050, "DS", step], [0x00180088, "DS", step],
-      [0x00280030, "DS", first.spacingMm.map(decimal).join("\\")])]]);
+    [0x00209116, "SQ", [item([0x00200037, "DS", first.orientation.flat().map(decimal).join("\\")])]]);
+  if (!own) shared.set(0x00289110, ["SQ", [measures(step)]]);
   return item([0x00209221, "SQ", [item([0x00209164, "UI", dimensions])]],
     [0x00209222, "SQ", [index(0x0062000b, 0x0062000a, "Referenced Segment Number"),
       index(0x00200032, 0x00209113, "Image Position Patient")]],
     [0x52009229, "SQ", [shared]],
     [0x52009230, "SQ", frames.map(({ segment: number, plane, position }) => {
       const slice = slices[plane]!;
-      return item([0x00089124, "SQ", [item([0x00082112, "SQ", [item([0x00081150, "UI", slice.uids.SOPClassUID],
+      const group = item([0x00089124, "SQ", [item([0x00082112, "SQ", [item([0x00081150, "UI", slice.uids.SOPClassUID],
         [0x00081155, "UI", slice.uids.SOPInstanceUID], [0x0028135a, "CS", "YES"],
         [0x0040a170, "SQ", [codeItem(["121322", "DCM", "Source image for image processing operation"])]])]],
         [0x00089215, "SQ", [codeItem(["113076", "DCM", "Segmentation"])]])]],
       [0x00209111, "SQ", [item([0x00209157, "UL", [number, position]])]],
       [0x00209113, "SQ", [item([0x00200032, "DS", slice.position.map(decimal).join("\\")])]],
       [0x0062000a, "SQ", [item([0x0062000b, "US", [number]])]]);
+      if (own) group.set(0x00289110, ["SQ", [measures(own[plane]!)]]);
+      return group;
     })]);
+}
+
+/** Of slices that lie unevenly, how much of the normal each stands for, in mm; null where all lie one distance apart. */
+function ownThicknesses(grid: SourceGrid): number[] | null {
+  const heights = grid.acquired?.heights ?? [];
+  const gaps = heights.slice(1).map((h, i) => h - heights[i]!);
+  if (gaps.every((gap) => Math.abs(gap - 1) <= MAX_UNEVEN_VOX)) return null;
+  const step = columnLengths(grid.affine)[2];
+  return heights.map((_, k) => ((gaps[Math.max(k - 1, 0)]! + gaps[Math.min(k, gaps.length - 1)]!) / 2) * step);
+}
+
+/** A sentence where a common reader makes something else of the object; null where none is known to. */
+export function readersThatFail(grid: SourceGrid): string | null {
+  const shifts = grid.acquired?.shifts ?? [];
+  const spread = [0, 1].map((i) => Math.max(...shifts.map((s) => s[i]!)) - Math.min(...shifts.map((s) => s[i]!)));
+  const tilted = spread.some((v) => v > MAX_LEAN_VOX);
+  const how = [...(tilted ? ["tilted"] : []), ...(ownThicknesses(grid) ? ["unevenly spaced"] : [])];
+  if (how.length === 0) return null;
+  const fault = tilted ? "refuses this object" : "lays this object on even slices, with gaps and other volumes";
+  return `the slices are ${how.join(" and ")}: 3D Slicer's reader of DICOM SEG ${fault}; for 3D Slicer take NIfTI`;
 }
 
 function segment(organ: Organ, number: number, by: Algorithm): DicomItem {

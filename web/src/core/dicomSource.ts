@@ -90,7 +90,7 @@ function checkUid(text: string, keyword: string, where: string) {
 /** *Source*: DICOM PS3.5 table 6.2-1. */
 function isValid(keyword: Keyword, text: string): boolean {
   if (text === "") return true;
-  if (/[\\\p{C}]/u.test(text)) return false;
+  if (/[\\\p{Zl}\p{Zp}]/u.test(text) || /[^\P{C}\p{Co}\u200c\u200d]/u.test(text)) return false;
   if (keyword.endsWith("Date")) return isDate(text);
   if (keyword.endsWith("Time")) return /^([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?$/.test(text);
   if (keyword === "PatientSex") return ["M", "F", "O"].includes(text);

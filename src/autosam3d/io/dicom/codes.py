@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+
 from pydicom.dataset import Dataset
 
 from autosam3d.labels import LabelMap
@@ -35,7 +39,17 @@ def organ_code(labels: LabelMap, value: int) -> tuple[str, str, str]:
     """(code, scheme, meaning): SNOMED CT where the label table has the organ, else a code of our own scheme."""
     text = organ_text(labels.by_index[value])
     snomed = labels.snomed(value)
-    return (snomed, "SCT", text) if snomed else (text.upper().replace(" ", "_")[:_MAX_CODE], _PRIVATE_SCHEME, text)
+    return (snomed, "SCT", text) if snomed else (_own_code(labels.by_index[value]), _PRIVATE_SCHEME, text)
+
+
+def _own_code(name: str) -> str:
+    """A code for a name, the same in every object and another one for every other name: its own letters where they fit,
+    else as many as fit before 40 bits of its SHA-256 (RFC 4648, base 32)."""
+    if re.fullmatch(rf"[a-z0-9_]{{1,{_MAX_CODE}}}", name):
+        return name.upper()
+    digest = base64.b32encode(hashlib.sha256(name.encode()).digest()[:5]).decode()
+    letters = organ_text(name).upper().replace(" ", "_")[: _MAX_CODE - 1 - len(digest)]
+    return f"{letters}_{digest}"
 
 
 def organ_side(labels: LabelMap, value: int) -> tuple[str, str, str] | None:

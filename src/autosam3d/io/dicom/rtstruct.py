@@ -34,11 +34,12 @@ from autosam3d.volume import Segmentation, log_warnings
 # Below the tags, which say what to install where pydicom is absent.
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian, RTStructureSetStorage
+from pydicom.uid import UID, ImplicitVRLittleEndian, RTStructureSetStorage
 
 from autosam3d.io.dicom.codes import code_item, organ_code, organ_text
 
 _STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"  # what PS3.3 C.8.8.5 asks for, though it is retired
+_MAX_SHORT = 16  # characters of value representation SH
 _LPS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -110,7 +111,9 @@ def _head(series: SourceSeries, algorithm: Algorithm, content: bytes) -> Dataset
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = RTStructureSetStorage
     meta.MediaStorageSOPInstanceUID = UID(dataset.SOPInstanceUID)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    # In explicit VR a contour of more than 65,534 bytes, as a lung has, can only be written as unknown (UN), which many
+    # readers do not take for numbers; in implicit VR lengths have 32 bits. *Source*: DICOM PS3.5, 6.2.2 and 7.1.
+    meta.TransferSyntaxUID = ImplicitVRLittleEndian
     dataset.file_meta = meta
     return dataset
 
@@ -146,7 +149,8 @@ def _roi(value: int, series: SourceSeries, labels: LabelMap, algorithm: Algorith
 def _observation(number: int, value: int, labels: LabelMap) -> Dataset:
     observation = Dataset()
     observation.ObservationNumber, observation.ReferencedROINumber = number, value
-    observation.ROIObservationLabel = organ_text(labels.by_index[value])[:16]
+    if len(text := organ_text(labels.by_index[value])) <= _MAX_SHORT:  # cut, two organs could have one
+        observation.ROIObservationLabel = text
     observation.RTROIIdentificationCodeSequence = [code_item(organ_code(labels, value))]
     observation.RTROIInterpretedType = "ORGAN"
     observation.ROIInterpreter = ""

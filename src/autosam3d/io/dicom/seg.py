@@ -80,7 +80,7 @@ def write_dicom_seg(
     planes = planes_of(segmentation)
     present, empty = present_and_empty(planes, labels, path)
     warnings = [*series.warnings, *([f"not in the object, because no voxel has it: {', '.join(empty)}"] if empty
-                                    else [])]
+                                    else []), *_readers_that_fail(segmentation, series)]
     numbers = np.zeros(256, np.uint8)
     for number, value in enumerate(present, start=1):
         numbers[value] = number
@@ -133,6 +133,19 @@ def meant_centres(segmentation: Segmentation, planes: np.ndarray, present: list[
     return label_centres(segmentation.labels, segmentation.affine, present)
 
 
+def _readers_that_fail(segmentation: Segmentation, series: SourceSeries) -> list[str]:
+    """A sentence where a common reader makes something else of the object; each was tried (`docs/viewers.md`)."""
+    source = segmentation.source
+    shifts = np.zeros((1, 2)) if source is None or source.acquired is None else source.acquired.shifts
+    how = [*(["tilted"] if np.ptp(shifts, axis=0).max() > _MAX_PLACE_VOX[0] else []),
+           *(["unevenly spaced"] if "SpacingBetweenSlices" not in series.images[0] else [])]
+    if not how:
+        return []
+    fault = "refuses this object" if "tilted" in how else ("lays this object on even slices, with gaps and other "
+                                                           "volumes")
+    return [f"the slices are {' and '.join(how)}: 3D Slicer's reader of DICOM SEG {fault}; for 3D Slicer take NIfTI"]
+
+
 def _build(planes: np.ndarray, series: SourceSeries, labels: LabelMap, present: list[int], algorithm: Algorithm,
            kind: SegKind) -> Any:
     content = hashlib.sha256(planes.tobytes()).digest() + repr([labels.by_index[v] for v in present]).encode()
@@ -155,9 +168,22 @@ def _build(planes: np.ndarray, series: SourceSeries, labels: LabelMap, present: 
         content_description="Automatic segmentation, not reviewed",
         series_description=series_description(algorithm),
     )
+    if "SpacingBetweenSlices" not in series.images[0]:
+        _tell_own_thickness(dataset, series)
     carry_identity(dataset, series)
     dataset.PositionReferenceIndicator = series.images[0].PositionReferenceIndicator
     return dataset
+
+
+def _tell_own_thickness(dataset: Any, series: SourceSeries) -> None:
+    """Pixel measures frame by frame, with the slice's own thickness and no distance that all would share."""
+    del dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    places = {tuple(map(float, image.ImagePositionPatient)): image for image in series.images}
+    for group in dataset.PerFrameFunctionalGroupsSequence:
+        image = places[tuple(map(float, group.PlanePositionSequence[0].ImagePositionPatient))]
+        measures = pydicom.Dataset()
+        measures.SliceThickness, measures.PixelSpacing = image.SliceThickness, image.PixelSpacing
+        group.PixelMeasuresSequence = [measures]
 
 
 def series_number(series: SourceSeries) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from autosam3d.errors import VolumeError
-from autosam3d.io.dicom.acquired import slice_affines, slice_shape
+from autosam3d.io.dicom.acquired import slice_affines, slice_heights, slice_shape
 from autosam3d.io.dicom.files import CtSlice, dicom_bytes
 from autosam3d.io.dicom.series import series_slices
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom, tag_text
@@ -66,7 +67,8 @@ class SourceSeries:
     identity: Dataset
     """Patient and study, from the tags of the list; what cannot be carried is empty."""
     images: tuple[Dataset, ...]
-    """One a slice, along the normal: UIDs and geometry."""
+    """One a slice, along the normal: UIDs and geometry. Where the slices lie unevenly, SliceThickness is each one's own
+    and there is no SpacingBetweenSlices."""
     warnings: tuple[str, ...]
 
     @property
@@ -90,13 +92,16 @@ def read_source_series(folder: str | Path, grid: SourceGrid | None, options: Rea
                           "write NIfTI, or segment the series itself")
     slices = series_slices(folder, options)
     _demand_grid(slices, grid, folder)
-    step_mm = float(np.linalg.norm(grid.affine[:3, 2]))
+    is_even, thicknesses_mm = _thicknesses_mm(grid)
     with quiet_pydicom():
         first = _tags(slices[0], folder)
         warnings: list[str] = []
         identity = _identity(first, warnings)
         identity.StudyInstanceUID = _uid(first, "StudyInstanceUID", f"{folder}: file {slices[0].number}")
-        images = tuple(_image(ct_slice, folder, step_mm) for ct_slice in slices)
+        images = tuple(_image(ct_slice, folder, mm) for ct_slice, mm in zip(slices, thicknesses_mm, strict=True))
+    if is_even:  # one distance for all is told only where there is one
+        for image in images:
+            image.SpacingBetweenSlices = image.SliceThickness
     if len({image.SOPInstanceUID for image in images}) != len(images):
         raise VolumeError("TAG_INVALID", folder, "several slices have one SOPInstanceUID, so none can be referred to",
                           "export the series again")
@@ -184,6 +189,17 @@ def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) ->
                           "name the series that was segmented")
 
 
+def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
+    """(whether all slices lie one distance apart, how much of the normal each stands for): that distance, or half the
+    way to either neighbour, at the ends as much outwards as inwards."""
+    step_mm, heights = float(np.linalg.norm(grid.affine[:3, 2])), slice_heights(grid)
+    gaps = np.diff(heights)
+    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _EVEN_VOX:
+        return True, [step_mm] * len(heights)
+    gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]]) * step_mm
+    return False, ((gaps[:-1] + gaps[1:]) / 2).tolist()
+
+
 def _tags(ct_slice: CtSlice, folder: str | Path) -> Any:
     where = f"{folder}: file {ct_slice.number}"
     content = dicom_bytes(ct_slice.path, where)
@@ -217,7 +233,7 @@ def _is_valid(keyword: str, text: str) -> bool:
     """*Source*: DICOM PS3.5 table 6.2-1."""
     if text == "":
         return True
-    if "\\" in text or not text.isprintable():
+    if "\\" in text or any(not c.isprintable() and not _is_written(c) for c in text):
         return False
     try:
         if keyword.endswith("Date"):
@@ -233,6 +249,12 @@ def _is_valid(keyword: str, text: str) -> bool:
     return len(text) <= (16 if keyword in ("AccessionNumber", "StudyID") else 64)
 
 
+def _is_written(character: str) -> bool:
+    """Of those that Python does not print: spaces of every script, such as the ideographic one of Japanese names, what
+    joins and parts letters, and private letters, which GB 18030 has for rare family names."""
+    return unicodedata.category(character) in ("Zs", "Co") or character in "\u200c\u200d"
+
+
 def _uid(tags: Any, keyword: str, where: str) -> UID:
     text = tag_text(tags, keyword)
     if text == "":
@@ -244,7 +266,7 @@ def _uid(tags: Any, keyword: str, where: str) -> UID:
     return UID(text)
 
 
-def _image(ct_slice: CtSlice, folder: str | Path, step_mm: float) -> Dataset:
+def _image(ct_slice: CtSlice, folder: str | Path, thickness_mm: float) -> Dataset:
     where = f"{folder}: file {ct_slice.number}"
     tags = _tags(ct_slice, folder)
     image = Dataset()
@@ -257,7 +279,7 @@ def _image(ct_slice: CtSlice, folder: str | Path, step_mm: float) -> Dataset:
     image.Modality = "CT" if ct_slice.is_ct else tag_text(tags, "Modality")[:16]
     image.Rows, image.Columns = ct_slice.shape
     image.PixelSpacing = _decimals(ct_slice.spacing_mm)
-    image.SliceThickness = image.SpacingBetweenSlices = _decimals([step_mm])[0]
+    image.SliceThickness = _decimals([thickness_mm])[0]
     image.ImagePositionPatient = _decimals(ct_slice.position_lps)
     image.ImageOrientationPatient = _decimals(ct_slice.orientation.ravel())
     for keyword in _CARRIED:  # what makes the object is not told whose it is; `carry_identity` adds that

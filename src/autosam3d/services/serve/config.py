@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from autosam3d.recipes.settings_file import Words
 from autosam3d.recipes.typed_tree import demand
 from autosam3d.services.serve.settings import ServeSettings, demand_token_off_loopback, read_token
 from autosam3d.services.workers.messages import WorkerSettings
+from autosam3d.user_folders import state_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class ServeConfig:
         token = read_token(self.token_file) if self.token_file is not None else None
         demand_token_off_loopback(self.host, token)
         return ServeSettings(
-            folder=(self.folder or _state_folder()).absolute(), host=self.host, port=self.port, token=token,
+            folder=(self.folder or state_folder() / "serve").absolute(), host=self.host, port=self.port, token=token,
             allow_hosts=self.allow_host, workers=self.workers, queue=self.queue,
             max_upload_bytes=self.max_upload_mib << 20, keep_seconds=3600 * self.keep_hours, app=self.app,
         )
@@ -90,8 +90,3 @@ class ServeConfig:
             device=self.device, threads=self.threads or max(1, cores // self.workers),
             max_ram_bytes=int(self.max_ram_gib * 2**30), job_seconds=60 * self.scan_minutes,
         )
-
-
-def _state_folder() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or ""
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".local/state") / "autosam3d" / "serve"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io as bytes_io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autosam3d.errors import MissingExtraError
 from autosam3d.io.files import atomic_write_all, bytes_to_write
 from autosam3d.studies.reproduce.table import plain_markdown
+from autosam3d.user_folders import cache_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +50,7 @@ def house_style() -> Iterator[None]:
     Raises:
         MissingExtraError: where matplotlib is not installed.
     """
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # it keeps a list of fonts
     try:
         import matplotlib
     except ImportError:
