@@ -34,8 +34,8 @@ from autosam3d.export.export import export_model
 from autosam3d.export.onnx_graph import with_half_weights
 from autosam3d.export.verify import verify_export
 from autosam3d.inference.pipeline import segment
+from autosam3d.inference.predictor import softmax
 from autosam3d.inference.quiet import mute, quiet
-from autosam3d.inference.torch_runtime import softmax
 from autosam3d.io import write_ct
 from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
 from autosam3d.volume import Volume

@@ -13,7 +13,7 @@ from autosam3d.checkpoints.model_file import find_checkpoint, read_meta, recipe_
 from autosam3d.checkpoints.targets import MOBILE
 from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
 from autosam3d.inference.onnx_file import MAX_ONNX_BYTES
-from autosam3d.inference.torch_runtime import Predictor
+from autosam3d.inference.predictor import Predictor
 from autosam3d.io.files import open_regular, readable, sha256_of
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import names_text

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autosam3d.errors import ResourceError
+from autosam3d.geometry.patches import Size
 from autosam3d.io.memory import available_ram_bytes, size_text
 
 _log = logging.getLogger(__name__)
-
-Size = tuple[int, int, int]
-"""Voxels (z, y, x)."""
 
 # Allocator rounding, Python, and arrays too small to be counted.
 _MARGIN = 1.1

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from autosam3d.errors import CheckpointError, MissingExtraError, ResourceError
+from autosam3d.geometry.patches import Size
 from autosam3d.inference.onnx_file import demand_labels, demand_self_contained
-from autosam3d.inference.torch_runtime import Size
 
 
 class OnnxPredictor:

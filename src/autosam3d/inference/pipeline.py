@@ -18,7 +18,7 @@ from autosam3d.geometry.patches import Size, Stitcher, Tiling, grid_starts, pad_
 from autosam3d.geometry.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer, restore_labels
 from autosam3d.inference.memory import MemoryPlan, estimate_ram_bytes, fit_memory
-from autosam3d.inference.torch_runtime import Predictor
+from autosam3d.inference.predictor import Predictor
 from autosam3d.io.memory import resident_bytes, size_text
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Segmentation, Volume, log_warnings
