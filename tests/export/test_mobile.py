@@ -164,9 +164,9 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(export_module, "load_exported", load)
 
     monkeypatch.setattr(export_module, "_write_mobile", write)
-    monkeypatch.setattr(export_module, "_demand_extra", lambda targets: None)
+    monkeypatch.setattr(export_module, "demand_packages", lambda targets: None)
     monkeypatch.setattr(export_module, "measure_cost", lambda *args: None)
-    monkeypatch.setattr(export_module, "_versions", lambda mobile: {})
+    monkeypatch.setattr(export_module, "package_versions", lambda mobile: {})
     return install
 
 

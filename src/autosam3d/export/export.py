@@ -23,7 +23,6 @@ from autosam3d.checkpoints.exported import (
     BACKENDS,
     INT8,
     NOT_RUN_HERE,
-    PACKAGE_OF,
     RUNTIMES,
     Export,
     is_export,
@@ -33,12 +32,13 @@ from autosam3d.checkpoints.machine import cpu_name
 from autosam3d.checkpoints.model_file import meta_text, sealed
 from autosam3d.checkpoints.probe import measure_cost
 from autosam3d.checkpoints.targets import MOBILE, demand_exportable, demand_mobile
-from autosam3d.errors import CheckpointError, MissingExtraError
+from autosam3d.errors import CheckpointError
 from autosam3d.export.certificate import certificate_text, make_certificate
 from autosam3d.export.description import describe_use
 from autosam3d.export.golden import Golden, golden_windows, make_golden, save_golden
 from autosam3d.export.int8 import Int8, Scans, demand_bounds, write_int8
 from autosam3d.export.onnx_graph import OPSET, onnx_model, with_half_weights
+from autosam3d.export.packages import demand_packages, package_versions
 from autosam3d.export.parity import Parity, Ran, Reference, measure_parity
 from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.openvino_runtime import openvino_core
@@ -51,8 +51,6 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and their number."""
 _STEPS = 6
 _INT8_STEPS = 3
-_WRITERS = {"litert": "litert_torch", "executorch": "executorch", "coreml": "coremltools"}
-"""Mobile target to the package that writes it."""
 _PHANTOM_SEED = 0
 _WINDOWS = {"phantom": 2, "scan": 4}
 
@@ -103,7 +101,7 @@ def export_model(
     targets = sorted(set(targets), key=list(MOBILE).index) if set(targets) <= set(MOBILE) else targets
     demand_exportable(recipe.model)
     demand_mobile(recipe.model, targets)
-    _demand_extra(targets)
+    demand_packages(targets)
     demand_replaceable(folder, overwrite)
     trained = model.network.to("cpu").float().eval()
     step = _Steps(_STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None), progress)
@@ -276,7 +274,7 @@ def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | No
         "files": files, "use": describe_use(recipe, OPSET, mobile, "openvino_int8.xml" in files),
         "metrics": dict(model.metrics),
         "trained_weights_sha256": model.sha256, "memory": memory or {},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions(mobile)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **package_versions(mobile)},
         "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     })
 
@@ -295,18 +293,6 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _packages(target: str) -> list[str]:
-    """What writes a mobile target and, where something does, what runs it."""
-    return list(dict.fromkeys([_WRITERS[target], *([PACKAGE_OF[target]] if target in RUNTIMES else [])]))
-
-
-def _versions(mobile: Sequence[str]) -> dict[str, str]:
-    import importlib.metadata
-
-    names = ["onnx", "onnxscript", *BACKENDS, *(name for target in mobile for name in _packages(target))]
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """Logits window by window, in float32."""
 
@@ -322,26 +308,6 @@ def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tupl
     started = time.perf_counter()
     logits = run(windows)
     return logits, time.perf_counter() - started
-
-
-def missing_packages() -> list[str]:
-    """Those of the extra `export` that are not installed."""
-    import importlib.util
-
-    return [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
-
-
-def _demand_extra(targets: Sequence[str]) -> None:
-    import importlib.util
-
-    for where, extra, missing in (
-        ("export", "export", missing_packages()),
-        *((target, "mobile", [name for name in _packages(target) if importlib.util.find_spec(name) is None])
-          for target in targets),
-    ):
-        if missing:
-            raise MissingExtraError("MISSING_EXTRA", where, f"expected the packages {', '.join(missing)}, got none",
-                                    f'pip install "autosam3d[{extra}]"')
 
 
 def demand_replaceable(folder: Path, overwrite: bool) -> None:

@@ -47,8 +47,7 @@ def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> 
             background; and what the reader raises.
     """
     if case.label_path is None:
-        raise VolumeError("NO_TRUTH", case.image_path, "expected a label map that the prompts are made from, got none",
-                          "add it to the labels folder, or name cases that have one")
+        raise no_truth(case)
     ct, truth = read_ct(case.image_path, options), read_segmentation(case.label_path, options)
     if truth.shape != ct.shape:
         raise VolumeError("SHAPE", case.label_path, f"expected {_axes(ct.shape)} voxels (z, y, x) as its scan has, got "
@@ -66,6 +65,12 @@ def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> 
         raise VolumeError("NO_ORGANS", case.label_path, "expected organs to prompt for, got background only",
                           "leave this case out")
     return ct, numbers
+
+
+def no_truth(case: Case) -> VolumeError:
+    """The refusal of a case that nothing can be prompted from."""
+    return VolumeError("NO_TRUTH", case.image_path, "expected a label map that the prompts are made from, got none",
+                       "add it to the labels folder, or name cases that have one")
 
 
 def segment_slices(
