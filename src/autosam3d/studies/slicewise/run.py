@@ -115,7 +115,7 @@ class TuneRun:
     samples: list[SliceSample]
     data_sha256: str
     cases: CaseSet
-    options: ReadOptions
+    read_options: ReadOptions
     progress: TuneProgress = field(default_factory=TuneProgress)
     saved: TuneProgress | None = None
 

@@ -39,7 +39,7 @@ class PromptedSlices:
     prompts: int
 
 
-def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> tuple[Volume, np.ndarray]:
+def read_case(case: Case, labels: LabelMap, read_options: ReadOptions = DEFAULTS) -> tuple[Volume, np.ndarray]:
     """A scan and its truth in the numbers of `labels`, uint8 [z, y, x].
 
     Raises:
@@ -48,7 +48,7 @@ def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> 
     """
     if case.label_path is None:
         raise no_truth(case)
-    ct, truth = read_ct(case.image_path, options), read_segmentation(case.label_path, options)
+    ct, truth = read_ct(case.image_path, read_options), read_segmentation(case.label_path, read_options)
     if truth.shape != ct.shape:
         raise VolumeError("SHAPE", case.label_path, f"expected {_axes(ct.shape)} voxels (z, y, x) as its scan has, got "
                           f"{_axes(truth.shape)}", "resample the label map onto the grid of its scan")

@@ -77,7 +77,7 @@ def tune(
     settings: TuneSettings,
     *,
     cache: Path | None = None,
-    options: ReadOptions = DEFAULTS,
+    read_options: ReadOptions = DEFAULTS,
     observer: Observer | None = None,
 ) -> TuneResult:
     """Tune `sam` on the training slices, or go on with the run in `folder`; ``best.json`` is what `segment` takes.
@@ -110,7 +110,7 @@ def tune(
         claim_folder(folder, identity_of(settings, recipe, sam))
         started = time.perf_counter()
         try:
-            run = _start(recipe, cases, sam, folder, settings, cache, options, observer, stop)
+            run = _start(recipe, cases, sam, folder, settings, cache, read_options, observer, stop)
             _encode_all(run)
         except Interrupted:
             return TuneResult(stop.signal, 0, 0, None, 0.0, time.perf_counter() - started)
@@ -132,7 +132,7 @@ def tune(
 
 def _start(
     recipe: Recipe, cases: CaseSet, sam: SliceSam, folder: Path, settings: TuneSettings, cache: Path | None,
-    options: ReadOptions, observer: Observer, stop: StopRequest,
+    read_options: ReadOptions, observer: Observer, stop: StopRequest,
 ) -> TuneRun:
     frozen = settings.scope == "decoder"
     kept = (cache or folder / "embeddings") if frozen else None
@@ -140,7 +140,7 @@ def _start(
     demand_memory(sam, settings.batch_size or 1, training=not frozen)
     samples = collect_samples(
         cases.train, encoder, recipe.labels, min_slice_px=settings.min_slice_px, min_case_vox=settings.min_case_vox,
-        options=options, watch=stop.demand_none, progress=observer.on_cache,
+        read_options=read_options, watch=stop.demand_none, progress=observer.on_cache,
     )
     tuned = set(tuned_tensors(sam.network, settings.scope))
     for name, parameter in sam.network.named_parameters():
@@ -149,7 +149,7 @@ def _start(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr or 0.0, weight_decay=settings.weight_decay, fused=True)
     stop_inside(sam.network, stop)
     run = TuneRun(settings, recipe, sam, folder, optimizer, encoder, stop, observer, samples, samples_sha256(samples),
-               cases, options)
+               cases, read_options)
     resume(run)
     return run
 
@@ -257,7 +257,7 @@ def _validate(run: TuneRun) -> np.ndarray:
     table = np.full((len(cases), len(run.recipe.labels.organs)), np.nan)
     for index, case in enumerate(cases):
         run.observer.on_validation(index, len(cases))
-        pair = read_case_with_organs(case, run.recipe.labels, run.options)
+        pair = read_case_with_organs(case, run.recipe.labels, run.read_options)
         if pair is None:
             continue
         ct, truth = pair
