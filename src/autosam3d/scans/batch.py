@@ -102,9 +102,8 @@ def segment_batch(
         UsageError: OUTPUT_EXISTS.
         ResourceError: NOT_WRITABLE, the output folder, before any work.
     """
-    read_options, segment_options = read_options or ReadOptions(), segment_options or SegmentOptions()
-    if segment_options.max_ram_bytes is not None and read_options.max_ram_bytes is None:
-        read_options = replace(read_options, max_ram_bytes=segment_options.max_ram_bytes)
+    segment_options = segment_options or SegmentOptions()
+    read_options = _within(read_options or ReadOptions(), segment_options.max_ram_bytes)
     result = BatchResult(jobs[0].output.path.parent)
     _demand_writable(result.output)
     batch = _Batch(model, read_options, segment_options, preview)
@@ -195,6 +194,12 @@ class _Batch:
         from autosam3d.evaluation.overlay import overlay_png  # pillow, only where a picture is wanted
 
         overlay_png(volume, segmentation, job.output.preview, labels=self.model.recipe.labels)
+
+
+def _within(read_options: ReadOptions, max_ram_bytes: int | None) -> ReadOptions:
+    """Reading, too, keeps to the limit of segmenting, where it has none of its own."""
+    return read_options if read_options.max_ram_bytes is not None else replace(
+        read_options, max_ram_bytes=max_ram_bytes)
 
 
 def _demand_writable(folder: Path) -> None:
