@@ -107,7 +107,7 @@ def segment_batch(
     result = BatchResult(jobs[0].output.path.parent)
     _demand_writable(result.output)
     batch = _Batch(model, read_options, segment_options, preview)
-    states = {job: batch.state(job) for job in jobs}
+    states: dict[BatchJob, State] = {job: batch.state(job) for job in jobs}
     refuse_foreign({job.output: state for job, state in states.items()}, overwrite)
     try:
         for done, job in enumerate(jobs):

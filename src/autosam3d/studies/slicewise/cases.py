@@ -19,7 +19,7 @@ from autosam3d.io.folders import make_folder
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
 from autosam3d.scans.batch import BatchProgress
-from autosam3d.scans.outputs import Output, refuse_foreign
+from autosam3d.scans.outputs import Output, State, refuse_foreign
 from autosam3d.studies.slicewise.cache import SliceEncoder
 from autosam3d.studies.slicewise.images import Framing
 from autosam3d.studies.slicewise.model import SliceSam
@@ -95,8 +95,8 @@ def segment_cases(
     make_folder(out)
     model = {"sha256": sam.sha256, "sam_sha256": sam.sam.sha256, "settings": settings.as_dict()}
     outputs = [Output(out / f"{case.name}.nii.gz") for case in cases]
-    states = {output: output.state(lambda case=case: _identity(case, model))
-              for case, output in zip(cases, outputs, strict=True)}
+    states: dict[Output, State] = {output: output.state(lambda case=case: _identity(case, model))
+                                   for case, output in zip(cases, outputs, strict=True)}
     refuse_foreign(states, overwrite)
     encoder = SliceEncoder(sam, settings.framing, cache)
     result, started = SlicewiseResult(), time.perf_counter()
