@@ -20,7 +20,7 @@ sys.path[:0] = [str(REPO / "tests/services/serve"), str(REPO / "tests")]
 from load import Held, Load, burst  # noqa: E402
 from running import Running, running, until  # noqa: E402
 
-from autosam3d.export.certificate import cpu_name  # noqa: E402
+from autosam3d.checkpoints.machine import cpu_name  # noqa: E402
 from serving import phantom_ct  # noqa: E402
 
 COUNT, RESULT = 200, REPO / "benchmarks/results/serve.md"

@@ -20,7 +20,7 @@ from autosam3d.checkpoints.checkpoint import load_model
 from autosam3d.checkpoints.exported import FILES_OF, RUNTIMES, installed_backends, load_exported, open_export
 from autosam3d.export.golden import load_golden
 from autosam3d.export.onnx_graph import with_half_weights
-from autosam3d.export.parity import measure_parity
+from autosam3d.export.parity import Ran, measure_parity
 
 ROUNDS = 4
 
@@ -50,8 +50,8 @@ def main(folder: Path, run: Path, threads: int = 1) -> None:
     print("|---|---|---|---|---|---|")
     for name, predict in runtimes.items():
         logits = np.concatenate([predict(window[None]) for window in golden.ct])
-        row = measure_parity(logits, golden, export.recipe.labels.organs, backend=name, version="", threads=threads,
-                             seconds=seconds[name])
+        ran = Ran(backend=name, version="", threads=threads, seconds=seconds[name], logits=logits)
+        row = measure_parity(ran, golden, export.recipe.labels.organs)
         size = sum(export.path(file).stat().st_size for file in FILES_OF.get(name, ())) / 1e6
         print(f"| {name} | {seconds[name]:.3f} | {seconds['pytorch'] / seconds[name]:.2f} | {row.logit_share:.1e} | "
               f"{row.equal_share:.4%} | {f'{size:.1f}' if size else '-'} |")

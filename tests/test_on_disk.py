@@ -16,7 +16,8 @@ import pytest
 from autosam3d.data.folder import open_dataset
 from autosam3d.io import ReadOptions
 from autosam3d.io.output_formats import RTSTRUCT, SEG, OutputFormat
-from autosam3d.scans.batch import check_inputs, segment_batch
+from autosam3d.scans.batch import segment_batch
+from autosam3d.scans.jobs import check_inputs
 from autosam3d.services.pacs.incoming import Incoming
 from autosam3d.services.pacs.ledger import Ledger
 from autosam3d.services.pacs.state_folder import hold_state_folder
@@ -78,8 +79,7 @@ def test_outputs_of_a_series(form: OutputFormat, name: str, tmp_path: Path) -> N
     from serving import dicom_folder
 
     series = dicom_folder(tmp_path / "series")
-    options = ReadOptions(force=True)
-    segment_batch(check_inputs(series, tmp_path / "out", form), loaded(), options=options, form=form)
+    segment_batch(check_inputs(series, tmp_path / "out", form), loaded(), read_options=ReadOptions(force=True))
     demand_as_told("Outputs of segment", tmp_path / "out", f"CASE.{name}.dcm", f"CASE.{name}.report.json")
 
 

@@ -13,7 +13,7 @@ from hostile_names import NAMES
 from autosam3d.errors import AutoSam3dError, VolumeError
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.dicom.archive import unpacked_scan
-from autosam3d.scans.batch import check_inputs
+from autosam3d.scans.jobs import check_inputs
 from command_line import contents
 
 pytest.importorskip("highdicom", reason="the dicom extra is not installed")
@@ -71,8 +71,8 @@ def test_scans_of_such_names_become_outputs_beside_each_other(tmp_path: Path) ->
                 assert error.exit_code in (2, 3)
                 continue
             made += 1
-            assert [job.output.parent for job in jobs] == [out]
-            assert os.path.normpath(jobs[0].output) == str(jobs[0].output)
+            assert [job.output.path.parent for job in jobs] == [out]
+            assert os.path.normpath(jobs[0].output.path) == str(jobs[0].output.path)
     assert made > 60 and not out.exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -19,9 +21,10 @@ import autosam3d.export.export as export_module
 import autosam3d.scans.backend as backend_module
 from autosam3d.checkpoints import model_file
 from autosam3d.checkpoints.checkpoint import LoadedModel
-from autosam3d.checkpoints.exported import ExportedModel, load_exported
+from autosam3d.checkpoints.exported import FILES_OF, ExportedModel, load_exported
 from autosam3d.checkpoints.probe import Cost
 from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError, UsageError
+from autosam3d.export import packages
 from autosam3d.export.export import Exported
 from autosam3d.inference.pipeline import segment
 from autosam3d.io import read_segmentation, write_ct
@@ -220,13 +223,13 @@ def test_a_students_checkpoint_runs_exported_where_nothing_else_was_wished(
         assert isinstance(open_model(folder, wish), LoadedModel) and not made
     assert isinstance(open_model(teacher, ModelWish()), LoadedModel) and not made
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "missing_packages", lambda: ["onnxscript"])
+        patch.setattr(packages, "missing_packages", lambda: ["onnxscript"])
         assert isinstance(open_model(folder, ModelWish()), LoadedModel) and not made
     for _ in range(2):
         assert isinstance(open_model(folder, ModelWish(device="cpu")), ExportedModel) and len(made) == 1
     # What is kept is used without what made it, but not where a GPU would be taken.
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "missing_packages", lambda: ["onnxscript"])
+        patch.setattr(packages, "missing_packages", lambda: ["onnxscript"])
         assert isinstance(open_model(folder, ModelWish()), ExportedModel)
         patch.setattr(model_choice, "_has_gpu", lambda: True)
         assert isinstance(open_model(folder, ModelWish()), LoadedModel)
@@ -258,6 +261,49 @@ def test_a_damaged_cache_is_made_again(
     damage(made[0])
     for _ in range(2):
         assert isinstance(open_model(folder, ModelWish(device="cpu")), ExportedModel) and len(made) == 2
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_only_the_files_that_run_are_hashed_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """The package's model from the user's cache: what the other backend would read is neither hashed nor read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_file, "PACKAGED", write_model(tmp_path / "student", model=STUDENT))
+    (model_file.PACKAGED / "best.json").rename(model_file.PACKAGED / "model.json")
+
+    def export(model: LoadedModel, folder: Path, **options: Any) -> Exported:
+        shutil.copytree(mini_export(), folder)
+        edit(folder, lambda meta: meta.update(trained_weights_sha256=model.sha256))
+        return Exported(folder, {}, [], {}, [])
+
+    monkeypatch.setattr(export_module, "export_model", export)
+    open_model(None, ModelWish(backend=backend))
+    (folder,) = (p.parent for p in (tmp_path / "cache").rglob("model.onnx"))
+    other = {"onnxruntime": "openvino.bin", "openvino": "model.onnx"}[backend]
+    content = bytearray((folder / other).read_bytes())
+    content[-200] ^= 1
+    (folder / other).write_bytes(content)
+    hashed: list[int] = []
+    sha256, file_digest = hashlib.sha256, hashlib.file_digest
+
+    def counted(content: bytes = b"", **options: Any) -> Any:
+        hashed.append(len(content))
+        return sha256(content, **options)
+
+    def counted_file(file: Any, kind: Any, **options: Any) -> Any:
+        hashed.append(os.fstat(file.fileno()).st_size)
+        return file_digest(file, kind, **options)
+
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    monkeypatch.setattr(hashlib, "file_digest", counted_file)
+    model = open_model(None, ModelWish(backend=backend))
+    monkeypatch.undo()
+    assert isinstance(model, ExportedModel) and model.backend == backend
+    sizes = [(folder / name).stat().st_size for name in FILES_OF[backend]]
+    jsons = 4 * max((folder / "model.json").stat().st_size, 4096)  # models' JSONs are hashed by their content
+    assert sum(sizes) <= sum(hashed) <= sum(sizes) + jsons
+    assert [hashed.count(size) for size in sizes] == [1] * len(sizes)
 
 
 @pytest.mark.slow

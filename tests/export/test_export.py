@@ -18,7 +18,7 @@ from autosam3d.errors import AutoSam3dError, CheckpointError, MissingExtraError,
 from autosam3d.export.export import export_model
 from autosam3d.export.golden import load_golden
 from autosam3d.export.onnx_graph import onnx_model, with_half_weights
-from autosam3d.export.parity import measure_parity
+from autosam3d.export.parity import Ran, measure_parity
 from autosam3d.export.verify import verify_export
 from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
 from command_line import contents
@@ -160,7 +160,7 @@ def test_parity_by_hand() -> None:
     logits = torch_logits(Convolutions(), golden.ct)
 
     def parity(logits: np.ndarray):
-        return measure_parity(logits, golden, LABELS[1:], backend="b", version="1", threads=1, seconds=1)
+        return measure_parity(Ran(backend="b", version="1", threads=1, seconds=1, logits=logits), golden, LABELS[1:])
 
     assert not parity(logits).faults() and parity(logits).flipped == 0
     high = logits + 0.002 * golden.scale  # all alike: labels stay

@@ -34,8 +34,8 @@ from autosam3d.export.export import export_model
 from autosam3d.export.onnx_graph import with_half_weights
 from autosam3d.export.verify import verify_export
 from autosam3d.inference.pipeline import segment
+from autosam3d.inference.predictor import softmax
 from autosam3d.inference.quiet import mute, quiet
-from autosam3d.inference.torch_runtime import softmax
 from autosam3d.io import write_ct
 from autosam3d.models.spec import AutoSamSpec, ResUnetSpec, SwinUnetrSpec
 from autosam3d.volume import Volume
@@ -164,9 +164,9 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         monkeypatch.setattr(export_module, "load_exported", load)
 
     monkeypatch.setattr(export_module, "_write_mobile", write)
-    monkeypatch.setattr(export_module, "_demand_extra", lambda targets: None)
+    monkeypatch.setattr(export_module, "demand_packages", lambda targets: None)
     monkeypatch.setattr(export_module, "measure_cost", lambda *args: None)
-    monkeypatch.setattr(export_module, "_versions", lambda mobile: {})
+    monkeypatch.setattr(export_module, "package_versions", lambda mobile: {})
     return install
 
 

@@ -22,8 +22,11 @@ from autosam3d.io import ReadOptions, output_formats, read_ct, read_segmentation
 from autosam3d.labels import LabelMap
 from autosam3d.recipes.recipe import Recipe, load_recipe
 from autosam3d.scans import batch
-from autosam3d.scans.batch import Job, check_inputs, segment_batch
+from autosam3d.scans.batch import segment_batch
+from autosam3d.scans.jobs import BatchJob, check_inputs
+from autosam3d.scans.outputs import Output
 from autosam3d.volume import Segmentation, Volume
+from killed import demand_killed, die
 
 LABELS = LabelMap(organs=("right_kidney", "left_kidney"), side_pairs=(("right_kidney", "left_kidney"),))
 
@@ -105,15 +108,17 @@ def test_a_file_a_folder_of_files_and_folders_of_dicom(tmp_path) -> None:
     scans = write_scans(tmp_path / "scans", "b_0000.nii.gz", "a.nii")
     (scans / "notes.txt").write_text("x")
     out = tmp_path / "out"
-    assert check_inputs(scans / "a.nii", out / "seg.nii.gz") == [Job("a", scans / "a.nii", out / "seg.nii.gz")]
-    assert check_inputs(scans / "a.nii", out) == [Job("a", scans / "a.nii", out / "a.nii.gz")]
-    assert [(j.name, j.output.name) for j in check_inputs(scans, out)] == [("a", "a.nii.gz"), ("b", "b.nii.gz")]
+    assert check_inputs(scans / "a.nii", out / "seg.nii.gz") == [
+        BatchJob("a", scans / "a.nii", Output(out / "seg.nii.gz"))]
+    assert check_inputs(scans / "a.nii", out) == [
+        BatchJob("a", scans / "a.nii", Output(out / "a.nii.gz"))]
+    assert [(j.name, j.output.path.name) for j in check_inputs(scans, out)] == [("a", "a.nii.gz"), ("b", "b.nii.gz")]
     for series in ("s1", "s2/deep"):
         (tmp_path / "dicom" / series).mkdir(parents=True)
         (tmp_path / "dicom" / series / "1.dcm").write_bytes(b"x")
     (tmp_path / "dicom" / "empty").mkdir()
     assert [j.name for j in check_inputs(tmp_path / "dicom", out)] == ["s1", "s2"]
-    assert check_inputs(tmp_path / "dicom" / "s1", out)[0].output == out / "s1.nii.gz"
+    assert check_inputs(tmp_path / "dicom" / "s1", out)[0].output.path == out / "s1.nii.gz"
     # Outputs inside the source folder are no scans of the next run.
     assert [j.name for j in check_inputs(tmp_path / "dicom", tmp_path / "dicom" / "s2")] == ["s1"]
     assert not out.exists()
@@ -230,12 +235,12 @@ def test_memory_that_runs_out_is_a_failed_case_and_a_bug_is_not(tmp_path, model:
 @pytest.mark.parametrize("change", ["other model", "other settings", "other scan", "edited labels", "not ours"])
 def test_an_output_that_is_not_this_one_stays_unless_asked(tmp_path, model: Model, change: str) -> None:
     scans, out = write_scans(tmp_path / "scans", "a.nii.gz", "b.nii.gz"), tmp_path / "out"
-    how = SegmentOptions()
-    segment_batch(check_inputs(scans, out), model, how=how)
+    options = SegmentOptions()
+    segment_batch(check_inputs(scans, out), model, segment_options=options)
     if change == "other model":
         model.sha256 = "b" * 64
     elif change == "other settings":
-        how = SegmentOptions(tta=True)
+        options = SegmentOptions(tta=True)
     elif change == "other scan":
         write_scan(scans / "b.nii.gz", seed=99)
     elif change == "edited labels":
@@ -244,12 +249,12 @@ def test_an_output_that_is_not_this_one_stays_unless_asked(tmp_path, model: Mode
         (out / "b.report.json").write_text("[]")
     before, asked = contents(out), model.asked
     with pytest.raises(UsageError) as caught:
-        segment_batch(check_inputs(scans, out), model, how=how)
+        segment_batch(check_inputs(scans, out), model, segment_options=options)
     assert caught.value.code == "OUTPUT_EXISTS" and contents(out) == before and model.asked == asked
-    result = segment_batch(check_inputs(scans, out), model, how=how, overwrite=True)
+    result = segment_batch(check_inputs(scans, out), model, segment_options=options, overwrite=True)
     assert out / "b.nii.gz" in result.written
     assert read_segmentation(out / "b.nii.gz").labels.max() == 2
-    assert len(segment_batch(check_inputs(scans, out), model, how=how).skipped) == 2
+    assert len(segment_batch(check_inputs(scans, out), model, segment_options=options).skipped) == 2
 
 
 def test_a_run_killed_between_output_and_report_goes_on(tmp_path, model: Model, monkeypatch) -> None:
@@ -264,10 +269,28 @@ def test_a_run_killed_between_output_and_report_goes_on(tmp_path, model: Model, 
     monkeypatch.setattr(output_formats, "write_segmentation", killed)
     with pytest.raises(KeyboardInterrupt):
         segment_batch(jobs, model)
-    assert json.loads(jobs[0].report.read_text())["status"] == "writing"
+    assert json.loads(jobs[0].output.report.read_text())["status"] == "writing"
     monkeypatch.undo()
-    assert segment_batch(jobs, model).written == [jobs[0].output]  # no --overwrite needed
-    assert segment_batch(jobs, model).skipped == [jobs[0].output]
+    assert segment_batch(jobs, model).written == [jobs[0].output.path]  # no --overwrite needed
+    assert segment_batch(jobs, model).skipped == [jobs[0].output.path]
+
+
+def test_an_overwrite_killed_before_it_replaces_leaves_a_foreign_file_protected(
+    tmp_path, model: Model, monkeypatch
+) -> None:
+    write_scan(tmp_path / "a.nii.gz")
+    jobs = check_inputs(tmp_path / "a.nii.gz", tmp_path / "out")
+    foreign = jobs[0].output.path
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"a person's work")
+    with monkeypatch.context() as patch:
+        patch.setattr(output_formats, "write_segmentation", die)
+        demand_killed(lambda: segment_batch(jobs, model, overwrite=True))
+    assert json.loads(jobs[0].output.report.read_text())["status"] == "writing"
+    with pytest.raises(UsageError) as caught:
+        segment_batch(jobs, model)
+    assert caught.value.code == "OUTPUT_EXISTS" and foreign.read_bytes() == b"a person's work"
+    assert segment_batch(jobs, model, overwrite=True).written == [foreign]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, model: Model, monkeypatch) -> None:
@@ -325,7 +348,7 @@ def test_the_scan_is_let_go_before_labels_are_written(tmp_path, model, monkeypat
 
 def test_volumes_are_counted_without_room_for_all_voxels(tmp_path, model) -> None:
     labels = np.random.default_rng(0).integers(0, 3, (300, 64, 64)).astype(np.uint8)
-    run = batch._Run(model, ReadOptions(), SegmentOptions(), False)
+    run = batch._Batch(model, ReadOptions(), SegmentOptions(), False)
     tracemalloc.start()
     volumes = run._findings(Segmentation(labels, np.diag([10.0, 10.0, 10.0, 1.0])))["volumes_ml"]
     assert tracemalloc.get_traced_memory()[1] < labels.size
@@ -336,7 +359,7 @@ def test_volumes_are_counted_without_room_for_all_voxels(tmp_path, model) -> Non
 @pytest.mark.parametrize("name", ["seg", "seg-labelmap", "rtstruct"])
 def test_series_become_dicom_objects_and_nothing_tells_whose_they_are(tmp_path, model: Model, name, caplog) -> None:
     highdicom = pytest.importorskip("highdicom", reason="the dicom extra is not installed")
-    sys.path.insert(0, str(Path(__file__).parent / "badinput"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "badinput"))
     import make_dicom
 
     for case in ("one", "two"):
@@ -345,14 +368,14 @@ def test_series_become_dicom_objects_and_nothing_tells_whose_they_are(tmp_path, 
     form = output_formats.output_format(name, tmp_path / "out")
     jobs = check_inputs(tmp_path / "in", tmp_path / "out", form)
     ending = form.ending_in_folder
-    assert [job.output.name for job in jobs] == [f"one{ending}", f"two{ending}"]
+    assert [job.output.path.name for job in jobs] == [f"one{ending}", f"two{ending}"]
     with caplog.at_level("DEBUG"):
-        result = segment_batch(jobs, model, form=form)
-    assert result.written == [job.output for job in jobs], [f.error for f in result.failed]
-    assert segment_batch(jobs, model, form=form).skipped == result.written
+        result = segment_batch(jobs, model)
+    assert result.written == [job.output.path for job in jobs], [f.error for f in result.failed]
+    assert segment_batch(jobs, model).skipped == result.written
     truth = segment_of(jobs[0].source, model)
     if ending == ".seg.dcm":
-        seg = highdicom.seg.segread(jobs[0].output)
+        seg = highdicom.seg.segread(jobs[0].output.path)
         found = {seg.get_segment_description(n).segment_label:
                  np.count_nonzero(seg.get_volume(segment_numbers=[n]).array) for n in seg.segment_numbers}
         assert found == {"Right kidney": np.count_nonzero(truth == 1), "Left kidney": np.count_nonzero(truth == 2)}
@@ -361,6 +384,30 @@ def test_series_become_dicom_objects_and_nothing_tells_whose_they_are(tmp_path, 
     assert names == {f"{s}{e}" for s in stems for e in (".dcm", ".report.json")} | {"batch.jsonl"}
     told = caplog.text + "".join(p.read_text() for p in (tmp_path / "out").glob("*.json*"))
     assert not any(text in told for text in ("Doe", "4711", make_dicom.SERIES_UID))
+
+
+def test_all_forms_of_one_scan_lie_side_by_side_and_each_is_skipped_the_second_time(tmp_path, model: Model) -> None:
+    pytest.importorskip("highdicom", reason="the dicom extra is not installed")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "badinput"))
+    import make_dicom
+
+    (tmp_path / "in").mkdir()
+    make_dicom.series()(tmp_path / "in")
+    out = tmp_path / "out"
+    outputs = {"organs.nii.gz": output_formats.NIFTI, "organs.nii": output_formats.NIFTI,
+               "organs.dcm": output_formats.SEG, "organs.map.dcm": output_formats.SEG_LABELMAP,
+               "organs.rtstruct.dcm": output_formats.RTSTRUCT}
+    for preview in (True, False):
+        for name, form in outputs.items():
+            result = segment_batch(check_inputs(tmp_path / "in", out / name, form), model, preview=preview)
+            assert (result.written if preview else result.skipped) == [out / name], [f.error for f in result.failed]
+    reports = {"organs.report.json": "organs.nii.gz", "organs.nii.report.json": "organs.nii",
+               "organs.seg.report.json": "organs.dcm", "organs.map.seg.report.json": "organs.map.dcm",
+               "organs.rtstruct.report.json": "organs.rtstruct.dcm"}
+    assert {p.name: json.loads(p.read_text())["output"] for p in out.glob("*.report.json")} == reports
+    pictures = {f"{name.removesuffix('.report.json')}.png" for name in reports}
+    tables = {"organs.json", "organs.labels.txt", "organs.ctbl"}
+    assert {p.name for p in out.iterdir()} == {*outputs, *reports, *pictures, *tables}
 
 
 def segment_of(source: Path, model: Model) -> np.ndarray:

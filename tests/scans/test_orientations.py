@@ -18,7 +18,8 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from test_batch import Model
 from test_inference import make_recipe
 
-from autosam3d.scans.batch import check_inputs, segment_batch
+from autosam3d.scans.batch import segment_batch
+from autosam3d.scans.jobs import check_inputs
 
 CODES = ["".join(codes) for axes in itertools.permutations(("RL", "AP", "SI")) for codes in itertools.product(*axes)]
 SHAPE, SPACING_MM, ORIGIN_MM = (44, 40, 16), (4.0, 4.5, 5.5), (-83.0, -71.0, 412.0)  # x, y, z

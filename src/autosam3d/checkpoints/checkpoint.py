@@ -32,7 +32,7 @@ from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import names_text
 
 if TYPE_CHECKING:
-    from autosam3d.inference.torch_runtime import Predictor
+    from autosam3d.inference.predictor import Predictor
 
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{16}\.safetensors")
 

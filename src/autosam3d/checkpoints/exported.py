@@ -13,7 +13,7 @@ from autosam3d.checkpoints.model_file import find_checkpoint, read_meta, recipe_
 from autosam3d.checkpoints.targets import MOBILE
 from autosam3d.errors import CheckpointError, MissingExtraError, UsageError
 from autosam3d.inference.onnx_file import MAX_ONNX_BYTES
-from autosam3d.inference.torch_runtime import Predictor
+from autosam3d.inference.predictor import Predictor
 from autosam3d.io.files import open_regular, readable, sha256_of
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import names_text
@@ -61,16 +61,13 @@ class Export:
     def has(self, name: str) -> bool:
         return name in self.meta["files"]
 
-    def path(self, name: str) -> Path:
-        """A file of the folder, after its size and SHA-256 were compared.
+    def locate(self, name: str) -> Path:
+        """A file of the folder, after its size was compared; its bytes are not read.
 
         Raises:
-            CheckpointError: MODEL_PATH, CORRUPT or HASH.
+            CheckpointError: MODEL_PATH, CORRUPT or MODEL_TOO_LARGE.
         """
-        entry, path = self.meta["files"].get(name), self.folder / name
-        if not isinstance(entry, Mapping):
-            raise CheckpointError("CORRUPT", self.folder / "model.json", f"expected an entry for {name}, got none",
-                                  _AGAIN)
+        size_bytes, path = self._listed(name).get("bytes"), self.folder / name
         inner = Path(name)
         if inner.is_absolute() or ".." in inner.parts:
             raise CheckpointError("MODEL_PATH", path, "expected a file of the folder, got a way out of it", _AGAIN)
@@ -79,14 +76,46 @@ class Export:
         if not path.is_file():
             raise CheckpointError("CORRUPT", path, "the file is missing", _AGAIN)
         size = path.stat().st_size
-        if size != entry.get("bytes"):
-            raise CheckpointError("CORRUPT", path, f"expected {entry.get('bytes')} bytes, got {size}", _AGAIN)
+        if size != size_bytes:
+            raise CheckpointError("CORRUPT", path, f"expected {size_bytes} bytes, got {size}", _AGAIN)
         if size > MAX_ONNX_BYTES:
             raise CheckpointError("MODEL_TOO_LARGE", path, f"expected at most 2 GiB, got {size} bytes",
                                   "take another model")
-        if sha256_of(path) != entry.get("sha256"):
-            raise CheckpointError("HASH", path, "its SHA-256 is not the one that model.json names", _AGAIN)
         return path
+
+    def path(self, name: str) -> Path:
+        """A file of the folder, after its size and SHA-256 were compared.
+
+        Raises:
+            CheckpointError: as `locate`, or HASH.
+        """
+        path = self.locate(name)
+        self._demand_sha256(name, sha256_of(path))
+        return path
+
+    def content(self, name: str) -> bytes:
+        """The very bytes of a file that were hashed: one that is exchanged in between is refused.
+
+        Raises:
+            CheckpointError: as `path`.
+        """
+        path = self.locate(name)
+        with open_regular(path) as file, readable(path):
+            content = file.read()
+        self._demand_sha256(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _listed(self, name: str) -> Mapping[str, Any]:
+        entry = self.meta["files"].get(name)
+        if not isinstance(entry, Mapping):
+            raise CheckpointError("CORRUPT", self.folder / "model.json", f"expected an entry for {name}, got none",
+                                  _AGAIN)
+        return entry
+
+    def _demand_sha256(self, name: str, sha256: str) -> None:
+        if sha256 != self._listed(name).get("sha256"):
+            raise CheckpointError("HASH", self.folder / name, "its SHA-256 is not the one that model.json names",
+                                  _AGAIN)
 
     def activation_bytes(self, backend: str) -> int:
         value = self.meta.get("memory", {}).get(backend, 0)
@@ -182,26 +211,26 @@ def load_exported(path: Path | Export, backend: str, threads: int, *, output: st
     if importlib.util.find_spec(PACKAGE_OF[backend]) is None:
         raise MissingExtraError("MISSING_EXTRA", backend, f"expected the package {PACKAGE_OF[backend]}, got none",
                                 f'pip install "autosam3d[{EXTRA_OF[backend]}]"')
-    files = [export.path(name) for name in FILES_OF[backend]]
-    recipe, memory = export.recipe, export.activation_bytes(backend)
+    recipe, memory, name = export.recipe, export.activation_bytes(backend), FILES_OF[backend][0]
     form = (recipe.model.patch_size, ["background", *recipe.labels.organs], threads, memory, output)
+    # Each file is read and hashed once, and only those of this backend.
     if backend == "onnxruntime":
         from autosam3d.inference.onnx_runtime import OnnxPredictor
 
-        predictor: ExportPredictor = OnnxPredictor(_content(files[0], export.sha256), files[0], *form)
+        predictor: ExportPredictor = OnnxPredictor(export.content(name), export.folder / name, *form)
     elif backend == "litert":
         from autosam3d.inference.litert_runtime import LitertPredictor
 
-        predictor = LitertPredictor(_content(files[0], export.meta["files"][files[0].name]["sha256"]), files[0], *form)
+        predictor = LitertPredictor(export.content(name), export.folder / name, *form)
     elif backend == "executorch":
         from autosam3d.inference.executorch_runtime import ExecutorchPredictor
 
-        content = _content(files[0], export.meta["files"][files[0].name]["sha256"])
-        predictor = ExecutorchPredictor(content, files[0], *form)
+        predictor = ExecutorchPredictor(export.content(name), export.folder / name, *form)
     else:
         from autosam3d.inference.openvino_runtime import OpenVinoPredictor
 
-        predictor = OpenVinoPredictor(files[0], *form, name=backend)
+        xml, _ = (export.path(name) for name in FILES_OF[backend])
+        predictor = OpenVinoPredictor(xml, *form, name=backend)
     return ExportedModel(recipe, predictor, _identity(export, backend), export.meta.get("metrics", {}))
 
 
@@ -216,15 +245,6 @@ def no_int8(where: Path) -> UsageError:
     """The refusal of a model that has no INT8 network."""
     return UsageError("BACKEND", where, f"expected an export that was made with --int8 for {INT8}, got a model without",
                       "export it with --int8 SCANS, or name another backend")
-
-
-def _content(path: Path, sha256: str) -> bytes:
-    """The very bytes that were hashed: a file that is exchanged in between is refused."""
-    with open_regular(path) as file, readable(path):
-        content = file.read()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise CheckpointError("HASH", path, "its SHA-256 is not the one that model.json names", _AGAIN)
-    return content
 
 
 def _entry(weights: Mapping[str, Any]) -> dict[str, Any] | None:

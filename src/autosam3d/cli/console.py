@@ -102,16 +102,16 @@ class TrainingView:
 
 
 class BatchView:
-    """Two bars: scans, and windows of the scan at work."""
+    """Two bars: scans, and windows of the scan at work; or cases and slices, where the work is called so."""
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self._scans = bars.add_task("scans", total=None)
-        self._windows = bars.add_task("windows", total=None)
+    def __init__(self, bars: Progress, scans: str = "scans", windows: str = "windows") -> None:
+        self.bars, self._name = bars, scans
+        self._scans = bars.add_task(scans, total=None)
+        self._windows = bars.add_task(windows, total=None)
 
     def on_scan(self, done: int, total: int, name: str) -> None:
         self.bars.update(self._scans, completed=done, total=total,
-                         description=one_line(f"scans: {name}") if name else "scans")
+                         description=one_line(f"{self._name}: {name}") if name else self._name)
 
     def on_window(self, done: int, total: int) -> None:
         self.bars.update(self._windows, completed=done, total=total)

@@ -32,16 +32,16 @@ def evaluate(
     from autosam3d.recipes.recipe import load_recipe
 
     labels = load_recipe(recipe).labels if recipe else None
-    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
+    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     with progress_bars() as bars:
         comparing = bars.add_task("comparing", total=None)
         result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tuple(tolerance or (1.0,)),
-                                 ct_folder=ct, options=options, progress=on_task(bars, comparing))
+                                 ct_folder=ct, read_options=read_options, progress=on_task(bars, comparing))
         make_folder(out)
         write_csv(result, out / "scores.csv")
         write_json(result, out / "scores.json")
         drawing = bars.add_task("drawing the report", total=None)
-        write_report(result, out / "report.html", options=options, progress=on_task(bars, drawing))
+        write_report(result, out / "report.html", read_options=read_options, progress=on_task(bars, drawing))
     typer.echo(result.summary())
     typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
     if result.missing:

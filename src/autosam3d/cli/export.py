@@ -50,11 +50,11 @@ def export(
     from autosam3d.checkpoints.targets import demand_mobile
     from autosam3d.io import ReadOptions, read_ct
 
-    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
+    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     paths = _int8_scans(int8, ct is not None)
     json_path = find_checkpoint(model)
     demand_mobile(recipe_of(read_meta(json_path), json_path).model, target or ())
-    volume = read_ct(ct, options) if ct is not None else None
+    volume = read_ct(ct, read_options) if ct is not None else None
     set_threads(threads)
     from autosam3d.checkpoints.checkpoint import load_model
     from autosam3d.export.export import demand_replaceable, export_model
@@ -64,7 +64,7 @@ def export(
         from autosam3d.export.int8 import read_scans
 
         demand_replaceable(folder, overwrite)
-        scans = read_scans(paths, trained.recipe, options, volume)
+        scans = read_scans(paths, trained.recipe, read_options, volume)
     with progress_bars() as bars:
         result = export_model(trained, folder, targets=target or (), ct=volume, int8=scans, threads=cores(threads),
                               overwrite=overwrite, progress=on_task(bars, bars.add_task("exporting", total=None)))
@@ -127,7 +127,7 @@ def _int8_scans(wish: list[Path] | None, has_ct: bool) -> list[Path]:
     if not wish:
         return []
     from autosam3d.export.int8 import demand_int8
-    from autosam3d.scans.batch import scans_in
+    from autosam3d.scans.jobs import scans_in
 
     paths = sorted(p for named in wish for p in (scans_in(named) if named.is_dir() else [named]))
     demand_int8(paths, has_ct)

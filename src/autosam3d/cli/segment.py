@@ -45,7 +45,8 @@ def segment(
     from autosam3d.io import ReadOptions
     from autosam3d.io.dicom.archive import unpacked_scan
     from autosam3d.io.output_formats import output_format
-    from autosam3d.scans.batch import check_inputs, segment_batch
+    from autosam3d.scans.batch import segment_batch
+    from autosam3d.scans.jobs import check_inputs
 
     # Beyond 0.9 each voxel is seen a thousand times and more.
     if overlap is not None and not 0 <= overlap <= 0.9:
@@ -54,8 +55,8 @@ def segment(
         raise UsageError("USAGE", f"--max-ram {max_ram}", "expected a positive number of GiB", "try 8")
     if not abs(intensity_offset) <= 1e5:
         raise UsageError("USAGE", f"--intensity-offset {intensity_offset}", "expected a number of HU", "try -1024")
-    options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
-                          volume_index=volume, series=series, force=force)
+    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
+                               volume_index=volume, series=series, force=force)
     model, source, output = _model_and_scans(paths)
     form = output_format(output_form, output)
     with unpacked_scan(source) as scan:
@@ -68,11 +69,11 @@ def segment(
         tiling = loaded.recipe.inference
         if overlap is not None:
             tiling = Tiling(overlap=overlap, importance=tiling.importance)
-        how = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
+        segment_options = SegmentOptions(tiling=tiling, tta=tta, max_ram_bytes=max_ram_bytes)
         with progress_bars() as bars:
             result = segment_batch(
-                jobs, loaded, options=options, how=how, form=form, overwrite=overwrite, preview=preview,
-                progress=BatchView(bars),
+                jobs, loaded, read_options=read_options, segment_options=segment_options, overwrite=overwrite,
+                preview=preview, progress=BatchView(bars),
             )
     _report_batch(result)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from autosam3d.cli.console import TrainingView, on_task, one_line, progress_bars
+from autosam3d.cli.console import BatchView, TrainingView, one_line, progress_bars
 from autosam3d.cli.options import AssumeRas, Device, Force, Prefer, Sam, Set, Threads, run_folder_outside, set_threads
 from autosam3d.errors import BatchError, UsageError, VolumeError
 
@@ -63,7 +63,7 @@ def segment(
     chosen = _chosen(cases, part, case)
     set_threads(threads)
     from autosam3d.inference.torch_runtime import pick_device
-    from autosam3d.studies.slicewise.cases import segment_cases
+    from autosam3d.studies.slicewise.cases import SlicewiseSettings, segment_cases
     from autosam3d.studies.slicewise.model import load_slice_sam
     from autosam3d.studies.slicewise.prompts import PromptSpec
 
@@ -74,12 +74,10 @@ def segment(
         raise UsageError("USAGE", "slicewise segment", "expected --points with points and --jitter with boxes, got "
                          f"--prompt {prompts.kind}", "leave the other one out")
     with progress_bars() as bars:
-        scans, slices = bars.add_task("cases", total=None), bars.add_task("slices", total=None)
-        result = segment_cases(
-            chosen, model, out, framing=_framing(plan, style or told.get("framing", {}).get("style", "sam")),
-            prompts=prompts, labels=plan.labels, cache=cache, overwrite=overwrite,
-            options=_reading(prefer, assume_ras, force), progress=on_task(bars, scans), on_slice=on_task(bars, slices),
-        )
+        settings = SlicewiseSettings(framing=_framing(plan, style or told.get("framing", {}).get("style", "sam")),
+                                     prompts=prompts, read_options=_reading(prefer, assume_ras, force))
+        result = segment_cases(chosen, model, out, plan.labels, settings, cache=cache, overwrite=overwrite,
+                               progress=BatchView(bars, "cases", "slices"))
     for path in result.written:
         typer.echo(f"wrote {path}")
     if result.skipped:

@@ -34,7 +34,7 @@ def evaluate_folder(
     labels: LabelMap | Mapping[int, str] | None = None,
     tolerances_mm: Sequence[float] = (1.0,),
     ct_folder: str | Path | None = None,
-    options: ReadOptions = DEFAULTS,
+    read_options: ReadOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a folder of predictions, or one file, against the truth.
@@ -50,7 +50,7 @@ def evaluate_folder(
         labels: the organs that are scored; None as told above.
         tolerances_mm: of the NSD; the first one is the headline.
         ct_folder: scans for pictures; default the ``images*`` sibling of a ``labels*`` truth folder, if it exists.
-        options: for reading both sides.
+        read_options: for reading both sides.
         progress: called with (done, total) before the first and after each case.
 
     Returns:
@@ -78,7 +78,8 @@ def evaluate_folder(
     for done, name in enumerate(names):
         if progress is not None:
             progress(done, len(names))
-        cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name), options))
+        cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name),
+                                    read_options))
     if progress is not None:
         progress(len(names), len(names))
     warnings += naming.warnings + _below_voxel_edges(tolerances_mm, cases)
@@ -99,10 +100,10 @@ def case_name(path: str | Path) -> str:
 
 
 def read_pair(
-    case: CaseResult, organs: Mapping[int, str], options: ReadOptions = DEFAULTS
+    case: CaseResult, organs: Mapping[int, str], read_options: ReadOptions = DEFAULTS
 ) -> tuple[Segmentation, Segmentation]:
     """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0."""
-    prediction, truth = (read_segmentation(path, options) for path in (case.prediction_path, case.truth_path))
+    prediction, truth = (read_segmentation(path, read_options) for path in (case.prediction_path, case.truth_path))
     naming = _Naming(organs, case.truth_path.parent, drop_unknown=True)
     pair = naming.resolve(case.name, prediction, truth, (case.prediction_path, case.truth_path))[:2]
     return replace(prediction, labels=pair[0], organs=dict(organs)), replace(truth, labels=pair[1], organs=dict(organs))
@@ -188,9 +189,9 @@ class _Naming:
 
 def _evaluate_pair(
     name: str, prediction_path: Path, truth_path: Path, naming: _Naming, tolerances_mm: tuple[float, ...],
-    ct_path: Path | None, options: ReadOptions,
+    ct_path: Path | None, read_options: ReadOptions,
 ) -> CaseResult:
-    prediction, truth = (read_segmentation(path, options) for path in (prediction_path, truth_path))
+    prediction, truth = (read_segmentation(path, read_options) for path in (prediction_path, truth_path))
     if prediction.shape != truth.shape:
         raise VolumeError("SHAPE", prediction_path, f"expected {_axes(truth.shape)} voxels (z, y, x) as the truth has, "
                           f"got {_axes(prediction.shape)}", "resample the prediction onto the grid of its truth")

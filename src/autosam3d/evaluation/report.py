@@ -48,7 +48,7 @@ def write_report(
     path: str | Path,
     *,
     hu_window: HuWindow = SOFT_TISSUE,
-    options: ReadOptions = DEFAULTS,
+    read_options: ReadOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the page atomically. Pictures are drawn from the files of the evaluation, read anew.
@@ -56,7 +56,7 @@ def write_report(
     A case whose files cannot be read any more is shown without picture, one whose CT cannot be read is shown on black.
 
     Args:
-        options: for reading, those of the evaluation.
+        read_options: for reading, those of the evaluation.
         progress: called with (pictures drawn, pictures in all).
     """
     environment = Environment(
@@ -68,7 +68,7 @@ def write_report(
     summary = evaluation.summary()
     page = environment.get_template("report.html.j2").render(
         evaluation=evaluation, summary=summary, cases=cases,
-        pictures=_pictures(evaluation, hu_window, options, progress),
+        pictures=_pictures(evaluation, hu_window, read_options, progress),
         colors={label: organ_color(label, organ) for label, organ in evaluation.organs.items()},
         strips={o.label: _strip(evaluation, o.label, o.dice) for o in summary.organs},
         by_organ={case.name: {score.label: score for score in case.scores} for case in cases},
@@ -79,7 +79,7 @@ def write_report(
 
 
 def _pictures(
-    evaluation: Evaluation, hu_window: HuWindow, options: ReadOptions, progress: Callable[[int, int], None] | None
+    evaluation: Evaluation, hu_window: HuWindow, read_options: ReadOptions, progress: Callable[[int, int], None] | None
 ) -> list[_Picture]:
     """Best, median and worst case by mean Dice; fewer where there are fewer cases."""
     ranked = sorted((c for c in evaluation.cases if not math.isnan(c.dice)), key=lambda case: case.dice)
@@ -92,20 +92,20 @@ def _pictures(
     for rank, case in reversed(chosen.items()):
         if progress is not None:
             progress(len(pictures), len(chosen))
-        pictures.append(_picture(f"{rank} case", case, evaluation, hu_window, options))
+        pictures.append(_picture(f"{rank} case", case, evaluation, hu_window, read_options))
     if progress is not None:
         progress(len(chosen), len(chosen))
     return pictures
 
 
 def _picture(
-    title: str, case: CaseResult, evaluation: Evaluation, hu_window: HuWindow, options: ReadOptions
+    title: str, case: CaseResult, evaluation: Evaluation, hu_window: HuWindow, read_options: ReadOptions
 ) -> _Picture:
     at_errors = title.startswith("Worst")
     how = "slices with most wrong voxels" if at_errors else "slices where the organs show largest"
     try:
-        prediction, truth = read_pair(case, evaluation.organs, options)
-        volume, note = _scan(case, hu_window, options)
+        prediction, truth = read_pair(case, evaluation.organs, read_options)
+        volume, note = _scan(case, hu_window, read_options)
         if volume is not None and not same_grid(volume, truth):
             volume, note = None, "the CT lies on another grid and is not shown"
         planes = draw_planes(volume, prediction, truth=truth, organs=evaluation.organs, at_errors=at_errors,
@@ -117,11 +117,11 @@ def _picture(
     return _Picture(title, case, how, encoded, note)
 
 
-def _scan(case: CaseResult, hu_window: HuWindow, options: ReadOptions) -> tuple[Volume | None, str]:
+def _scan(case: CaseResult, hu_window: HuWindow, read_options: ReadOptions) -> tuple[Volume | None, str]:
     if case.ct_path is None:
         return None, "no CT was given, so the labels are on black"
     try:
-        return read_ct(case.ct_path, options), f"window {hu_window.low_hu:g} to {hu_window.high_hu:g} HU"
+        return read_ct(case.ct_path, read_options), f"window {hu_window.low_hu:g} to {hu_window.high_hu:g} HU"
     except AutoSam3dError as error:
         log.warning("%s: the picture has no CT: %s", case.name, error)
         return None, f"the CT could not be read ({error.code})"

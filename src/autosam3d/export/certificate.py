@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from autosam3d.checkpoints.machine import machine
 from autosam3d.export.parity import (
     BOUNDS,
     MIN_DICE_VOXELS,
@@ -113,23 +111,6 @@ def parity_cells(row: Parity) -> list[str]:
 def not_run_cells(name: str, why: str) -> list[str]:
     """The row of a target that no runtime was asked."""
     return [name, *["-"] * (len(PARITY_HEAD) - 2), why]
-
-
-def machine() -> str:
-    """Processor, cores and system, without a name of the computer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{cpu_name()}, {cores} cores, {platform.system()} {platform.machine()}"
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or sys.platform
 
 
 def _dice(value: float | None) -> str:

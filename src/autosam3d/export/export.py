@@ -23,22 +23,23 @@ from autosam3d.checkpoints.exported import (
     BACKENDS,
     INT8,
     NOT_RUN_HERE,
-    PACKAGE_OF,
     RUNTIMES,
     Export,
     is_export,
     load_exported,
 )
+from autosam3d.checkpoints.machine import cpu_name
 from autosam3d.checkpoints.model_file import meta_text, sealed
 from autosam3d.checkpoints.probe import measure_cost
 from autosam3d.checkpoints.targets import MOBILE, demand_exportable, demand_mobile
-from autosam3d.errors import CheckpointError, MissingExtraError
-from autosam3d.export.certificate import certificate_text, cpu_name, make_certificate
+from autosam3d.errors import CheckpointError
+from autosam3d.export.certificate import certificate_text, make_certificate
 from autosam3d.export.description import describe_use
 from autosam3d.export.golden import Golden, golden_windows, make_golden, save_golden
 from autosam3d.export.int8 import Int8, Scans, demand_bounds, write_int8
 from autosam3d.export.onnx_graph import OPSET, onnx_model, with_half_weights
-from autosam3d.export.parity import Parity, measure_parity
+from autosam3d.export.packages import demand_packages, package_versions
+from autosam3d.export.parity import Parity, Ran, Reference, measure_parity
 from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.openvino_runtime import openvino_core
 from autosam3d.io import folders
@@ -50,8 +51,6 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and their number."""
 _STEPS = 6
 _INT8_STEPS = 3
-_WRITERS = {"litert": "litert_torch", "executorch": "executorch", "coreml": "coremltools"}
-"""Mobile target to the package that writes it."""
 _PHANTOM_SEED = 0
 _WINDOWS = {"phantom": 2, "scan": 4}
 
@@ -102,62 +101,136 @@ def export_model(
     targets = sorted(set(targets), key=list(MOBILE).index) if set(targets) <= set(MOBILE) else targets
     demand_exportable(recipe.model)
     demand_mobile(recipe.model, targets)
-    _demand_extra(targets)
+    demand_packages(targets)
     demand_replaceable(folder, overwrite)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, _STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None))
-
     trained = model.network.to("cpu").float().eval()
-    stored = with_half_weights(trained)
+    step = _Steps(_STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None), progress)
+    work = _Work(model, trained, with_half_weights(trained), tuple(targets), threads, folder, step)
     with folders.staged_folder(folder) as stage:
-        _write_graphs(stored, recipe, stage)
-        step()
-        for target in targets:
-            _write_mobile(target, stored, recipe, stage)
-            step()
+        work.write_all(stage)
+        judged = work.judge(stage, ct, int8)
+        not_shown = work.describe(stage, judged)
+        sizes = {path.name: sum(p.stat().st_size for p in _files(path)) for path in sorted(stage.iterdir())}
+    return Exported(folder, sizes, judged.rows, judged.not_run, not_shown, judged.int8)
+
+
+class _Steps:
+    """Counts the steps of an export."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def __call__(self) -> None:
+        """One step is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What was proved of an export, and of what."""
+
+    rows: list[Parity]
+    """One a backend, PyTorch first."""
+    not_run: dict[str, str]
+    source: str
+    """Where the golden windows come from."""
+    int8: Int8 | None
+
+    @property
+    def backends(self) -> list[str]:
+        """That were run, without PyTorch."""
+        return [row.backend for row in self.rows[1:]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the three parts of an export share: all files, the proof, the description."""
+
+    model: LoadedModel
+    trained: nn.Module
+    """Weights as they were trained, float32 on the CPU."""
+    stored: nn.Module
+    """The same network with the weights as the files hold them, rounded to float16."""
+    targets: tuple[str, ...]
+    threads: int
+    folder: Path
+    """Where the export will stand; errors name it."""
+    step: _Steps
+
+    def write_all(self, stage: Path) -> None:
+        """The network in every form but INT8, whose making needs the float32 one judged."""
+        _write_graphs(self.stored, self.model.recipe, stage)
+        self.step()
+        for target in self.targets:
+            _write_mobile(target, self.stored, self.model.recipe, stage)
+            self.step()
+
+    def judge(self, stage: Path, ct: Volume | None, int8: Scans | None) -> _Judged:
+        """The golden case, written to `stage`, and each runtime's answer to it; makes and judges INT8 where asked.
+
+        Raises:
+            CheckpointError: PARITY or INT8.
+        """
+        recipe = self.model.recipe
         scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom()
-        windows, trained_logits = golden_windows(scan, recipe, _runner(trained), _WINDOWS["scan" if ct else "phantom"])
-        step()
+        windows, trained_logits = golden_windows(scan, recipe, _runner(self.trained),
+                                                 _WINDOWS["scan" if ct else "phantom"])
+        self.step()
         started = time.perf_counter()
-        stored_logits = _runner(stored)(windows)
-        seconds = time.perf_counter() - started
-        golden = make_golden(windows, stored_logits, trained_logits)
+        logits = _runner(self.stored)(windows)
+        torch_ran = Ran(backend="pytorch", version=torch.__version__, threads=torch.get_num_threads(),
+                        seconds=time.perf_counter() - started, logits=logits)
+        golden = make_golden(windows, logits, trained_logits)
         save_golden(stage / "golden.npz", golden)
-        organs = recipe.labels.organs
-        rows = [measure_parity(stored_logits, golden, organs, backend="pytorch", version=torch.__version__,
-                               threads=torch.get_num_threads(), seconds=seconds, reference=trained_logits,
-                               judge_logits=False)]
-        step()
-        backends = [*BACKENDS, *(target for target in targets if target in RUNTIMES)]
-        not_run = {target: NOT_RUN_HERE for target in targets if target not in RUNTIMES}
-        for backend in backends:
-            rows.append(_run(stage, model, backend, threads, golden, stored_logits))
-            step()
-        _demand_parity(rows, folder)
+        rows = [measure_parity(torch_ran, golden, recipe.labels.organs,
+                               Reference(trained_logits, of_stored_weights=False))]
+        self.step()
+        for backend in (*BACKENDS, *(target for target in self.targets if target in RUNTIMES)):
+            rows.append(self._run(stage, backend, golden, logits))
+            self.step()
+        self._demand_parity(rows)
         made = None
         if int8 is not None:
-            made = write_int8(stage, recipe, int8, threads, step)
-            demand_bounds(made, folder)
-            backends.append(INT8)
-            rows.append(_run(stage, model, INT8, threads, golden, stored_logits))
-            _demand_parity(rows, folder)
-            step()
-        certificate = make_certificate(rows, source, sha256_of(stage / "model.onnx"), not_run, made and made.as_dict())
+            made = write_int8(stage, recipe, int8, self.threads, self.step)
+            demand_bounds(made, self.folder)
+            rows.append(self._run(stage, INT8, golden, logits))
+            self._demand_parity(rows)
+            self.step()
+        not_run = {target: NOT_RUN_HERE for target in self.targets if target not in RUNTIMES}
+        return _Judged(rows, not_run, source, made)
+
+    def describe(self, stage: Path, judged: _Judged) -> list[str]:
+        """The certificate and ``model.json``; returns the organs that the golden case does not show."""
+        certificate = make_certificate(judged.rows, judged.source, sha256_of(stage / "model.onnx"), judged.not_run,
+                                       judged.int8 and judged.int8.as_dict())
         (stage / "certificate.json").write_text(json.dumps(certificate, indent=1) + "\n", "utf-8")
-        (stage / "certificate.md").write_text(certificate_text(certificate, rows), "utf-8")
+        (stage / "certificate.md").write_text(certificate_text(certificate, judged.rows), "utf-8")
         # The probe reads the folder as any user would, so it needs a description that is whole.
-        _write_meta(stage, _meta(model, _entries(stage)))
-        costs = {backend: measure_cost(stage, backend, threads) for backend in backends}
+        _write_meta(stage, _meta(self.model, _entries(stage)))
+        costs = {backend: measure_cost(stage, backend, self.threads) for backend in judged.backends}
         memory = {backend: cost.activation_bytes for backend, cost in costs.items() if cost is not None}
-        _write_meta(stage, _meta(model, _entries(stage), memory))
-        step()
-        sizes = {path.name: sum(p.stat().st_size for p in _files(path)) for path in sorted(stage.iterdir())}
-    return Exported(folder, sizes, rows, not_run, certificate["organs_not_shown"], made)
+        _write_meta(stage, _meta(self.model, _entries(stage), memory))
+        self.step()
+        return certificate["organs_not_shown"]
+
+    def _run(self, stage: Path, backend: str, golden: Golden, stored_logits: np.ndarray) -> Parity:
+        """The golden case on a runtime."""
+        export = Export(stage, _meta(self.model, _entries(stage)), self.model.recipe)
+        predictor = load_exported(export, backend, self.threads, output="logits").predictor
+        logits, seconds = _timed(predictor.predict, golden.ct)
+        ran = Ran(backend=backend, version=predictor.version, threads=self.threads, seconds=seconds, logits=logits,
+                  int8=backend == INT8)
+        return measure_parity(ran, golden, self.model.recipe.labels.organs, Reference(stored_logits))
+
+    def _demand_parity(self, rows: Sequence[Parity]) -> None:
+        for row in rows:
+            if row.faults():
+                raise CheckpointError("INT8" if row.int8 else "PARITY", self.folder, f"{row.backend} {row.version} "
+                                      f"does not say what PyTorch says: {'; '.join(row.faults())}", "nothing was "
+                                      "written; train longer (an untrained network has no clear answers), or report it "
+                                      "with the model")
 
 
 def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
@@ -193,17 +266,6 @@ def _write_mobile(target: str, stored: nn.Module, recipe: Recipe, stage: Path) -
         write_coreml(*form, path)
 
 
-def _run(
-    stage: Path, model: LoadedModel, backend: str, threads: int, golden: Golden, stored_logits: np.ndarray
-) -> Parity:
-    """The golden case on a runtime."""
-    export = Export(stage, _meta(model, _entries(stage)), model.recipe)
-    predictor = load_exported(export, backend, threads, output="logits").predictor
-    logits, seconds = _timed(predictor.predict, golden.ct)
-    return measure_parity(logits, golden, model.recipe.labels.organs, backend=backend, version=predictor.version,
-                          threads=threads, seconds=seconds, reference=stored_logits, int8=backend == INT8)
-
-
 def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | None = None) -> dict[str, Any]:
     recipe = model.recipe
     mobile = [target for target in MOBILE if any(name.split("/")[0] == MOBILE[target] for name in files)]
@@ -212,7 +274,7 @@ def _meta(model: LoadedModel, files: dict[str, Any], memory: dict[str, int] | No
         "files": files, "use": describe_use(recipe, OPSET, mobile, "openvino_int8.xml" in files),
         "metrics": dict(model.metrics),
         "trained_weights_sha256": model.sha256, "memory": memory or {},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions(mobile)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **package_versions(mobile)},
         "machine": cpu_name(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
     })
 
@@ -231,18 +293,6 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _packages(target: str) -> list[str]:
-    """What writes a mobile target and, where something does, what runs it."""
-    return list(dict.fromkeys([_WRITERS[target], *([PACKAGE_OF[target]] if target in RUNTIMES else [])]))
-
-
-def _versions(mobile: Sequence[str]) -> dict[str, str]:
-    import importlib.metadata
-
-    names = ["onnx", "onnxscript", *BACKENDS, *(name for target in mobile for name in _packages(target))]
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def _runner(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """Logits window by window, in float32."""
 
@@ -258,34 +308,6 @@ def _timed(run: Callable[[np.ndarray], np.ndarray], windows: np.ndarray) -> tupl
     started = time.perf_counter()
     logits = run(windows)
     return logits, time.perf_counter() - started
-
-
-def _demand_parity(rows: list[Parity], folder: Path) -> None:
-    for row in rows:
-        if row.faults():
-            raise CheckpointError("INT8" if row.int8 else "PARITY", folder, f"{row.backend} {row.version} does not say "
-                                  f"what PyTorch says: {'; '.join(row.faults())}", "nothing was written; train longer "
-                                  "(an untrained network has no clear answers), or report it with the model")
-
-
-def missing_packages() -> list[str]:
-    """Those of the extra `export` that are not installed."""
-    import importlib.util
-
-    return [name for name in ("onnx", "onnxscript", *BACKENDS) if importlib.util.find_spec(name) is None]
-
-
-def _demand_extra(targets: Sequence[str]) -> None:
-    import importlib.util
-
-    for where, extra, missing in (
-        ("export", "export", missing_packages()),
-        *((target, "mobile", [name for name in _packages(target) if importlib.util.find_spec(name) is None])
-          for target in targets),
-    ):
-        if missing:
-            raise MissingExtraError("MISSING_EXTRA", where, f"expected the packages {', '.join(missing)}, got none",
-                                    f'pip install "autosam3d[{extra}]"')
 
 
 def demand_replaceable(folder: Path, overwrite: bool) -> None:

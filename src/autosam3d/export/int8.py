@@ -108,13 +108,13 @@ def demand_int8(paths: Sequence[Path], has_ct: bool) -> None:
                                 'pip install "autosam3d[int8]"')
 
 
-def read_scans(paths: Sequence[Path], recipe: Recipe, options: ReadOptions, golden: Volume) -> Scans:
+def read_scans(paths: Sequence[Path], recipe: Recipe, read_options: ReadOptions, golden: Volume) -> Scans:
     """Read and prepare scans: of their order every first calibrates and every second judges.
 
     Args:
         paths: two or more; of more than 16 the first ones are taken.
         recipe: of the model.
-        options: for the readers.
+        read_options: for the readers.
         golden: the scan of the golden case. Where it is one of them, it judges.
 
     Raises:
@@ -128,7 +128,7 @@ def read_scans(paths: Sequence[Path], recipe: Recipe, options: ReadOptions, gold
     scans = Scans([], [])
     rest = 0
     for path in paths[:_MAX_SCANS]:
-        voxels = prepare_ct(read_ct(path, options), recipe.preprocess).voxels
+        voxels = prepare_ct(read_ct(path, read_options), recipe.preprocess).voxels
         digest = _digest(voxels)
         if digest in known:
             raise UsageError("SAME_SCAN", path, f"expected different scans, got the one of {known[digest]} again",

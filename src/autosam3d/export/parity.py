@@ -54,6 +54,31 @@ class OrganDice:
         return max(self.reference_voxels, self.voxels) >= MIN_DICE_VOXELS
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ran:
+    """What a runtime said of the golden windows, and how long it took."""
+
+    backend: str
+    version: str
+    threads: int
+    seconds: float
+    """That the windows took together."""
+    logits: np.ndarray
+    """float32 [n, K, D, H, W]."""
+    int8: bool = False
+    """Whether it is the INT8 network, which is judged by bounds of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """PyTorch's logits that a runtime's are compared with."""
+
+    logits: np.ndarray
+    """float32 [n, K, D, H, W]."""
+    of_stored_weights: bool = True
+    """False where they are of the weights as they were trained: then the difference is told and not judged."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parity:
     """One runtime against PyTorch."""
@@ -164,31 +189,29 @@ def compare_labels(labels: np.ndarray, truth: np.ndarray, organs: Sequence[str])
     }
 
 
-def measure_parity(
-    logits: np.ndarray, golden: Golden, organs: Sequence[str], *, backend: str, version: str, threads: int,
-    seconds: float, reference: np.ndarray | None = None, judge_logits: bool = True, int8: bool = False,
-) -> Parity:
-    """Compare the logits [n, K, D, H, W] of a runtime with the golden case.
+def measure_parity(ran: Ran, golden: Golden, organs: Sequence[str], reference: Reference | None = None) -> Parity:
+    """Compare what a runtime said with the golden case.
 
     Args:
+        ran: the logits of a runtime for the windows of `golden`.
+        golden: windows and PyTorch's answer.
         organs: names of the labels from 1 on.
-        seconds: that the windows took together.
         reference: PyTorch's logits at all voxels; None compares at those that `golden` keeps, which adds half a step of
             their storage (1.5e-5 of the scale) to the difference.
-        judge_logits: False where `reference` is of other weights.
-        int8: judge by the bounds of INT8.
     """
     if reference is None:
-        difference = float(np.abs(lattice(logits) - golden.logits).max())
+        difference = float(np.abs(lattice(ran.logits) - golden.logits).max())
     else:
-        difference = float(np.abs(logits - reference).max())
-    labels, truth = labels_of(logits), golden.labels
+        difference = float(np.abs(ran.logits - reference.logits).max())
+    labels, truth = labels_of(ran.logits), golden.labels
     pairs = _count_pairs(labels, truth, len(organs) + 1)
     compared = compare_labels(labels, truth, organs)
     return Parity(
-        backend=backend, version=version, threads=threads, seconds_per_window=round(seconds / len(logits), 4),
+        backend=ran.backend, version=ran.version, threads=ran.threads,
+        seconds_per_window=round(ran.seconds / len(ran.logits), 4),
         max_logit_difference=difference, logit_scale=golden.scale, voxels=int(truth.size),
-        judge_logits=judge_logits, int8=int8, flipped=int(truth.size - pairs.trace()),
+        judge_logits=reference is None or reference.of_stored_weights, int8=ran.int8,
+        flipped=int(truth.size - pairs.trace()),
         organ_voxels=int(truth.size - pairs[0, 0]), dice={name: organ.dice for name, organ in compared.items()},
         reference_voxels={name: organ.reference_voxels for name, organ in compared.items()},
         own_voxels={name: organ.voxels for name, organ in compared.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 from autosam3d.checkpoints.exported import INT8, RUNTIMES, installed_backends, load_exported, not_run, open_export
 from autosam3d.errors import MissingExtraError
 from autosam3d.export.golden import load_golden
-from autosam3d.export.parity import Parity, measure_parity
+from autosam3d.export.parity import Parity, Ran, measure_parity
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ def verify_export(folder: Path, threads: int) -> Verified:
         predictor = load_exported(export, backend, threads, output="logits").predictor
         started = time.perf_counter()
         logits = predictor.predict(golden.ct)
-        rows.append(measure_parity(
-            logits, golden, export.recipe.labels.organs, backend=backend, version=predictor.version, threads=threads,
-            seconds=time.perf_counter() - started, int8=backend == INT8,
-        ))
+        ran = Ran(backend=backend, version=predictor.version, threads=threads, seconds=time.perf_counter() - started,
+                  logits=logits, int8=backend == INT8)
+        rows.append(measure_parity(ran, golden, export.recipe.labels.organs))
     date, machine = (str(export.meta.get(key, "unknown")) for key in ("date", "machine"))
     return Verified(files, rows, not_run(export), f"{date}, {machine}")

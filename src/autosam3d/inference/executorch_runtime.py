@@ -13,8 +13,8 @@ import numpy as np
 from autosam3d.axes import Size
 from autosam3d.errors import CheckpointError, MissingExtraError
 from autosam3d.inference.onnx_file import demand_labels
+from autosam3d.inference.predictor import softmax
 from autosam3d.inference.quiet import mute
-from autosam3d.inference.torch_runtime import softmax
 
 _AGAIN = "export the model again"
 

@@ -14,8 +14,8 @@ import numpy as np
 from autosam3d.axes import Size
 from autosam3d.errors import CheckpointError, MissingExtraError, ResourceError
 from autosam3d.inference.onnx_file import demand_labels
+from autosam3d.inference.predictor import softmax
 from autosam3d.inference.quiet import mute
-from autosam3d.inference.torch_runtime import softmax
 
 IDENTIFIER = b"TFL3"
 """Bytes 4 to 7 of a TFLite file."""

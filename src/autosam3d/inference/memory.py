@@ -16,7 +16,6 @@ from autosam3d.io.memory import available_ram_bytes, size_text
 
 _log = logging.getLogger(__name__)
 
-
 # Allocator rounding, Python, and arrays too small to be counted.
 _MARGIN = 1.1
 # What libraries load and threads claim at their first use, after the plan: with torch 2.13 on a CPU 10 to 25 MiB.

@@ -19,7 +19,7 @@ from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, st
 from autosam3d.geometry.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer, restore_labels
 from autosam3d.inference.memory import MemoryPlan, estimate_ram_bytes, fit_memory
-from autosam3d.inference.torch_runtime import Predictor
+from autosam3d.inference.predictor import Predictor
 from autosam3d.io.memory import resident_bytes, size_text
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Segmentation, Volume, log_warnings
@@ -94,29 +94,31 @@ def segment(
         ResourceError: MEMORY or NO_SPACE, before the work where it can be foreseen.
         CheckpointError: NONFINITE, the network returned NaN or infinity.
     """
-    options = SegmentOptions(tiling=tiling, batch_size=batch_size, tta=tta, max_ram_bytes=max_ram_bytes)
-    return segment_with(volume, model, options, progress)
+    segment_options = SegmentOptions(tiling=tiling, batch_size=batch_size, tta=tta, max_ram_bytes=max_ram_bytes)
+    return segment_with(volume, model, segment_options, progress)
 
 
 def segment_with(
-    volume: Volume, model: Model, options: SegmentOptions, progress: Progress | None = None
+    volume: Volume, model: Model, segment_options: SegmentOptions, progress: Progress | None = None
 ) -> Segmentation:
     """`segment` with its options as one value."""
-    return begin_segment(volume, model, options)(progress)
+    return begin_segment(volume, model, segment_options)(progress)
 
 
-def begin_segment(volume: Volume, model: Model, options: SegmentOptions) -> Callable[[Progress | None], Segmentation]:
+def begin_segment(
+    volume: Volume, model: Model, segment_options: SegmentOptions
+) -> Callable[[Progress | None], Segmentation]:
     """Prepare a scan; the function that is returned does the rest.
 
     It needs the scan's voxels no more: a caller that lets go of them has their memory back before the windows.
     """
     recipe, predictor = model.recipe, model.predictor
-    if options.tta:
+    if segment_options.tta:
         predictor = MirrorPredictor(predictor, recipe)
     undo = plan_grid(volume, recipe.preprocess)
-    memory = plan_memory(undo, predictor, options, volume.name)
+    memory = plan_memory(undo, predictor, segment_options, volume.name)
     voxels = prepare_ct(volume, recipe.preprocess, undo).voxels
-    walk = _Walk(predictor, options.tiling or recipe.inference, recipe.preprocess.air, memory)
+    walk = _Walk(predictor, segment_options.tiling or recipe.inference, recipe.preprocess.air, memory)
     found = log_warnings(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
     affine, source, warnings = volume.affine, volume.source, (*volume.warnings, *found)
 
@@ -176,14 +178,14 @@ def probabilities_prepared(
     return _Walk(predictor, tiling, float(voxels.min()) if air is None else air).slabs(voxels, progress)
 
 
-def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions, name: str = "scan") -> MemoryPlan:
+def plan_memory(undo: Undo, predictor: Predictor, segment_options: SegmentOptions, name: str = "scan") -> MemoryPlan:
     """How the scan will be worked through within the memory there is.
 
     Raises:
         ResourceError: MEMORY, no way fits.
     """
     padded = tuple(max(n, p) for n, p in zip(undo.prepared_shape, predictor.patch_size, strict=True))
-    activations = {size: predictor.activation_bytes(size) for size in (options.batch_size, 1)}
+    activations = {size: predictor.activation_bytes(size) for size in (segment_options.batch_size, 1)}
     # Asked last, since the dry run behind the activations loads modules of its own.
     held = max(0, resident_bytes() - 4 * math.prod(undo.native_shape))
     wish, smaller = (
@@ -191,10 +193,10 @@ def plan_memory(undo: Undo, predictor: Predictor, options: SegmentOptions, name:
             undo.native_shape, padded, predictor.num_outputs, predictor.patch_size,  # type: ignore[arg-type]
             activations[size], size, held,
         )
-        for size in (options.batch_size, 1)
+        for size in (segment_options.batch_size, 1)
     )
     where = f"{name} ({' x '.join(map(str, undo.native_shape))} voxels)"
-    return fit_memory(wish, smaller, options.max_ram_bytes, where)
+    return fit_memory(wish, smaller, segment_options.max_ram_bytes, where)
 
 
 class MirrorPredictor:

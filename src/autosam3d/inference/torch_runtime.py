@@ -1,14 +1,13 @@
-"""One interface over the runtimes: patches in, probabilities out.
+"""PyTorch as a `Predictor`: a network on one device, with batches that shrink where memory runs out.
 
-Here PyTorch; `onnx_runtime`, `openvino_runtime`, `litert_runtime` and `executorch_runtime` run exports. Of these only
-`TorchPredictor` and ExecuTorch import torch, and only when they are built, so that the others run where it is not.
+torch is imported when a predictor is built and not before, so that whoever runs an export does without it.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,36 +24,6 @@ _log = logging.getLogger(__name__)
 # less the 32 MiB that `memory` sets aside, 1.7 (AutoSAM vit_tiny 48^3) and 2.1 times (AutoSAM ViT-B 64^3, float32) the
 # live tensors.
 _KERNEL_FACTOR = 2.0
-
-
-class Predictor(Protocol):
-    """A model that is ready to run."""
-
-    @property
-    def patch_size(self) -> Size:
-        """(z, y, x), what `predict` expects."""
-        ...
-
-    @property
-    def num_outputs(self) -> int:
-        """K: organs and background."""
-        ...
-
-    def predict(self, patches: np.ndarray) -> np.ndarray:
-        """Probabilities float32 or float16 [B, K, D, H, W] of float32 patches [B, 1, D, H, W]."""
-        ...
-
-    def activation_bytes(self, batch_size: int) -> int:
-        """Host memory that `predict` takes beside its input and output; 0 where it is unknown."""
-        ...
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities [B, K, ...] of float32 logits, in their place."""
-    logits -= logits.max(1, keepdims=True)
-    np.exp(logits, out=logits)
-    logits /= logits.sum(1, keepdims=True)
-    return logits
 
 
 def pick_device(wish: str) -> str:

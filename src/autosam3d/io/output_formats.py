@@ -26,7 +26,7 @@ class OutputFormat:
     endings: tuple[str, ...]
     """Of an output's name."""
     ending_in_folder: str
-    """Of the file that a scan becomes in a folder of results."""
+    """Of the file that a scan becomes in a folder of results, and so of the names of what lies beside any output."""
     beside: tuple[str, ...] = ()
     """Endings of the label tables that are written beside it."""
 
@@ -40,7 +40,8 @@ NIFTI = OutputFormat("nifti", (".nii.gz", ".nii"), ".nii.gz", (".json", ".labels
 SEG = OutputFormat("seg", (".dcm",), ".seg.dcm")
 SEG_LABELMAP = OutputFormat("seg-labelmap", (".dcm",), ".seg.dcm")
 RTSTRUCT = OutputFormat("rtstruct", (".dcm",), ".rtstruct.dcm")
-_FORMATS = {form.name: form for form in (NIFTI, SEG, SEG_LABELMAP, RTSTRUCT)}
+DICOM_FORMATS = (SEG, SEG_LABELMAP, RTSTRUCT)
+_FORMATS = {form.name: form for form in (NIFTI, *DICOM_FORMATS)}
 
 
 def output_format(name: str | None, output: Path) -> OutputFormat:

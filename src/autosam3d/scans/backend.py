@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from autosam3d.checkpoints.exported import PACKAGE_OF, RUNTIMES, Export, installed_backends
+from autosam3d.checkpoints.machine import cpu_name
 from autosam3d.checkpoints.probe import measure_cost
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError, UsageError
-from autosam3d.export.certificate import cpu_name
 from autosam3d.io.files import write_text_atomic
 from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__

@@ -83,8 +83,7 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     if backend not in BACKENDS:
         raise UsageError("BACKEND", backend, "expected an export for it, got a checkpoint",
                          f"autosam3d export {path or json_path.parent} FOLDER --target {backend}, then name FOLDER")
-    _demand_cpu(wish)
-    return _run_export(_cached_export(json_path, wish), backend, wish)
+    return _run_kept(json_path, backend, wish) or _run_export(_make_export(json_path, wish), backend, wish)
 
 
 def kept_export(path: Path | None) -> Export | None:
@@ -125,10 +124,12 @@ def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
         _log.warning("%s: it cannot be kept as an export (%s); PyTorch runs it", json_path, error.fault)
         return None
     refused = folder.with_name(f"{folder.name}.refused")
-    if _kept_export(json_path) is None and (refused.exists() or not _can_export(wish)):
-        return None
     try:
-        return _run_export(_cached_export(json_path, wish), "auto", wish)
+        if (model := _run_kept(json_path, "auto", wish)) is not None:
+            return model
+        if refused.exists() or not _can_export(wish):
+            return None
+        return _run_export(_make_export(json_path, wish), "auto", wish)
     except (AutoSam3dError, RuntimeError, ImportError) as error:
         fault = error.fault if isinstance(error, AutoSam3dError) else f"{type(error).__name__}: {error}".splitlines()[0]
         _log.warning("%s: it cannot be run as an export (%s); PyTorch runs it", json_path, fault)
@@ -151,17 +152,32 @@ def _has_gpu() -> bool:
 def _can_export(wish: ModelWish) -> bool:
     if wish.max_ram_bytes is not None:  # an export takes memory of its own
         return False
-    from autosam3d.export.export import missing_packages
+    from autosam3d.export import packages
 
-    return not missing_packages()
+    return not packages.missing_packages()
+
+
+def _run_kept(json_path: Path, backend: str, wish: ModelWish) -> SourcedModel | None:
+    """A checkpoint's export in the user's cache, ready to segment; None where there is none that is whole."""
+    _demand_cpu(wish)
+    if (export := _kept_export(json_path)) is None:
+        return None
+    try:
+        return _run_export(export, backend, wish)
+    except CheckpointError as error:
+        if error.code != "HASH":
+            raise
+        _log.info("%s: %s; it is made again", error.where, error.fault)
+        return None
 
 
 def _kept_export(json_path: Path) -> Export | None:
-    """The export of a checkpoint in the user's cache, if it is whole."""
+    """The export of a checkpoint in the user's cache, if its files have their sizes; who loads one compares its hash.
+    """
     try:
         export = open_export(_export_folder(json_path))
         for name in export.meta["files"]:
-            export.path(name)
+            export.locate(name)
     except (CheckpointError, ResourceError, OSError):
         return None
     return export if export.meta.get("trained_weights_sha256") == _weights_sha256(json_path) else None
@@ -175,10 +191,8 @@ def _weights_sha256(json_path: Path) -> str:
     return str(read_meta(json_path)["weights"].get("sha256"))
 
 
-def _cached_export(json_path: Path, wish: ModelWish) -> Export:
-    """The export of a checkpoint in the user's cache, made now where there is none that is whole."""
-    if (export := _kept_export(json_path)) is not None:
-        return export
+def _make_export(json_path: Path, wish: ModelWish) -> Export:
+    """The export of a checkpoint, made now in the user's cache in the place of whatever lies there."""
     folder = _export_folder(json_path)
     _log.warning("%s: exporting it once to %s; the next runs begin at once", json_path, folder)
     import torch

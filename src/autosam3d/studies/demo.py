@@ -13,9 +13,10 @@ from autosam3d.data.phantom import write_phantom_dataset
 from autosam3d.evaluation.evaluate import evaluate_folder, write_csv, write_json
 from autosam3d.evaluation.overlay import overlay_png
 from autosam3d.evaluation.report import write_report
-from autosam3d.io import ReadOptions, read_ct, read_segmentation
+from autosam3d.io import read_ct, read_segmentation
 from autosam3d.recipes.recipe import Recipe, load_recipe
-from autosam3d.scans.batch import check_inputs, segment_batch
+from autosam3d.scans.batch import segment_batch
+from autosam3d.scans.jobs import check_inputs
 from autosam3d.training.train import Observer, train
 
 NUM_TRAIN, NUM_VAL, NUM_TEST = 12, 2, 2
@@ -81,7 +82,7 @@ def _make_data(data: Path, recipe: Recipe, observer: Observer, show: Show) -> Ca
 def _segment_tests(data: Path, run: Path, predictions: Path, observer: Observer, show: Show) -> None:
     """The predictions are the demo's own: those of an older model are replaced."""
     jobs = check_inputs(data / "imagesTs", predictions)
-    result = segment_batch(jobs, load_model(run), options=ReadOptions(), overwrite=True, progress=_Windows(show))
+    result = segment_batch(jobs, load_model(run), overwrite=True, progress=_Windows(show))
     if result.failed:
         raise result.failed[0].error
     if result.skipped:

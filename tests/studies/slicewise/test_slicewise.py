@@ -13,12 +13,13 @@ import torch
 import command_line
 import tiny_sam
 from autosam3d.data.folder import Case, open_dataset
-from autosam3d.errors import CheckpointError, MissingExtraError, VolumeError
+from autosam3d.errors import CheckpointError, MissingExtraError, UsageError, VolumeError
 from autosam3d.geometry.preprocess import HuWindow
 from autosam3d.io import read_ct, read_segmentation, write_ct, write_segmentation
 from autosam3d.models.autosam.sam_names import SamSizes, read_sizes, whole_sam
+from autosam3d.studies.slicewise import cases as cases_module
 from autosam3d.studies.slicewise.cache import SliceEncoder
-from autosam3d.studies.slicewise.cases import segment_cases
+from autosam3d.studies.slicewise.cases import SlicewiseResult, SlicewiseSettings, segment_cases
 from autosam3d.studies.slicewise.images import MEDSAM_WINDOW, Framing, mask_in_square
 from autosam3d.studies.slicewise.model import (
     SliceSam,
@@ -29,8 +30,9 @@ from autosam3d.studies.slicewise.model import (
     vit_sizes,
 )
 from autosam3d.studies.slicewise.prompts import Frame, PromptSpec, deepest_pixel, make_prompt, random_for, random_pixels
-from autosam3d.studies.slicewise.slices import combine, read_case, segment_slices
+from autosam3d.studies.slicewise.slices import PromptedSlices, combine, read_case, segment_slices
 from autosam3d.volume import Segmentation, Volume
+from killed import demand_killed, die
 from mini_run import LABELS, TRAIN, affine_of, blobs, mini_recipe, write_mini_dataset, write_recipe
 
 SAM = Framing(style="sam", hu_window=HuWindow(low_hu=-100, high_hu=155))
@@ -266,14 +268,37 @@ def test_the_right_side_stays_right_through_an_odd_orientation(
     assert ct.source is not None and ct.source.shape != ct.shape
     write_segmentation(truths / "a.nii.gz", Segmentation(labels, ct.affine, ct.source), LABELS)
     answer_with_the_prompt(sam, monkeypatch)
-    result = segment_cases([Case("a", ct_file, truths / "a.nii.gz")], sam, tmp_path / "out", framing=framing,
-                           prompts=BOX, labels=LABELS)
+    result = segment_cases([Case("a", ct_file, truths / "a.nii.gz")], sam, tmp_path / "out", LABELS,
+                           SlicewiseSettings(framing=framing, prompts=BOX))
     assert not result.failed and result.slices == 6
     found = read_segmentation(tmp_path / "out" / "a.nii.gz")
     assert found.source is not None and found.source.shape == ct.source.shape
     np.testing.assert_array_equal(found.labels, labels)
     report = json.loads((tmp_path / "out" / "a.report.json").read_text())
     assert report["truth_gave"] == ["organs", "slices", "prompts"] and report["prompts_asked"] == 7
+
+
+def test_an_overwrite_killed_before_it_replaces_leaves_a_foreign_file_protected(
+    folder: Path, tmp_path: Path, sam: SliceSam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = open_dataset(folder / "data", mini_recipe()).train[0]
+    labels = Segmentation(blobs(0)[1], affine_of())
+    monkeypatch.setattr(cases_module, "segment_slices", lambda *_, **__: PromptedSlices(labels, 3, 4))
+    foreign, settings = tmp_path / f"{case.name}.nii.gz", SlicewiseSettings(framing=SAM, prompts=BOX)
+
+    def run(overwrite: bool) -> SlicewiseResult:
+        return segment_cases([case], sam, tmp_path, LABELS, settings, overwrite=overwrite)
+
+    foreign.write_bytes(b"a person's work")
+    with monkeypatch.context() as patch:
+        patch.setattr(cases_module, "write_segmentation", die)
+        demand_killed(lambda: run(overwrite=True))
+    assert json.loads((tmp_path / f"{case.name}.report.json").read_text())["status"] == "writing"
+    with pytest.raises(UsageError) as caught:
+        run(overwrite=False)
+    assert caught.value.code == "OUTPUT_EXISTS" and foreign.read_bytes() == b"a person's work"
+    assert run(overwrite=True).written == [foreign]
+    assert run(overwrite=False).skipped == [foreign]
 
 
 def test_slices_without_organs_are_not_encoded_and_the_cache_changes_nothing(folder: Path, sam: SliceSam,

@@ -69,8 +69,9 @@ class ScanService:
             raise NO_SUCH_JOB
         return job
 
-    async def accept(self, request: Request, forms: Sequence[str], read: ReadOptions, *, overlap: float | None = None,
-                     file_fields: tuple[str, ...] = ("file",), state: str = QUEUED) -> tuple[str, Upload]:
+    async def accept(self, request: Request, forms: Sequence[str], read_options: ReadOptions, *,
+                     overlap: float | None = None, file_fields: tuple[str, ...] = ("file",), state: str = QUEUED
+                     ) -> tuple[str, Upload]:
         """Take the body in and queue it. Returns the new job's id.
 
         Raises:
@@ -88,7 +89,7 @@ class ScanService:
             request.scope["state"]["body_begun"] = True
             upload = await receive(request, folder / UPLOAD, self.settings, self.threads, file_fields)
             name = await self.on_disk(lambda: _named(upload, folder))
-            told = {"upload": name, "forms": list(forms), "read": asdict(read), "overlap": overlap,
+            told = {"upload": name, "forms": list(forms), "read": asdict(read_options), "overlap": overlap,
                     "request_id": request_id_of(request)}
             await self._add(job_id, state, told, once)
         except BaseException:

@@ -189,7 +189,7 @@ class Runner:
             shutil.rmtree(folder / RESULT, ignore_errors=True)  # of an attempt that was interrupted
             (folder / RESULT).mkdir(mode=0o700)
             scan = ScanJob(source=source, folder=folder / RESULT, forms=tuple(job.request["forms"]),
-                           read=ReadOptions(**job.request["read"]), overlap=job.request.get("overlap"))
+                           read_options=ReadOptions(**job.request["read"]), overlap=job.request.get("overlap"))
             with self._lock:
                 if job.id in self._deleted:
                     raise JobCancelled

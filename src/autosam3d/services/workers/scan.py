@@ -50,7 +50,7 @@ class ScanJob:
     """That exists, for the files; nobody else writes there."""
     forms: tuple[str, ...] = ("nifti", "json")
     """Of `FORMS`. DICOM forms are for DICOM series alone."""
-    read: ReadOptions = field(default_factory=ReadOptions)
+    read_options: ReadOptions = field(default_factory=ReadOptions)
     overlap: float | None = None
     """Of the windows; None takes the recipe's."""
     tta: bool = False
@@ -70,7 +70,7 @@ class ScanJob:
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> ScanJob:
         return cls(source=Path(told["source"]), folder=Path(told["folder"]), forms=tuple(told["forms"]),
-                   read=ReadOptions(**told["read"]), overlap=told["overlap"], tta=told["tta"],
+                   read_options=ReadOptions(**told["read_options"]), overlap=told["overlap"], tta=told["tta"],
                    uid_settings=told["uid_settings"])
 
 
@@ -105,14 +105,14 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
         As `read_ct`, `unpacked_scan`, `begin_segment` and `label_writer`; the last only where no form remains.
     """
     tell = progress or (lambda stage, done, total: None)
-    how = _options(job, model, max_ram_bytes)
+    segment_options = _segment_options(job, model, max_ram_bytes)
     tell("reading", 0, 1)
     with unpacked_scan(job.source, job.folder / SCRATCH) as source:
-        read = replace(job.read, max_ram_bytes=max_ram_bytes)
-        volume: Volume | None = read_ct(source, read)
+        read_options = replace(job.read_options, max_ram_bytes=max_ram_bytes)
+        volume: Volume | None = read_ct(source, read_options)
         from_dicom = volume.source is not None and volume.source.kind == "dicom"
-        writers, refused = _writers(job, source, volume, read, model)
-        finish = begin_segment(volume, model, how)
+        writers, refused = _writers(job, source, volume, read_options, model)
+        finish = begin_segment(volume, model, segment_options)
         volume = None  # its place in memory is what the windows take
         tell("segmenting", 0, 1)
         segmentation = finish(lambda done, total: tell("segmenting", done, total))
@@ -136,14 +136,14 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
     return result
 
 
-def _options(job: ScanJob, model: SourcedModel, max_ram_bytes: int | None) -> SegmentOptions:
+def _segment_options(job: ScanJob, model: SourcedModel, max_ram_bytes: int | None) -> SegmentOptions:
     tiling = model.recipe.inference
     if job.overlap is not None:
         tiling = Tiling(overlap=job.overlap, importance=tiling.importance)
     return SegmentOptions(tiling=tiling, tta=job.tta, max_ram_bytes=max_ram_bytes)
 
 
-def _writers(job: ScanJob, source: Path, volume: Volume, read: ReadOptions, model: SourcedModel
+def _writers(job: ScanJob, source: Path, volume: Volume, read_options: ReadOptions, model: SourcedModel
              ) -> tuple[dict[str, WriteLabels], dict[str, AutoSam3dError]]:
     writers: dict[str, WriteLabels] = {}
     refused: dict[str, AutoSam3dError] = {}
@@ -153,7 +153,7 @@ def _writers(job: ScanJob, source: Path, volume: Volume, read: ReadOptions, mode
         try:
             form = output_format(name, job.folder)
             _demand_series(form, source)
-            writers[name] = label_writer(form, source, volume.source, read, model.recipe.name, model.sha256,
+            writers[name] = label_writer(form, source, volume.source, read_options, model.recipe.name, model.sha256,
                                          job.uid_settings)
         except AutoSam3dError as error:
             refused[name] = error

@@ -24,8 +24,8 @@ import numpy as np
 
 from autosam3d.axes import Size
 from autosam3d.checkpoints.exported import BACKENDS, PACKAGE_OF, installed_backends, is_export, open_export
+from autosam3d.checkpoints.machine import cpu_name
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
-from autosam3d.export.certificate import cpu_name
 from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, unpad_slabs
 from autosam3d.geometry.preprocess import plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer

@@ -67,7 +67,7 @@ def in_child(device: str, threads: str) -> None:
     """The measurement of the recipe on stdin; its answer goes to stdout, as JSON."""
     import torch
 
-    from autosam3d.export.certificate import cpu_name
+    from autosam3d.checkpoints.machine import cpu_name
     from autosam3d.inference.torch_runtime import TorchPredictor
     from autosam3d.training.run import Observer, build_fabric, start_run
     from autosam3d.training.stopping import StopRequest

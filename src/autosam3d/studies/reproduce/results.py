@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from autosam3d.checkpoints.machine import machine
 from autosam3d.checkpoints.model_file import read_meta
 from autosam3d.evaluation.statistics import Unit
-from autosam3d.export.certificate import machine
 from autosam3d.geometry.preprocess import HuWindow
 from autosam3d.io import read_ct
 from autosam3d.models.parameters import count_parameters

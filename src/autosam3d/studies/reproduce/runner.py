@@ -32,9 +32,9 @@ except ImportError:  # Windows has no such locks
 
 from safetensors import safe_open
 
+from autosam3d.checkpoints.machine import machine
 from autosam3d.checkpoints.model_file import read_meta
 from autosam3d.errors import AutoSam3dError, CheckpointError
-from autosam3d.export.certificate import machine
 from autosam3d.io.files import sha256_of, write_text_atomic
 from autosam3d.recipes.recipe import dump_recipe
 from autosam3d.studies.reproduce.guard import demand_own_run, demand_own_runs, keep_cases

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,22 +12,35 @@ from typing import Any
 import torch
 
 from autosam3d.data.folder import Case
-from autosam3d.errors import AutoSam3dError, UsageError
+from autosam3d.errors import AutoSam3dError
 from autosam3d.io import ReadOptions, write_segmentation
-from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_text_atomic
+from autosam3d.io.files import sha256_of
 from autosam3d.io.folders import make_folder
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
+from autosam3d.scans.batch import BatchProgress
+from autosam3d.scans.outputs import Output, State, refuse_foreign
 from autosam3d.studies.slicewise.cache import SliceEncoder
 from autosam3d.studies.slicewise.images import Framing
 from autosam3d.studies.slicewise.model import SliceSam
 from autosam3d.studies.slicewise.prompts import PromptSpec
-from autosam3d.studies.slicewise.slices import TRUTH_NOTE, read_case, segment_slices
+from autosam3d.studies.slicewise.slices import TRUTH_NOTE, no_truth, read_case, segment_slices
 from autosam3d.version import __version__
 
 log = logging.getLogger(__name__)
 
-_MAX_REPORT_BYTES = 1 << 20
+
+@dataclass(frozen=True, kw_only=True)
+class SlicewiseSettings:
+    """What decides the labels of a case, beside the model and the case itself."""
+
+    framing: Framing
+    prompts: PromptSpec
+    read_options: ReadOptions = DEFAULTS
+
+    def as_dict(self) -> dict[str, Any]:
+        """As reports hold it."""
+        return {"framing": asdict(self.framing), "prompts": asdict(self.prompts), "reading": asdict(self.read_options)}
 
 
 @dataclass
@@ -52,15 +64,12 @@ def segment_cases(
     cases: Sequence[Case],
     sam: SliceSam,
     out: Path,
-    *,
-    framing: Framing,
-    prompts: PromptSpec,
     labels: LabelMap,
+    settings: SlicewiseSettings,
+    *,
     cache: Path | None = None,
     overwrite: bool = False,
-    options: ReadOptions = DEFAULTS,
-    progress: Callable[[int, int], None] | None = None,
-    on_slice: Callable[[int, int], None] | None = None,
+    progress: BatchProgress | None = None,
 ) -> SlicewiseResult:
     """``OUT/CASE.nii.gz`` for each case, on its scan's grid, and ``CASE.report.json``, which says what the truth gave.
 
@@ -69,9 +78,13 @@ def segment_cases(
 
     Args:
         cases: with truth.
+        sam: the model.
+        out: the folder of the outputs.
+        labels: of the truth and of the outputs.
+        settings: pictures, prompts and reading.
         cache: a folder for embeddings, for several prompts or tunings on one encoder; None keeps none.
         overwrite: replace outputs that are not of this very call; without it nothing is begun.
-        progress: called with (done, total) cases; `on_slice` with those of the case at work.
+        progress: told of cases, and of the slices of the case at work in the place of windows.
 
     Returns:
         Also where cases failed.
@@ -80,94 +93,61 @@ def segment_cases(
         UsageError: OUTPUT_EXISTS, OUTPUT_PATH; ResourceError: NOT_WRITABLE.
     """
     make_folder(out)
-    remove_stale_temporaries(out)
-    settings = {"framing": asdict(framing), "prompts": asdict(prompts), "reading": asdict(options)}
-    model = {"sha256": sam.sha256, "sam_sha256": sam.sam.sha256, "settings": settings}
-    outputs = {case: out / f"{case.name}.nii.gz" for case in cases}
-    states = {case: _state(case, path, model) for case, path in outputs.items()}
-    foreign = [case for case in cases if states[case] == "foreign"]
-    if foreign and not overwrite:
-        raise UsageError("OUTPUT_EXISTS", outputs[foreign[0]], f"it, or its report, exists and is not of this model, "
-                         f"case and settings ({len(foreign)} of {len(cases)} outputs)",
-                         "choose another folder or allow --overwrite")
-    encoder = SliceEncoder(sam, framing, cache)
+    model = {"sha256": sam.sha256, "sam_sha256": sam.sam.sha256, "settings": settings.as_dict()}
+    outputs = [Output(out / f"{case.name}.nii.gz") for case in cases]
+    states: dict[Output, State] = {output: output.state(lambda case=case: _identity(case, model))
+                                   for case, output in zip(cases, outputs, strict=True)}
+    refuse_foreign(states, overwrite)
+    encoder = SliceEncoder(sam, settings.framing, cache)
     result, started = SlicewiseResult(), time.perf_counter()
-    for done, case in enumerate(cases):
+    for done, (case, output) in enumerate(zip(cases, outputs, strict=True)):
         if progress is not None:
-            progress(done, len(cases))
-        if states[case] == "finished":
-            result.skipped.append(outputs[case])
+            progress.on_scan(done, len(cases), case.name)
+        if states[output] == "finished":
+            result.skipped.append(output.path)
             continue
         try:
-            result.slices += _segment_case(case, encoder, outputs[case], model, prompts, labels, options, on_slice)
-            result.written.append(outputs[case])
+            result.slices += _segment_case(case, output, encoder, labels, settings, model, progress)
+            result.written.append(output.path)
         except AutoSam3dError as error:
             result.failed.append((case.name, error))
             log.info("%s failed: %s", case.name, error.code)
     if progress is not None:
-        progress(len(cases), len(cases))
+        progress.on_scan(len(cases), len(cases), "")
     result.seconds = time.perf_counter() - started
     return result
 
 
 def _segment_case(
-    case: Case, encoder: SliceEncoder, output: Path, model: dict[str, Any], prompts: PromptSpec, labels: LabelMap,
-    options: ReadOptions, on_slice: Callable[[int, int], None] | None,
+    case: Case, output: Output, encoder: SliceEncoder, labels: LabelMap, settings: SlicewiseSettings,
+    model: dict[str, Any], progress: BatchProgress | None,
 ) -> int:
     """Number of slices that were segmented."""
-    ct, truth = read_case(case, labels, options)
+    ct, truth = read_case(case, labels, settings.read_options)
     started = time.perf_counter()
-    made = segment_slices(ct, truth, encoder, prompts, labels, name=case.name, progress=on_slice)
-    identity = _identity(case, model)
-    # Named as ours before it exists: who is killed between output and report finds it again.
-    _write_report(output, identity | {"status": "writing"})
-    try:
-        write_segmentation(output, made.segmentation, labels)
-    except BaseException:
-        if not output.exists():
-            _report_path(output).unlink(missing_ok=True)
-        raise
-    _write_report(output, identity | {
-        "status": "finished", "note": TRUTH_NOTE, "truth_gave": ["organs", "slices", "prompts"],
-        "slices": made.slices, "prompts_asked": made.prompts, "seconds": round(time.perf_counter() - started, 3),
-        "device": str(encoder.sam.device), "torch": torch.__version__, "autosam3d": __version__,
-        "warnings": list(ct.warnings), "output_sha256": sha256_of(output),
-    })
+    on_slice: Callable[[int, int], None] | None = progress.on_window if progress else None
+    made = segment_slices(ct, truth, encoder, settings.prompts, labels, name=case.name, progress=on_slice)
+
+    def write() -> dict[str, Any]:
+        write_segmentation(output.path, made.segmentation, labels)
+        return {
+            "note": TRUTH_NOTE, "truth_gave": ["organs", "slices", "prompts"], "slices": made.slices,
+            "prompts_asked": made.prompts, "seconds": round(time.perf_counter() - started, 3),
+            "device": str(encoder.sam.device), "torch": torch.__version__, "autosam3d": __version__,
+            "warnings": list(ct.warnings),
+        }
+
+    output.write(_identity(case, model), write)
     return made.slices
 
 
 def _identity(case: Case, model: dict[str, Any]) -> dict[str, Any]:
-    assert case.label_path is not None
-    tables = sorted((case.label_table or {}).items())
-    whole = {"model": model, "input_sha256": sha256_of(case.image_path), "truth_sha256": sha256_of(case.label_path),
-             "label_table": tables}
-    return json.loads(json.dumps(whole))  # as it will be read
+    """What makes an output this one: equal values, equal labels.
 
-
-def _state(case: Case, output: Path, model: dict[str, Any]) -> str:
-    """Of what lies at `output`: "absent", "finished", "begun" (ours, its writer was killed) or "foreign"."""
-    report = _report_path(output)
-    if not output.exists() and not report.exists():
-        stem = report.name.removesuffix(".report.json")
-        strangers = any(output.with_name(stem + suffix).exists() for suffix in (".json", ".labels.txt", ".ctbl"))
-        return "foreign" if strangers else "absent"
-    try:
-        if report.stat().st_size > _MAX_REPORT_BYTES:
-            return "foreign"
-        told = json.loads(report.read_text("utf-8"))
-        identity = _identity(case, model) if case.label_path is not None else {}
-        if not identity or any(told.get(key) != value for key, value in identity.items()):
-            return "foreign"
-        if told.get("status") == "writing" or not output.exists():
-            return "begun"
-        return "finished" if told.get("output_sha256") == sha256_of(output) else "foreign"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return "foreign"
-
-
-def _report_path(output: Path) -> Path:
-    return output.with_name(output.name.removesuffix(".nii.gz") + ".report.json")
-
-
-def _write_report(output: Path, content: dict[str, Any]) -> None:
-    write_text_atomic(_report_path(output), json.dumps(content, indent=1) + "\n")
+    Raises:
+        VolumeError: NO_TRUTH, or a file cannot be read.
+    """
+    if case.label_path is None:
+        raise no_truth(case)
+    return {"model": model, "input_sha256": sha256_of(case.image_path), "truth_sha256": sha256_of(case.label_path),
+            "label_table": sorted((case.label_table or {}).items())}

@@ -115,7 +115,7 @@ class TuneRun:
     samples: list[SliceSample]
     data_sha256: str
     cases: CaseSet
-    options: ReadOptions
+    read_options: ReadOptions
     position: TunePosition = field(default_factory=TunePosition)
     saved: TunePosition | None = None
 

@@ -70,7 +70,7 @@ def collect_samples(
     *,
     min_slice_px: int,
     min_case_vox: int,
-    options: ReadOptions = DEFAULTS,
+    read_options: ReadOptions = DEFAULTS,
     watch: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SliceSample]:
@@ -84,7 +84,7 @@ def collect_samples(
         if progress is not None:
             progress(done, len(cases))
         watch()
-        pair = read_case_with_organs(case, labels, options)
+        pair = read_case_with_organs(case, labels, read_options)
         if pair is None:
             continue
         ct, truth = pair
@@ -110,10 +110,10 @@ def collect_samples(
     return samples
 
 
-def read_case_with_organs(case: Case, labels: LabelMap, options: ReadOptions) -> tuple[Volume, np.ndarray] | None:
+def read_case_with_organs(case: Case, labels: LabelMap, read_options: ReadOptions) -> tuple[Volume, np.ndarray] | None:
     """`read_case`; None, and a warning, for a case in which nothing can be asked for."""
     try:
-        return read_case(case, labels, options)
+        return read_case(case, labels, read_options)
     except VolumeError as error:
         if error.code != "NO_ORGANS":
             raise

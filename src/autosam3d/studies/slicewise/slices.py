@@ -39,7 +39,7 @@ class PromptedSlices:
     prompts: int
 
 
-def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> tuple[Volume, np.ndarray]:
+def read_case(case: Case, labels: LabelMap, read_options: ReadOptions = DEFAULTS) -> tuple[Volume, np.ndarray]:
     """A scan and its truth in the numbers of `labels`, uint8 [z, y, x].
 
     Raises:
@@ -47,9 +47,8 @@ def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> 
             background; and what the reader raises.
     """
     if case.label_path is None:
-        raise VolumeError("NO_TRUTH", case.image_path, "expected a label map that the prompts are made from, got none",
-                          "add it to the labels folder, or name cases that have one")
-    ct, truth = read_ct(case.image_path, options), read_segmentation(case.label_path, options)
+        raise no_truth(case)
+    ct, truth = read_ct(case.image_path, read_options), read_segmentation(case.label_path, read_options)
     if truth.shape != ct.shape:
         raise VolumeError("SHAPE", case.label_path, f"expected {_axes(ct.shape)} voxels (z, y, x) as its scan has, got "
                           f"{_axes(truth.shape)}", "resample the label map onto the grid of its scan")
@@ -66,6 +65,12 @@ def read_case(case: Case, labels: LabelMap, options: ReadOptions = DEFAULTS) -> 
         raise VolumeError("NO_ORGANS", case.label_path, "expected organs to prompt for, got background only",
                           "leave this case out")
     return ct, numbers
+
+
+def no_truth(case: Case) -> VolumeError:
+    """The refusal of a case that nothing can be prompted from."""
+    return VolumeError("NO_TRUTH", case.image_path, "expected a label map that the prompts are made from, got none",
+                       "add it to the labels folder, or name cases that have one")
 
 
 def segment_slices(

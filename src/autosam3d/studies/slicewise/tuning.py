@@ -77,7 +77,7 @@ def tune(
     settings: TuneSettings,
     *,
     cache: Path | None = None,
-    options: ReadOptions = DEFAULTS,
+    read_options: ReadOptions = DEFAULTS,
     observer: Observer | None = None,
 ) -> TuneResult:
     """Tune `sam` on the training slices, or go on with the run in `folder`; ``best.json`` is what `segment` takes.
@@ -112,7 +112,7 @@ def tune(
         try:
             kept = (cache or folder / "embeddings") if settings.scope == "decoder" else None
             encoder = SliceEncoder(sam, settings.framing, kept, stop.demand_none)
-            run = _start(recipe, cases, encoder, folder, settings, options, observer, stop)
+            run = _start(recipe, cases, encoder, folder, settings, read_options, observer, stop)
             _encode_all(run)
         except Interrupted:
             return TuneResult(stop.signal, 0, 0, None, 0.0, time.perf_counter() - started)
@@ -133,14 +133,14 @@ def tune(
 
 
 def _start(
-    recipe: Recipe, cases: CaseSet, encoder: SliceEncoder, folder: Path, settings: TuneSettings, options: ReadOptions,
-    observer: Observer, stop: StopRequest,
+    recipe: Recipe, cases: CaseSet, encoder: SliceEncoder, folder: Path, settings: TuneSettings,
+    read_options: ReadOptions, observer: Observer, stop: StopRequest,
 ) -> TuneRun:
     sam = encoder.sam
     demand_memory(sam, settings.batch_size or 1, training=settings.scope == "full")
     samples = collect_samples(
         cases.train, encoder, recipe.labels, min_slice_px=settings.min_slice_px, min_case_vox=settings.min_case_vox,
-        options=options, watch=stop.demand_none, progress=observer.on_cache,
+        read_options=read_options, watch=stop.demand_none, progress=observer.on_cache,
     )
     tuned = set(tuned_tensors(sam.network, settings.scope))
     for name, parameter in sam.network.named_parameters():
@@ -149,7 +149,7 @@ def _start(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr or 0.0, weight_decay=settings.weight_decay, fused=True)
     stop_inside(sam.network, stop)
     run = TuneRun(settings, recipe, sam, folder, optimizer, encoder, stop, observer, samples, samples_sha256(samples),
-               cases, options)
+               cases, read_options)
     resume_tuning(run)
     return run
 
@@ -257,7 +257,7 @@ def _validate(run: TuneRun) -> np.ndarray:
     table = np.full((len(cases), len(run.recipe.labels.organs)), np.nan)
     for index, case in enumerate(cases):
         run.observer.on_validation(index, len(cases))
-        pair = read_case_with_organs(case, run.recipe.labels, run.options)
+        pair = read_case_with_organs(case, run.recipe.labels, run.read_options)
         if pair is None:
             continue
         ct, truth = pair
