@@ -84,7 +84,7 @@ def claim_run_folder(folder: Path, name: str, text: str) -> None:
         name: of that file.
 
     Raises:
-        ResourceError: UNWRITABLE or NOT_WRITABLE.
+        ResourceError: NOT_WRITABLE.
     """
     path = folder / name
     with _demand_writable(folder):
