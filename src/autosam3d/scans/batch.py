@@ -17,6 +17,7 @@ from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeEr
 from autosam3d.inference.pipeline import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import remove_stale_temporaries, sha256_of, write_bytes_atomic, write_text_atomic
+from autosam3d.io.folders import make_folder
 from autosam3d.io.output_formats import NIFTI, OutputFormat, WriteLabels, label_writer
 from autosam3d.io.volume_table import organ_volumes
 from autosam3d.version import __version__
@@ -233,7 +234,7 @@ class _Run:
         if not self.preview:
             volume = None  # its place in memory is what the windows take
         segmentation = finish(progress.on_window if progress else None)
-        _make_folder(job.output.parent)
+        make_folder(job.output.parent, remedy="choose another output")
         remove_stale_temporaries(job.output.parent)
         # Named as ours before it exists: who is killed between output and report finds it again.
         replaces = _sha256_if_there(job.output)
@@ -387,14 +388,6 @@ def _demand_writable(folder: Path) -> None:
         raise UsageError("OUTPUT_PATH", there, "expected a folder, got a file", "choose another output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ResourceError("NOT_WRITABLE", there, "the folder may not be written to", "choose another output")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", folder, f"the folder cannot be made ({error.strerror})",
-                            "choose another output") from None
 
 
 def _sha256_if_there(path: Path) -> str | None:
