@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from autosam3d.checkpoints.checkpoint import load_strictly, read_checkpoint, save_checkpoint
@@ -39,6 +40,7 @@ _BATCH_SIZES = {"decoder": 8, "full": 2}
 class TuneSettings:
     """One tuning, whole; kept with the model. Thresholds and rates are MedSAM's."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     scope: Literal["decoder", "full"] = "decoder"
     """"decoder": prompt encoder and mask decoder; "full": the image encoder too."""
     framing: Framing

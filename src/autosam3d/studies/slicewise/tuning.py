@@ -195,7 +195,7 @@ def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
         bad = 0 if good else bad + 1
         if bad >= _MAX_NAN_STEPS:
             raise CheckpointError("NONFINITE", run.folder, f"the loss was not finite for {bad} steps in a row at step "
-                                  f"{progress.global_step + 1}", "start in a new folder (--out) with a lower --lr")
+                                  f"{progress.global_step + 1}", "start in a new folder (--out) with a lower tune.lr")
         progress.step_in_epoch, progress.global_step = step + 1, progress.global_step + 1
         took = time.perf_counter() - started
         progress.seconds += took
