@@ -211,8 +211,6 @@ def _demand_writable(folder: Path) -> None:
         raise ResourceError("NOT_WRITABLE", there, "the folder may not be written to", "choose another output")
 
 
-
-
 def _sha256_of_scan(source: Path) -> str:
     """Of the file; of a DICOM folder over its files' hashes in sorted order, so that names do not matter."""
     if not source.is_dir():

@@ -185,12 +185,16 @@ def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) ->
                           "name the series that was segmented")
     corners = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices])
     places = np.einsum("sij,sj->si", np.linalg.inv(slice_affines(grid)), corners)
-    # The grid begins at the first slice, which may be as far from the line through all of them as any other.
     step_mm = float(np.linalg.norm(grid.affine[:3, 2]))
-    even_vox = 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
-    if np.abs(places[:, 2]).max() > even_vox or np.abs(places[:, :2]).max() > 0.5:
+    if np.abs(places[:, 2]).max() > _even_vox(step_mm) or np.abs(places[:, :2]).max() > 0.5:
         raise VolumeError("SERIES_CHANGED", folder, "its slices lie elsewhere than those that were segmented",
                           "name the series that was segmented")
+
+
+def _even_vox(step_mm: float) -> float:
+    """How far slices that are taken as even may lie apart from where the grid has them, in slices. The grid begins at
+    the first one, which may be as far from the line through all of them as any other."""
+    return 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
 
 
 def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
@@ -198,7 +202,7 @@ def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
     way to either neighbour, at the ends as much outwards as inwards."""
     step_mm, heights = float(np.linalg.norm(grid.affine[:3, 2])), slice_heights(grid)
     gaps = np.diff(heights)
-    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _EVEN_VOX:
+    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _even_vox(step_mm):
         return True, [step_mm] * len(heights)
     gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]]) * step_mm
     return False, ((gaps[:-1] + gaps[1:]) / 2).tolist()
