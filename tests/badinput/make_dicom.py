@@ -12,13 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from make_nifti import ct_array
-from pydicom.dataset import FileDataset, FileMetaDataset
+from make_field import BROKEN as FIELD_BROKEN
+from make_field import ODD as FIELD_ODD
+from make_series import (
+    COLUMNS,
+    NUM_SLICES,
+    ROWS,
+    SERIES_UID,
+    SPACING,
+    Change,
+    Maker,
+    hu_array,
+    make_slice,
+    save,
+    series,
+)
+from make_series import delete_tag as _delete
+from make_series import extra_slice as _extra
+from make_series import set_tags as _set
+from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
-from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence
 from pydicom.uid import (
-    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     ExplicitVRBigEndian,
@@ -32,105 +47,12 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-Maker = Callable[[Path], Path]
-Change = Callable[[FileDataset, int], None]
-NUM_SLICES, ROWS, COLUMNS = 12, 20, 24
-SPACING = (3.0, 2.5, 2.0)  # z, y (between rows), x (between columns)
-SERIES_UID = "1.2.826.0.1.3680043.8.498.1"
-
-
-def hu_array(num_slices: int = NUM_SLICES) -> np.ndarray:
-    """int16 [slice, row, column] HU that twelve bits above -1024 can hold."""
-    return ct_array((COLUMNS, ROWS, num_slices)).T.clip(-1024, 3071)
-
-
-def make_slice(index: int, hu: np.ndarray, height_mm: float) -> FileDataset:
-    """One axial CT slice, head first, supine: rows run to the left, columns to the back."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"{SERIES_UID}.{index + 1}"
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-    ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.FrameOfReferenceUID = SERIES_UID, "1.2.3", "1.2.4"
-    ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Doe^Jane", "Doe-4711", "19700101"
-    ds.StudyDescription, ds.SeriesDescription, ds.InstitutionName = "Doe study", "Doe series", "Doe hospital"
-    ds.Modality, ds.ImageType, ds.InstanceNumber = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"], index + 1
-    ds.ImagePositionPatient = [-20.5, -30.25, height_mm]
-    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    ds.PixelSpacing = [SPACING[1], SPACING[2]]
-    ds.Rows, ds.Columns, ds.SamplesPerPixel = *hu.shape, 1
-    ds.PhotometricInterpretation = "MONOCHROME2"
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-    ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
-    ds.PixelData = (hu + 1024).astype("<u2").tobytes()
-    return ds
-
-
-def save(ds: FileDataset, path: Path) -> None:
-    syntax = ds.file_meta.TransferSyntaxUID
-    dcmwrite(path, ds, enforce_file_format=False, force_encoding=True, implicit_vr=syntax == ImplicitVRLittleEndian,
-             little_endian=syntax != ExplicitVRBigEndian)
-
-
-def series(
-    change: Change | None = None, *, num_slices: int = NUM_SLICES, skip: tuple[int, ...] = (),
-    height: Callable[[int], float] = lambda i: -100 + SPACING[0] * i, after: Callable[[Path], None] | None = None,
-) -> Maker:
-    """A folder with one series; `change(dataset, index)` acts on every slice, `after(folder)` on the folder."""
-
-    def maker(folder: Path) -> Path:
-        folder = folder / "series"
-        folder.mkdir()
-        voxels = hu_array(num_slices)
-        for index in range(num_slices):
-            if index in skip:
-                continue
-            ds = make_slice(index, voxels[index], height(index))
-            if change is not None:
-                change(ds, index)
-            save(ds, folder / f"slice{index:03d}.dcm")
-        if after is not None:
-            after(folder)
-        return folder
-
-    return maker
-
-
-def _set(only: int | None = None, **tags: object) -> Change:
-    def change(ds: FileDataset, index: int) -> None:
-        if only is None or index == only:
-            for name, value in tags.items():
-                setattr(ds, name, value)
-
-    return change
-
-
-def _delete(name: str, only: int | None = None) -> Change:
-    def change(ds: FileDataset, index: int) -> None:
-        if only is None or index == only:
-            delattr(ds, name)
-
-    return change
-
 
 def _cut(share: float) -> Callable[[Path], None]:
     def after(folder: Path) -> None:
         path = folder / "slice005.dcm"
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * share)])
-
-    return after
-
-
-def _extra(index: int, height_mm: float, change: Change | None = None, name: str = "zextra.dcm",
-           hu: np.ndarray | None = None) -> Callable[[Path], None]:
-    def after(folder: Path) -> None:
-        ds = make_slice(index, hu_array()[min(index, NUM_SLICES - 1)] if hu is None else hu, height_mm)
-        ds.SOPInstanceUID = f"{SERIES_UID}.99"
-        if change is not None:
-            change(ds, index)
-        save(ds, folder / name)
 
     return after
 
@@ -371,7 +293,7 @@ BROKEN: dict[str, tuple[Maker, str, int]] = {
     "69_bad_number": (series(after=lambda folder: _spoil_number(folder)), "TAG_INVALID", 3),
     "41_seven_slices": (series(num_slices=7), "FEW_SLICES", 3),
     "35_constant": (series(_set(PixelData=bytes(ROWS * COLUMNS * 2))), "NO_CONTENT", 3),
-}
+} | FIELD_BROKEN
 
 
 def _spoil_number(folder: Path) -> None:
@@ -406,7 +328,7 @@ ODD: dict[str, tuple[Maker, str | None]] = {
     "69_wrong_texts": (series(_wrong_texts), None),
     "69_no_uids": (series(_set(SOPInstanceUID="", StudyInstanceUID="\u00e9.1")), None),
     "70_text_file_beside": (series(after=lambda folder: (folder / "readme.txt").write_text("x") and None), "not DICOM"),
-}
+} | FIELD_ODD
 TILTED: Maker = series(_tilt(13.5))
 UNEVEN: Maker = series(height=lambda i: HEIGHTS_UNEVEN[i])
 HTJ2K: Maker = series(_broken_jpeg(HTJ2KLossless))

@@ -1,5 +1,5 @@
 /** What page and worker say to each other. */
-import type { SeriesChoice } from "./core/dicomSeries.ts";
+import type { SeriesChoice } from "./core/dicomChoice.ts";
 import type { Triple } from "./core/grid.ts";
 
 /** The one order that the worker takes; to stop it, it is ended. */

@@ -1,7 +1,8 @@
 /** The worker: one scan from file to labels, then it is ended. All that is heavy happens here. */
 import { AppError } from "./core/errors.ts";
+import { ChoiceError } from "./core/dicomChoice.ts";
 import { dicomSeg, readersThatFail } from "./core/dicomSeg.ts";
-import { ChoiceError, type DicomScan } from "./core/dicomSeries.ts";
+import { type DicomScan } from "./core/dicomSeries.ts";
 import { sourceSeries, type SourceSeries } from "./core/dicomSource.ts";
 import { estimateBytes } from "./core/memory.ts";
 import { describedModel } from "./core/model.ts";

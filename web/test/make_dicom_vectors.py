@@ -31,6 +31,7 @@ from autosam3d.volume import Segmentation, Volume
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "tests/badinput")]
 import make_dicom as bad  # noqa: E402
+import make_field as field  # noqa: E402
 
 OUT = Path(__file__).parent / "vectors"
 
@@ -60,7 +61,7 @@ class _Pool:
 def main() -> None:
     pool = _Pool()
     with tempfile.TemporaryDirectory() as scratch:
-        series = [*bad.BROKEN.items(), *bad.ODD.items(), *_leaning(), *_orientations(), *_compressed()]
+        series = [*bad.BROKEN.items(), *bad.ODD.items(), *_leaning(), *_orientations(), *_compressed(), *_reported()]
         rows = [_row(name, maker, Path(scratch) / f"b{i}", pool) for i, (name, (maker, *_)) in enumerate(series)]
         niftis = [_nifti(codes, Path(scratch), pool) for codes in _axis_codes()]
     places = pool.write()
@@ -156,6 +157,33 @@ def _compressed() -> list[tuple[str, tuple[bad.Maker]]]:
         made.append((f"jpeg lossless sv1 {way}", (bad.series(change, after=_by_dcmtk("+e1")),)))
         made.append((f"jpeg 2000 {way}", (bad.series(change, after=_by_openjpeg),)))
     return made
+
+
+def _reported() -> list[tuple[str, tuple[bad.Maker]]]:
+    """Padding in its forms, blocks of slices, lost slices, rounded positions and directions, acquisitions."""
+
+    def two_decimals(ds: Any, index: int) -> None:
+        normal = np.array([0.1, -0.2079, 0.9730]) / np.linalg.norm([0.1, -0.2079, 0.9730])
+        ds.ImageOrientationPatient = ["0.99", "0", "-0.1", "-0.02", "0.98", "0.21"]
+        ds.ImagePositionPatient = [f"{v:.6f}" for v in np.array([-20.5, -30.25, 11.0]) + 3.0 * index * normal]
+
+    thin_and_thick = np.cumsum([0, *[2.5] * 8, *[5.0] * 8])
+    lost = [i for i in range(24) if i % 4 != 3 or i == 23]
+    return [(f"padding {name}", (maker,)) for name, maker in {
+        "high": field.padded(4095, bits=12), "0 HU": field.padded(1024), "unsigned": field.padded(63536),
+        "beyond BitsStored": field.padded(63536, bits=12), "signed": field.padded(63536, signed=True, intercept=0),
+        "12 bits": field.padded(2096, signed=True, bits=12, intercept=0), "SS": field.padded(-2000, vr="SS"),
+        "range": field.padded(4095, bits=12, limit=3800, pixels=3900),
+    }.items()] + [
+        ("padding of the patient's numbers", (bad.series(bad._set(PixelPaddingValue=1064)),)),
+        ("52 two decimals", (bad.series(two_decimals, num_slices=20),)),
+        ("53 blocks", (field.at_heights(thin_and_thick, range(17)),)),
+        ("53 blocks, rounded", (field.at_heights((thin_and_thick + 0.33).round(1)),)),
+        ("53 rounded 0.625", (field.at_heights((0.625 * np.arange(40) + 0.017).round(1)),)),
+        ("47 lost in a block", (field.at_heights(thin_and_thick, [*range(9), *range(10, 26, 2)]),)),
+        ("47 lost, without numbers", (field.at_heights(2.5 * np.array(lost)),)),
+        ("50 passes without a tag", (field.second_pass(1.5),)),
+    ]
 
 
 def _by_dcmtk(*words: str) -> Callable[[Path], None]:

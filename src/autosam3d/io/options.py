@@ -23,6 +23,8 @@ class ReadOptions:
     """Which volume of a 4D NIfTI file, from 0."""
     series: str | None = None
     """DICOM SeriesInstanceUID, or the hash that the SERIES_CHOICE message lists."""
+    acquisition: int | None = None
+    """Which of several acquisitions in one DICOM series, by its number in the list that ACQUISITION_CHOICE tells."""
     max_ram_bytes: int | None = None
     """Most memory that the whole process may hold while it reads; None takes what the machine and its limits leave
     free."""

@@ -1,9 +1,11 @@
 /**
- * One CT image of a DICOM series: the header that its place and its numbers depend on; `io/dicom/files.py` once more.
+ * What one file is: a slice of a CT scan, a CT image that cannot be one, or another object; `io/dicom/header.py`.
  *
  * Messages name a file by its place in the sorted folder, never by what stands in it.
  */
-import { corrupt, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, parseDicom, type DicomFile } from "./dicomParse.ts";
+import { readAcquired, type Acquired } from "./dicomAcquisitions.ts";
+import { corrupt, DEFLATED, deflatedError, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE, parseDicom, readMeta,
+  type DicomFile } from "./dicomParse.ts";
 import { hashed, hasTag, tagInteger, tagLetters, tagNumbers, tagText } from "./dicomTags.ts";
 import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
@@ -14,6 +16,8 @@ export const JPEG_LOSSLESS = ["1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"
 export const JPEG_2000_LOSSLESS = "1.2.840.10008.1.2.4.90";
 const REMEDY = "copy or export the series again";
 const MAX_EDGE = 8192;
+/** Cosines are written with few digits: up to this their length may be off 1. */
+const MAX_OFF_UNIT = 0.01;
 const CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2";
 const MULTIFRAME_CT = ["1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"];
 const SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7";
@@ -52,40 +56,129 @@ export interface CtSlice {
   intercept: number;
   rescaleType: string;
   photometric: string;
+  acquired: Acquired;
+  /** Half a unit of the last digit of the cosines; 0 where they are exact or lie along the patient's axes. */
+  cosineRounding: number;
   /** As they stand in the file; a result refers to them. */
   uids: Record<UidKeyword, string>;
 }
 
-/** The slice in these bytes, or in one word what else the file is. */
-export function parseSlice(bytes: Uint8Array, number: number, where: string): CtSlice | string {
-  const file = parseDicom(bytes, where);
+/** A CT image that cannot be read as a slice. It stops the series that it belongs to, and no other. */
+export interface UnfitImage {
+  error: AppError;
+  /** Hash; null where the file does not say, so it may be of any series. */
+  series: string | null;
+  /** Whether it is a picture or a text that was stored with the series, rather than a slice of it. */
+  isPage: boolean;
+  /** Rows and columns of an image without a place in the patient; of another size than the slices it is a page. */
+  shape: [number, number] | null;
+}
+
+export function isSlice(found: CtSlice | UnfitImage): found is CtSlice {
+  return "syntax" in found;
+}
+
+/**
+ * The slice in these bytes; or why it is none; or in one word what else the file is.
+ *
+ * @param numBytes of the whole file, of which `bytes` may be the beginning.
+ * @param inflated of a deflated data set, its beginning.
+ */
+export function parseSlice(bytes: Uint8Array, numBytes: number, number: number, where: string, inflated?: Uint8Array
+): CtSlice | UnfitImage | string {
+  let file: DicomFile;
+  try {
+    file = parseDicom(bytes, where, inflated);
+  } catch (error) {
+    return unparsed(bytes, where, asAppError(error));
+  }
+  const known = tagText(file, "SeriesInstanceUID") !== "" || file.hasPixels;
+  const series = known ? hashed(tagText(file, "SeriesInstanceUID")) : null;
+  try {
+    const isDeflated = file.syntax === DEFLATED;
+    if (isDeflated && !hasTag(file, "Modality") && !hasTag(file, "SOPClassUID")) {
+      return unparsed(bytes, where, deflatedError(where));
+    }
+    const kind = kindOf(file, where);
+    if (kind !== "") return kind;
+    if (isDeflated) throw deflatedError(where);
+    if (numBytes > bytes.length) throw new AppError("LENGTH", where, "expected at most 512 MiB a slice", REMEDY);
+    if (tagInteger(file, "NumberOfFrames", where, 1) > 1) throw multiframeError(where);
+    if (!file.hasPixels) throw corrupt(where, "it ends before its pixels");
+    return sliceOf(file, number, series!, where);
+  } catch (error) {
+    return unfit(file, asAppError(error), series);
+  }
+}
+
+export function multiframeError(where: string): AppError {
+  return new AppError("MULTIFRAME", where, "enhanced multi-frame CT is not read",
+    "convert it to single-frame CT images, or to NIfTI");
+}
+
+function asAppError(error: unknown): AppError {
+  if (error instanceof AppError) return error;
+  throw error;
+}
+
+/** Of a file whose data set is damaged, group 2 may still say that it is no CT image. */
+function unparsed(bytes: Uint8Array, where: string, error: AppError): UnfitImage | string {
+  let sopClass = "";
+  try {
+    sopClass = readMeta(bytes, where).sopClass;
+  } catch {
+    // Then nothing says what it is.
+  }
+  return ["", CT_IMAGE].includes(sopClass) ? { error, series: null, isPage: false, shape: null } : "other";
+}
+
+/** "" of a CT image, or in one word what else it is. */
+function kindOf(file: DicomFile, where: string): string {
   const modality = tagText(file, "Modality").toUpperCase();
   const sopClass = tagText(file, "SOPClassUID") || file.mediaClass;
   if (!modality && !sopClass) throw corrupt(where, "it says neither what it is nor how it was made");
-  const isCt = sopClass === CT_IMAGE || (modality === "CT" && !sopClass.startsWith(SECONDARY_CAPTURE));
-  if (MULTIFRAME_CT.includes(sopClass) || (isCt && tagInteger(file, "NumberOfFrames", where, 1) > 1)) {
-    throw new AppError("MULTIFRAME", where, "enhanced multi-frame CT is not read",
-      "convert it to single-frame CT images, or to NIfTI");
-  }
+  if (MULTIFRAME_CT.includes(sopClass)) return "multi-frame CT";
+  const isSecondary = sopClass.startsWith(SECONDARY_CAPTURE);
+  const hasPlace = hasTag(file, "Rows") && hasTag(file, "ImagePositionPatient");
+  // A vendor's own class may be that of a CT image; raw data and what else a CT scanner makes have no place.
+  const isCt = sopClass === CT_IMAGE
+    || (modality === "CT" && !isSecondary && (sopClass === "" || (hasPlace && file.hasPixels)));
   if (!isCt) {
-    if (sopClass.startsWith(SECONDARY_CAPTURE)) return "secondary capture";
-    return MODALITIES.has(modality) ? modality : "other";
+    if (isSecondary) return "secondary capture";
+    return MODALITIES.has(modality) && modality !== "CT" ? modality : "other";
   }
-  if (tagText(file, "ImageType").toUpperCase().includes("LOCALIZER")) return "localizer";
-  if (!file.hasPixels) throw corrupt(where, "it ends before its pixels");
+  return tagText(file, "ImageType").toUpperCase().includes("LOCALIZER") ? "localizer" : "";
+}
+
+/** Colours are no CT slice, nor is an image without any place that says that it was made afterwards. */
+function unfit(file: DicomFile, error: AppError, series: string | null): UnfitImage {
+  const integer = (keyword: "Rows" | "Columns" | "SamplesPerPixel", fallback?: number) => {
+    try {
+      return tagInteger(file, keyword, "", fallback);
+    } catch {
+      return null;
+    }
+  };
+  const [rows, columns, samples] = [integer("Rows"), integer("Columns"), integer("SamplesPerPixel", 1)];
+  const isWhole = rows !== null && columns !== null && samples !== null;
+  const hasPlace = hasTag(file, "ImagePositionPatient") || hasTag(file, "ImageOrientationPatient");
+  const saysPage = /SECONDARY|SCREEN/.test(tagText(file, "ImageType").toUpperCase());
+  return { error, series, isPage: (isWhole && samples !== 1) || (!hasPlace && saysPage),
+    shape: hasPlace || !isWhole ? null : [rows, columns] };
+}
+
+function sliceOf(file: DicomFile, number: number, series: string, where: string): CtSlice {
   const [rows, columns] = [tagInteger(file, "Rows", where), tagInteger(file, "Columns", where)];
   checkPixels(file, rows, columns, where);
   const [slope, intercept] = rescale(file, where);
-  const cosines = tagNumbers(file, "ImageOrientationPatient", 6, where);
-  const orientation: [Triple, Triple] = [cosines.slice(0, 3) as Triple, cosines.slice(3) as Triple];
-  checkDirections(orientation, where);
+  const { orientation, cosineRounding } = orientationOf(file, where);
   return {
-    number, series: hashed(tagText(file, "SeriesInstanceUID")), title: tagLetters(file, "SeriesDescription") ?? "",
+    number, series, title: tagLetters(file, "SeriesDescription") ?? "",
     patient: hashed(tagText(file, "PatientID")), frameOfReference: hashed(tagText(file, "FrameOfReferenceUID")),
-    syntax: file.syntax, isCt, rows, columns,
+    syntax: file.syntax, isCt: true, rows, columns,
     position: tagNumbers(file, "ImagePositionPatient", 3, where) as Triple, orientation,
     spacingMm: spacing(file, where), slope, intercept, rescaleType: tagText(file, "RescaleType").toUpperCase(),
-    photometric: tagText(file, "PhotometricInterpretation"),
+    photometric: tagText(file, "PhotometricInterpretation"), acquired: readAcquired(file), cosineRounding,
     uids: Object.fromEntries(UIDS.map((k) => [k, tagText(file, k)])) as CtSlice["uids"],
   };
 }
@@ -129,15 +222,41 @@ function rescale(file: DicomFile, where: string): [number, number] {
   return [slope, intercept];
 }
 
-function checkDirections([row, column]: [Triple, Triple], where: string) {
-  const dot = row[0] * column[0] + row[1] * column[1] + row[2] * column[2];
-  if (Math.abs(dot) > 0.99) {
+/** Unit vectors, at right angles as far as their digits go. */
+function orientationOf(file: DicomFile, where: string): Pick<CtSlice, "orientation" | "cosineRounding"> {
+  const cosines = tagNumbers(file, "ImageOrientationPatient", 6, where);
+  const [row, column] = [cosines.slice(0, 3) as Triple, cosines.slice(3) as Triple];
+  if (Math.abs(dot(row, column)) > 0.99) {
     throw new AppError("AFFINE_SINGULAR", where, "expected rows and columns across each other, got "
-      + `ImageOrientationPatient ${[...row, ...column].join(", ")}`, REMEDY);
+      + `ImageOrientationPatient ${cosines.join(", ")}`, REMEDY);
   }
-  if ([row, column].some((v) => Math.abs(Math.hypot(...v) - 1) > 0.01)) {
+  if ([row, column].some((v) => Math.abs(Math.sqrt(dot(v, v)) - 1) > MAX_OFF_UNIT)) {
     throw new AppError("TAG_INVALID", where, "expected two directions of length 1 in ImageOrientationPatient", REMEDY);
   }
+  const [rows, columns] = [unit(row), unit(column)];
+  const rounding = roundingOf(cosines);
+  const off = dot(rows, columns);
+  if (Math.abs(off) > 2 * rounding) return { orientation: [rows, columns], cosineRounding: 0 };
+  // Of directions that are written with two decimals the angle between is as uncertain as they are.
+  const across = off === 0 ? columns : unit(columns.map((v, i) => v - off * rows[i]!) as Triple);
+  return { orientation: [rows, across], cosineRounding: rounding };
+}
+
+/** Half a unit of the second or third decimal, where no cosine has more; 0 along the patient's axes. */
+function roundingOf(cosines: number[]): number {
+  if (cosines.every((v) => v === 0 || Math.abs(v) === 1)) return 0;
+  const found = [100, 1000].find((unit) => cosines.every((v) => Math.round(v * unit) / unit === v));
+  return found === undefined ? 0 : 0.5 / found;
+}
+
+/** In this order, which Python's code has, too. */
+function dot(a: Triple, b: Triple): number {
+  return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
+}
+
+function unit(v: Triple): Triple {
+  const length = Math.sqrt(dot(v, v));
+  return v.map((x) => x / length) as Triple;
 }
 
 function spacing(file: DicomFile, where: string): [number, number] {

@@ -12,6 +12,7 @@ const MAX_DEPTH = 64;
 const MAX_ELEMENTS = 200_000;
 /** Values that are longer are no tag of ours. */
 const MAX_VALUE_BYTES = 1 << 16;
+const MAX_INFLATED_BYTES = 1 << 20;
 const UNDEFINED = 0xffffffff;
 const [ITEM, ITEM_END, SEQUENCE_END] = [0xfffee000, 0xfffee00d, 0xfffee0dd];
 /** Value representations with a length of 32 bits. *Source*: DICOM PS3.5 section 7.1.2. */
@@ -38,36 +39,77 @@ export interface DicomFile {
   hasPixels: boolean;
 }
 
-/** Whether these bytes begin as DICOM: with a preamble, or as old files do with group 0008 at once. */
-export function isDicom(start: Uint8Array): boolean {
-  if (start.length < 132) return false;
-  return ascii(start, 128, 4) === "DICM" || (start[0] === 8 && start[1] === 0 && start[3] === 0);
+/** Of one file: what follows group 2, and from which byte on. */
+export interface FileMeta {
+  /** Transfer syntax; "" where none is named. */
+  syntax: string;
+  /** Media Storage SOP Class UID; "" where none is named. */
+  sopClass: string;
+  begin: number;
 }
 
-/**
- * The elements of a whole file.
- *
- * Where the bytes end within an element, parsing ends there, and `hasPixels` tells.
- */
-export function parseDicom(bytes: Uint8Array, where: string): DicomFile {
-  if (holds(bytes, DEFLATED)) {
-    throw new AppError("CODEC", where, `deflated DICOM (${DEFLATED}) is not read`,
-      "convert it to an uncompressed transfer syntax");
-  }
+/** Whether these bytes begin as DICOM: with a preamble, or as old files do with group 2 or 8 at once. */
+export function isDicom(start: Uint8Array): boolean {
+  if (start.length < 132) return false;
+  if (ascii(start, 128, 4) === "DICM") return true;
+  if (start[1] !== 0 || start[3] !== 0) return false;
+  return start[0] === 8 || (start[0] === 2 && /^[A-Z]{2}$/.test(ascii(start, 4, 2)));
+}
+
+/** Group 2, which is explicit and little-endian in every file. *Source*: DICOM PS3.10 section 7.1. */
+export function readMeta(bytes: Uint8Array, where: string): FileMeta {
   const meta = new Reader(bytes, true, true, where);
-  let at = 0;
-  if (ascii(bytes, 128, 4) === "DICM") at = meta.readGroup(132, 2);
+  const begin = meta.readGroup(ascii(bytes, 128, 4) === "DICM" ? 132 : 0, 2);
   const text = (tag: number) => {
     const found = meta.elements.get(tag);
     return found ? ascii(bytes, found.start, found.length).replace(/[\0 ]+$/, "").trim() : "";
   };
-  const named = text(0x00020010);
+  return { syntax: text(0x00020010), sopClass: text(0x00020002), begin };
+}
+
+/**
+ * The elements of a whole file, or of the beginning of one.
+ *
+ * Where the bytes end within an element, parsing ends there, and `hasPixels` tells.
+ *
+ * @param inflated of a deflated data set, its beginning; such files have no pixels here.
+ */
+export function parseDicom(bytes: Uint8Array, where: string, inflated?: Uint8Array): DicomFile {
+  const { syntax: named, sopClass, begin } = readMeta(bytes, where);
+  const [body, at] = inflated ? [inflated, 0] : [bytes, begin];
+  if (named === DEFLATED && !inflated) throw deflatedError(where);
   // Where no syntax is named, two capital letters behind the first tag are a value representation.
-  const explicit = named ? named !== IMPLICIT_LITTLE : /^[A-Z]{2}$/.test(ascii(bytes, at + 4, 2));
-  const reader = new Reader(bytes, named !== EXPLICIT_BIG, explicit, where);
+  const explicit = named ? named !== IMPLICIT_LITTLE : /^[A-Z]{2}$/.test(ascii(body, at + 4, 2));
+  const reader = new Reader(body, named !== EXPLICIT_BIG, explicit, where);
   const hasPixels = reader.readToPixels(at);
-  return { bytes, elements: reader.elements, little: reader.little, syntax: named || IMPLICIT_LITTLE,
-    mediaClass: text(0x00020002), hasPixels };
+  return { bytes: body, elements: reader.elements, little: reader.little, syntax: named || IMPLICIT_LITTLE,
+    mediaClass: sopClass, hasPixels };
+}
+
+/** A deflated data set is not inflated: a small file may claim any size. */
+export function deflatedError(where: string): AppError {
+  return new AppError("CODEC", where, `deflated DICOM (${DEFLATED}) is not read`,
+    "convert it to an uncompressed transfer syntax");
+}
+
+/** Of a deflated data set its first megabyte, to learn which series it is of. */
+export async function inflatedStart(packed: Uint8Array): Promise<Uint8Array> {
+  const out = new Uint8Array(MAX_INFLATED_BYTES);
+  const stream = new Blob([packed.slice(0, MAX_INFLATED_BYTES)]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  const reader = stream.getReader() as ReadableStreamDefaultReader<Uint8Array>;
+  let filled = 0;
+  try {
+    for (let chunk = await reader.read(); !chunk.done && filled < out.length; chunk = await reader.read()) {
+      const kept = chunk.value.subarray(0, out.length - filled);
+      out.set(kept, filled);
+      filled += kept.length;
+    }
+  } catch {
+    // What is cut or damaged says as much as it has.
+  } finally {
+    void reader.cancel().catch(() => undefined);
+  }
+  return out.subarray(0, filled);
 }
 
 export function ascii(bytes: Uint8Array, start: number, length: number): string {
@@ -157,12 +199,4 @@ class Reader {
     }
     return this.bytes.length + 1;
   }
-}
-
-function holds(bytes: Uint8Array, text: string): boolean {
-  const wanted = new TextEncoder().encode(text);
-  for (let at = bytes.indexOf(wanted[0]!); at >= 0; at = bytes.indexOf(wanted[0]!, at + 1)) {
-    if (wanted.every((byte, i) => bytes[at + i] === byte)) return true;
-  }
-  return false;
 }

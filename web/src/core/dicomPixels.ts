@@ -2,9 +2,11 @@
 import { JPEG_2000_LOSSLESS, JPEG_LOSSLESS, RLE, type CtSlice } from "./dicomFile.ts";
 import { decodeJpegLossless, type Samples } from "./dicomJpeg.ts";
 import { corrupt, EXPLICIT_BIG, parseDicom, PIXEL_DATA, type DicomFile } from "./dicomParse.ts";
-import { tagInteger } from "./dicomTags.ts";
+import { paddingMask } from "./dicomPadding.ts";
+import { tagInteger, TAGS } from "./dicomTags.ts";
 
 const UNDEFINED = 0xffffffff;
+const AIR_HU = -1024;
 const [ITEM, SEQUENCE_END] = [0xfffee000, 0xfffee0dd];
 
 export interface HuSlice {
@@ -12,6 +14,8 @@ export interface HuSlice {
   hu: Float32Array;
   /** Whether bits above BitsStored were dropped. */
   dropped: boolean;
+  /** Pixels that were padding and no air yet. */
+  padded: number;
 }
 
 /** A compressed picture's samples; null where the bytes are none. */
@@ -29,7 +33,8 @@ export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string, jpeg2
   const decode = JPEG_LOSSLESS.includes(file.syntax) ? decodeJpegLossless
     : file.syntax === JPEG_2000_LOSSLESS ? jpeg2000 : null;
   if (decode) {
-    return { hu: scaled(decompressed(decode, file, element.start, slice, signed, where), slice), dropped: false };
+    const stored = decompressed(decode, file, element.start, slice, signed, where);
+    return withAir(stored, stored, null, file, slice, signed, where);
   }
   if (file.syntax === RLE) {
     whole = numbers(unpacked(file, element.start, count, bits / 8, where), count, bits, signed, true);
@@ -43,14 +48,30 @@ export function decodeHu(bytes: Uint8Array, slice: CtSlice, where: string, jpeg2
     const swapped = file.syntax === EXPLICIT_BIG && bits === 8 && element.vr === "OW" ? swappedWords(stored) : stored;
     whole = numbers(swapped, count, bits, signed, file.syntax !== EXPLICIT_BIG);
   }
-  const dropped = keepStoredBits(whole, file, bits, signed, where);
-  return { hu: scaled(whole, slice), dropped };
+  const allocated = file.elements.has(TAGS.PixelPaddingValue) ? whole.slice() : whole;
+  const above = keepStoredBits(whole, file, bits, signed, where);
+  return withAir(whole, allocated, above, file, slice, signed, where);
 }
 
 function scaled(whole: Int32Array | Float64Array, { slope, intercept }: CtSlice): Float32Array {
   const hu = new Float32Array(whole.length);
   for (let i = 0; i < whole.length; i++) hu[i] = whole[i]! * slope + intercept;
   return hu;
+}
+
+/** Hounsfield units, with padding as air. `allocated` are the numbers with all the bits that they stand in, `above` says
+ * in which of them anything stood above the stored ones. */
+function withAir(stored: Int32Array | Float64Array, allocated: Int32Array | Float64Array, above: Uint8Array | null,
+  file: DicomFile, slice: CtSlice, signed: boolean, where: string): HuSlice {
+  const hu = scaled(stored, slice);
+  const mask = paddingMask(stored, allocated, hu, file, slice, signed, where);
+  let padded = 0;
+  for (let i = 0; mask && i < hu.length; i++) {
+    if (!mask[i]) continue;
+    if (hu[i] !== AIR_HU) padded++;
+    hu[i] = AIR_HU;
+  }
+  return { hu, padded, dropped: above?.some((any, i) => any === 1 && !mask?.[i]) ?? false };
 }
 
 /** Samples as they were packed; of signed ones the highest bit that both the picture and the slice have is the sign. */
@@ -80,23 +101,23 @@ function swappedWords(bytes: Uint8Array): Uint8Array {
   return out;
 }
 
-/** Keeps the BitsStored bits below HighBit, sign-extended. *Source*: DICOM PS3.5 section 8.1.1. */
+/** Keeps the BitsStored bits below HighBit, sign-extended; 1 where anything stood above them. *Source*: DICOM PS3.5 section 8.1.1. */
 function keepStoredBits(whole: Int32Array | Float64Array, file: DicomFile, allocated: number, signed: boolean,
-  where: string): boolean {
+  where: string): Uint8Array | null {
   const bits = tagInteger(file, "BitsStored", where, allocated) || allocated;
   const high = tagInteger(file, "HighBit", where, bits - 1);
   if (!(bits >= 1 && bits <= allocated && high >= bits - 1 && high < allocated)) {
     throw corrupt(where, "its pixels cannot be decoded");
   }
-  if (bits === allocated) return false;
-  let dropped = false;
+  if (bits === allocated) return null;
+  const dropped = new Uint8Array(whole.length);
   for (let i = 0; i < whole.length; i++) {
     const value = whole[i]! | 0;
     const up = value << (31 - high);
     const stored = signed ? up >> (32 - bits) : up >>> (32 - bits);
     // `value` is sign-extended where it is signed; unsigned ones of 32 bits are not.
     const above = high === 31 ? 0 : signed ? value >> (high + 1) : value >>> (high + 1);
-    if (above !== 0 && (above !== -1 || stored >= 0)) dropped = true;
+    if (above !== 0 && (above !== -1 || stored >= 0)) dropped[i] = 1;
     whole[i] = stored;
   }
   return dropped;

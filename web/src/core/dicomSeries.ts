@@ -5,31 +5,22 @@
  * is resampled to a straight and even grid, which remembers its slices.
  */
 import { movedBy, onGrid, straightGrid } from "./acquired.ts";
-import { JPEG_2000_LOSSLESS, parseSlice, type CtSlice } from "./dicomFile.ts";
-import { corrupt, isDicom } from "./dicomParse.ts";
+import { demandOneAcquisition } from "./dicomAcquisitions.ts";
+import { chosenSlices, countText, MIN_SLICES } from "./dicomChoice.ts";
+import { isSlice, JPEG_2000_LOSSLESS, multiframeError, parseSlice, type CtSlice, type UnfitImage } from "./dicomFile.ts";
+import { corrupt, DEFLATED, inflatedStart, isDicom, readMeta } from "./dicomParse.ts";
 import { decodeHu, type DecodeSamples } from "./dicomPixels.ts";
-import { normalOf, stackingOf } from "./dicomStack.ts";
-import { AppError, sizeText } from "./errors.ts";
+import { along, normalOf, stackingOf, type OrientedStacking } from "./dicomStack.ts";
+import { AppError } from "./errors.ts";
 import { canonicalAffine, canonicalShape, checkAffine, checkExtent, columnLengths, sourceGrid, toCanonical,
   type Affine, type Triple } from "./grid.ts";
 import { checkHounsfield } from "./hounsfield.ts";
 import type { Volume } from "./nifti.ts";
 
 export const MAX_FILE_BYTES = 512 << 20;
-const MIN_SLICES = 8;
-const SAME_DIRECTION = 1e-3;
-const MAX_OTHER_ORIENTATION_SHARE = 0.1;
+/** Of a file that is larger than any slice no more than this is read. */
+const MAX_HEADER_BYTES = 16 << 20;
 const SAME_PLACE_MM = 0.01;
-/** RescaleTypes that are no Hounsfield units. *Source*: DICOM PS3.3 C.11.1.1.2. */
-const OTHER_UNITS = ["ED", "EDW", "MGML", "OD", "PCT", "Z_EFF"];
-/** What is left out, as one and as several; other kinds are modalities. */
-const KINDS: Record<string, [string, string]> = {
-  foreign: ["file that is not DICOM", "files that are not DICOM"], link: ["link", "links"],
-  hidden: ["DICOMDIR or hidden file", "DICOMDIR or hidden files"], localizer: ["localizer", "localizers"],
-  "secondary capture": ["secondary capture", "secondary captures"],
-  other: ["DICOM file of another kind", "DICOM files of other kinds"],
-};
-
 /** A file of a folder or a zip; `name` may have folders in it and only sorts. */
 export interface Source {
   name: string;
@@ -37,22 +28,6 @@ export interface Source {
   isLink: boolean;
   /** Its bytes, `limit` of them at most. */
   read: (limit: number) => Promise<Uint8Array>;
-}
-
-/** One of several series, for a person to choose from. */
-export interface SeriesChoice {
-  key: string;
-  title: string;
-  slices: number;
-  rows: number;
-  columns: number;
-}
-
-/** Several series: the person has to say which. */
-export class ChoiceError extends AppError {
-  constructor(where: string, fault: string, readonly choices: SeriesChoice[]) {
-    super("SERIES_CHOICE", where, fault, "choose one");
-  }
 }
 
 export interface DicomScan extends Volume {
@@ -77,12 +52,15 @@ export async function readSeries(sources: Source[], order: ReadOrder): Promise<D
   const { where } = order;
   const warnings: string[] = [];
   const files = sources.filter((s) => !s.isLink && !isHidden(s.name)).sort((a, b) => (a.name < b.name ? -1 : 1));
-  const slices = await scan(files, sources, order, warnings);
-  const stack = withoutStrays(chosen(slices, order, warnings), where, warnings);
-  checkUniform(stack, where, warnings);
-  const places = placesOf(stack);
-  demandOwnUids(places, where);
+  const { slices, unfit } = await scan(files, sources, order, warnings);
+  const stack = chosenSlices(slices, unfit, order.series, where, warnings);
   const named = `${where}: series ${stack[0]!.series}`;
+  const places = placesOf(stack);
+  demandPlaces(places, stack.length, named);
+  const heights = places.flat().map((s) => along(s.position, normalOf(stack[0]!.orientation)));
+  demandOneAcquisition(places.flat().map((s) => s.acquired), places.flatMap((place, i) => place.map(() => i)), heights,
+    named);
+  demandOwnUids(places, where);
   if (places.length < MIN_SLICES) {
     throw new AppError("FEW_SLICES", named, `expected at least ${MIN_SLICES} slices, got ${places.length}`,
       "give the whole series");
@@ -90,7 +68,7 @@ export async function readSeries(sources: Source[], order: ReadOrder): Promise<D
   const first = places[0]![0]!;
   const stacking = stackingOf(places.map((place) => place[0]!), named, warnings);
   const grid = straightGrid(stacking, first.columns, first.rows);
-  const asStored = affineOf(first, stacking.stepMm);
+  const asStored = affineOf(first, stacking);
   // Slices that are resampled exist twice for a while, as they were and on the grid.
   const slicesBytes = grid.acquired ? 4 * places.length * first.rows * first.columns : 0;
   order.admit(grid.shape, asStored, Math.max(...files.map((f) => f.size)) + slicesBytes);
@@ -108,18 +86,21 @@ export async function readSeries(sources: Source[], order: ReadOrder): Promise<D
     images: places.map((place) => ({ slice: place[0]!, source: files[place[0]!.number - 1]! })) };
 }
 
-/** The bytes of a DICOM file, or null where it is another kind. */
+function demandPlaces(places: CtSlice[][], numSlices: number, where: string) {
+  if (places.length >= MIN_SLICES || numSlices < MIN_SLICES) return;
+  const several = places.length === 1 ? "one place" : `${places.length} places`;
+  throw new AppError("SAME_PLACE", where, `expected slices one above the other, got ${numSlices} that lie in ${several}: `
+    + "no volume can be made of them", "export the series again, with the ImagePositionPatient of each slice");
+}
+
+/** The bytes of a DICOM file, the beginning of one that is larger than any slice, or null where it is another kind. */
 async function dicomBytes(source: Source, where: string): Promise<Uint8Array | null> {
   const start = await source.read(132);
   if (!isDicom(start)) {
     if (start.length < 132 && /\.(dcm|ima)$/i.test(source.name)) throw corrupt(where, `it has ${start.length} bytes only`);
     return null;
   }
-  if (source.size > MAX_FILE_BYTES) {
-    throw new AppError("LENGTH", where, `expected at most ${sizeText(MAX_FILE_BYTES)} a slice`,
-      "copy or export the series again");
-  }
-  return source.read(MAX_FILE_BYTES);
+  return source.read(source.size > MAX_FILE_BYTES ? MAX_HEADER_BYTES : MAX_FILE_BYTES);
 }
 
 function isHidden(name: string): boolean {
@@ -127,112 +108,59 @@ function isHidden(name: string): boolean {
   return last.toUpperCase() === "DICOMDIR" || last.startsWith(".");
 }
 
+async function lookAt(source: Source, number: number, where: string): Promise<CtSlice | UnfitImage | string> {
+  let bytes: Uint8Array | null;
+  try {
+    bytes = await dicomBytes(source, where);
+  } catch (error) {
+    if (!(error instanceof AppError && error.code === "SLICE_CORRUPT")) throw error;
+    return { error, series: null, isPage: false, shape: null };
+  }
+  if (!bytes) return "foreign";
+  return parseSlice(bytes, source.size, number, where, await inflatedOf(bytes, where));
+}
+
+async function inflatedOf(bytes: Uint8Array, where: string): Promise<Uint8Array | undefined> {
+  try {
+    const meta = readMeta(bytes, where);
+    return meta.syntax === DEFLATED ? await inflatedStart(bytes.subarray(meta.begin)) : undefined;
+  } catch {
+    return undefined; // `parseSlice` says why
+  }
+}
+
 async function scan(files: Source[], all: Source[], { where, progress }: ReadOrder, warnings: string[]
-): Promise<CtSlice[]> {
+): Promise<{ slices: CtSlice[]; unfit: UnfitImage[] }> {
   const others = new Map<string, number>();
   const count = (kind: string, n = 1) => n > 0 && others.set(kind, (others.get(kind) ?? 0) + n);
   count("link", all.filter((s) => s.isLink).length);
   count("hidden", all.filter((s) => !s.isLink && isHidden(s.name)).length);
   const slices: CtSlice[] = [];
-  let numDicom = 0;
+  const unfit: UnfitImage[] = [];
   for (const [index, source] of files.entries()) {
     const at = `${where}: file ${index + 1} of ${files.length}`;
-    const bytes = await dicomBytes(source, at);
-    if (bytes) numDicom++;
-    const found = bytes ? parseSlice(bytes, index + 1, at) : "foreign";
+    const found = await lookAt(source, index + 1, at);
     if (typeof found === "string") count(found);
-    else slices.push(found);
+    else if (isSlice(found)) slices.push(found);
+    else unfit.push(found);
     progress(index + 1, 2 * files.length);
   }
-  const texts = [...others].sort(([a], [b]) => (a < b ? -1 : 1)).map(([kind, n]) => {
-    const [one, several] = KINDS[kind] ?? [`${kind} object`, `${kind} objects`];
-    return `${n} ${n === 1 ? one : several}`;
-  });
-  const found = texts.join(", ") || "no file at all";
-  if (numDicom === 0) {
-    throw new AppError("NO_DICOM", where, `expected DICOM files, found ${found}`,
-      "give the folder that holds the slices, or a .nii.gz file");
-  }
-  if (slices.length === 0) {
-    throw new AppError("MODALITY", where, `expected CT images, found ${found}`, "give a folder with a CT series");
-  }
+  const texts = [...others].sort(([a], [b]) => (a < b ? -1 : 1)).map(([kind, n]) => countText(n, kind));
+  demandSlices(slices, unfit, others, files.length, texts.join(", ") || "no file at all", where);
   warnings.push(...texts.map((text) => `left out: ${text}`));
-  return slices;
+  return { slices, unfit };
 }
 
-function chosen(slices: CtSlice[], { where, series }: ReadOrder, warnings: string[]): CtSlice[] {
-  const groups = new Map<string, CtSlice[]>();
-  for (const slice of slices) groups.set(slice.series, [...(groups.get(slice.series) ?? []), slice]);
-  let group = groups.get(series ?? "");
-  if (series !== undefined && !group) throw choice(groups, where, "no such series");
-  if (!group && groups.size === 1) group = slices;
-  if (!group) {
-    if (new Set(slices.map((s) => s.patient)).size > 1) {
-      throw new AppError("PATIENTS", where, "expected one patient, found several", "use one folder a patient");
-    }
-    const stacks = [...groups].filter(([, members]) => members.length >= MIN_SLICES);
-    if (stacks.length !== 1) throw choice(groups, where, "expected one CT series");
-    group = stacks[0]![1];
-    warnings.push(`series ${stacks[0]![0]} is taken; ${groups.size - 1} shorter ones are left out`);
+function demandSlices(slices: CtSlice[], unfit: UnfitImage[], others: Map<string, number>, numFiles: number,
+  found: string, where: string) {
+  if (slices.length) return;
+  if (unfit.length) throw (unfit.find((image) => !image.isPage) ?? unfit[0]!).error;
+  if ((others.get("foreign") ?? 0) === numFiles) {
+    throw new AppError("NO_DICOM", where, `expected DICOM files, found ${found}`, others.has("link")
+      ? "links are not followed: give the files themselves" : "give the folder that holds the slices, or a .nii.gz file");
   }
-  if (new Set(group.map((s) => s.patient)).size > 1) {
-    throw new AppError("PATIENTS", where, "the slices of one series name different patients", "sort the folder");
-  }
-  return group;
-}
-
-function choice(groups: Map<string, CtSlice[]>, where: string, fault: string): ChoiceError {
-  const choices = [...groups].sort(([a], [b]) => (a < b ? -1 : 1)).map(([key, members]) => ({ key,
-    title: members[0]!.title, slices: members.length, rows: members[0]!.rows, columns: members[0]!.columns }));
-  const listed = choices.map((c) => `${c.key}: ${c.slices} slices of ${c.rows} x ${c.columns}`).join("; ");
-  return new ChoiceError(where, `${fault}, found ${listed}`, choices);
-}
-
-/** Leaves out the few slices that lie across the stack: scouts that are not marked as such. */
-function withoutStrays(slices: CtSlice[], where: string, warnings: string[]): CtSlice[] {
-  const directions = slices.map((s) => s.orientation.flat().map((v) => Math.round(v * 100) + 0).join());
-  const counts = new Map<string, number>();
-  for (const d of directions) counts.set(d, (counts.get(d) ?? 0) + 1);
-  const most = Math.max(...counts.values());
-  const usual = slices[directions.indexOf([...counts].find(([, n]) => n === most)![0])]!.orientation.flat();
-  const stack = slices.filter((s) => s.orientation.flat().every((v, i) => Math.abs(v - usual[i]!) <= SAME_DIRECTION));
-  const across = slices.length - stack.length;
-  if (across > Math.max(1, MAX_OTHER_ORIENTATION_SHARE * slices.length)) {
-    throw new AppError("MIXED_ORIENTATION", where, `${across} of ${slices.length} slices lie otherwise than the rest`,
-      "split the series by orientation");
-  }
-  if (across) warnings.push(`left out: ${across} slices that lie across the stack`);
-  return stack;
-}
-
-function checkUniform(slices: CtSlice[], where: string, warnings: string[]) {
-  const sizes = new Set(slices.map(({ rows, columns, spacingMm: [a, b] }) =>
-    `${rows} x ${columns} pixels of ${Number(a.toFixed(4))} x ${Number(b.toFixed(4))} mm`));
-  if (sizes.size > 1) {
-    throw new AppError("MIXED_SIZE", where, `expected slices of one size, got ${[...sizes].sort().join("; ")}`,
-      "split the series by size");
-  }
-  if (new Set(slices.map((s) => s.frameOfReference)).size > 1) {
-    throw new AppError("MIXED_FRAME", where, "the slices name different frames of reference, so their positions "
-      + "cannot be compared", "split the series");
-  }
-  if (new Set(slices.map((s) => `${s.slope} ${s.intercept}`)).size > 1) {
-    warnings.push("rescale slope or intercept vary from slice to slice; each is applied to its own slice");
-  }
-  checkUnit(new Set(slices.map((s) => s.rescaleType)), where, warnings);
-  if (slices.some((s) => s.photometric === "MONOCHROME1")) {
-    warnings.push("MONOCHROME1 turns the display around, not the numbers; the numbers are taken as they are");
-  }
-}
-
-/** Maps of iodine, of electron density and the like are CT images whose numbers are no HU. */
-function checkUnit(kinds: Set<string>, where: string, warnings: string[]) {
-  const other = OTHER_UNITS.filter((unit) => kinds.has(unit));
-  if (other.length) {
-    throw new AppError("NOT_HU", where, `expected Hounsfield units, got RescaleType ${other.join(", ")}: a map made from `
-      + "several energies", "give the series of the CT itself");
-  }
-  if ([...kinds].some((kind) => !["", "HU"].includes(kind))) warnings.push("RescaleType is not HU");
+  if (others.has("multi-frame CT")) throw multiframeError(where);
+  throw new AppError("MODALITY", where, `expected CT images, found ${found}`, "give a folder with a CT series");
 }
 
 /** A SOPInstanceUID names one image, so what has it in another place is not what it says. */
@@ -253,8 +181,8 @@ function demandOwnUids(places: CtSlice[][], where: string) {
 
 /** Slices in the order of their height, those in one place together. */
 function placesOf(slices: CtSlice[]): CtSlice[][] {
-  const normal = normalOf(slices[0]!);
-  const height = (s: CtSlice) => s.position[0] * normal[0] + s.position[1] * normal[1] + s.position[2] * normal[2];
+  const normal = normalOf(slices[0]!.orientation);
+  const height = (s: CtSlice) => along(s.position, normal);
   const places: CtSlice[][] = [];
   for (const slice of [...slices].sort((a, b) => height(a) - height(b) || a.number - b.number)) {
     const last = places.at(-1);
@@ -270,7 +198,7 @@ async function decoded(places: CtSlice[][], files: Source[], { where, progress, 
   const codec = places.flat().some((slice) => slice.syntax === JPEG_2000_LOSSLESS) ? await jpeg2000() : null;
   const size = places[0]![0]!.rows * places[0]![0]!.columns;
   const voxels = new Float32Array(places.length * size);
-  let dropped = 0;
+  let [dropped, padded] = [0, 0];
   for (const [index, place] of places.entries()) {
     for (const slice of place) {
       const at = `${where}: file ${slice.number} of ${files.length}`;
@@ -278,7 +206,10 @@ async function decoded(places: CtSlice[][], files: Source[], { where, progress, 
       if (!bytes) throw corrupt(at, "it is no DICOM file any more");
       const found = decodeHu(bytes, slice, at, codec);
       if (found.dropped) dropped++;
-      if (slice === place[0]) voxels.set(found.hu, index * size);
+      if (slice === place[0]) {
+        voxels.set(found.hu, index * size);
+        padded += found.padded;
+      }
       else if (found.hu.some((v, i) => v !== voxels[index * size + i])) {
         throw new AppError("DUPLICATE_SLICE", where, `files ${place[0]!.number} and ${slice.number} lie in one place `
           + "and differ: two phases or reconstructions", "split the series");
@@ -291,13 +222,14 @@ async function decoded(places: CtSlice[][], files: Source[], { where, progress, 
   }
   const twice = places.reduce((sum, place) => sum + place.length - 1, 0);
   if (twice) warnings.push(`${twice} slices were there twice, with equal pixels; each is taken once`);
+  if (padded) warnings.push(`${padded} voxels of padding (PixelPaddingValue) are taken as air, -1024 HU`);
   return voxels;
 }
 
 /** (column, row, slice) to RAS+ mm. *Source*: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1. */
-function affineOf(first: CtSlice, stepMm: number): Affine {
-  const [row, column] = first.orientation;
-  const normal = normalOf(first);
+function affineOf(first: CtSlice, { orientation, stepMm }: OrientedStacking): Affine {
+  const [row, column] = orientation;
+  const normal = normalOf(orientation);
   return [...[0, 1, 2].flatMap((i) => {
     const sign = i < 2 ? -1 : 1;
     return [row[i]! * first.spacingMm[1], column[i]! * first.spacingMm[0], normal[i]! * stepMm, first.position[i]!]

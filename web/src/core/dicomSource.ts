@@ -2,6 +2,7 @@
 import { sliceShape, sliceStart } from "./acquired.ts";
 import { UIDS, type CtSlice } from "./dicomFile.ts";
 import { parseDicom } from "./dicomParse.ts";
+import { evenToleranceMm } from "./dicomStack.ts";
 import { TAGS, tagLetters, tagText, type Keyword } from "./dicomTags.ts";
 import { item, type DicomItem } from "./dicomWrite.ts";
 import { AppError } from "./errors.ts";
@@ -12,8 +13,8 @@ const CARRIED: [Keyword, string][] = [["PatientName", "PN"], ["PatientID", "LO"]
   ["PatientSex", "CS"], ["StudyDate", "DA"], ["StudyTime", "TM"], ["AccessionNumber", "SH"],
   ["ReferringPhysicianName", "PN"], ["StudyID", "SH"]];
 const UID = /^[0-2](\.(0|[1-9]\d*))+$/;
-/** Columns, rows and slices that a slice may lie from its place: what the reader calls straight and even. */
-const MAX_OFF_VOX = [0.5, 0.5, 0.06];
+/** What rounding adds to how far a slice may lie from its place on the even grid, in slices. */
+const ROUNDING_VOX = 0.01;
 
 export interface SourceSeries {
   /** One a slice along the normal. */
@@ -62,11 +63,14 @@ function demandGrid(slices: CtSlice[], grid: SourceGrid, where: string) {
       + `${slices.length} of ${first.rows} x ${first.columns}`, "name the series that was segmented");
   }
   const a = grid.affine;
+  const stepMm = Math.hypot(a[2]!, a[6]!, a[10]!);
+  // The grid begins at the first slice, which may be as far from the line through all of them as any other.
+  const maxOffVox = [0.5, 0.5, (2 * evenToleranceMm(stepMm)) / stepMm + ROUNDING_VOX];
   const axes = [0, 1, 2].map((c) => [a[c]!, a[4 + c]!, a[8 + c]!]);
   const isPlaced = ({ position: [x, y, z] }: CtSlice, k: number) => {
     const start = sliceStart(grid, k);
     const off = [-x, -y, z].map((v, r) => v - a[4 * r + 3]! - dot(a.slice(4 * r, 4 * r + 3), start));
-    return axes.every((axis, c) => Math.abs(dot(off, axis) / dot(axis, axis)) <= MAX_OFF_VOX[c]!);
+    return axes.every((axis, c) => Math.abs(dot(off, axis) / dot(axis, axis)) <= maxOffVox[c]!);
   };
   if (slices.every(isPlaced)) return;
   throw new AppError("SERIES_CHANGED", where, "its slices lie elsewhere than those that were segmented",

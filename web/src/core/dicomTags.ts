@@ -5,7 +5,12 @@ import { sha256Hex } from "./sha256.ts";
 
 /** The tags that are read, by their keywords. *Source*: DICOM PS3.6. */
 export const TAGS = {
-  SpecificCharacterSet: 0x00080005, ImageType: 0x00080008, SOPClassUID: 0x00080016, SOPInstanceUID: 0x00080018,
+  SpecificCharacterSet: 0x00080005, AcquisitionDate: 0x00080022, AcquisitionDateTime: 0x0008002a,
+  AcquisitionTime: 0x00080032, ContrastBolusAgent: 0x00180010, SliceThickness: 0x00180050, KVP: 0x00180060,
+  ConvolutionKernel: 0x00181210, AcquisitionNumber: 0x00200012, InstanceNumber: 0x00200013,
+  TemporalPositionIdentifier: 0x00200100, TemporalPositionIndex: 0x00209128,
+  NominalPercentageOfCardiacPhase: 0x00209241, NominalPercentageOfRespiratoryPhase: 0x00209245,
+  PixelPaddingValue: 0x00280120, PixelPaddingRangeLimit: 0x00280121, ImageType: 0x00080008, SOPClassUID: 0x00080016, SOPInstanceUID: 0x00080018,
   StudyDate: 0x00080020, StudyTime: 0x00080030, AccessionNumber: 0x00080050, Modality: 0x00080060,
   ReferringPhysicianName: 0x00080090, SeriesDescription: 0x0008103e, PatientName: 0x00100010, PatientID: 0x00100020,
   IssuerOfPatientID: 0x00100021, PatientBirthDate: 0x00100030, PatientSex: 0x00100040, StudyInstanceUID: 0x0020000d,

@@ -1,5 +1,5 @@
 /** The page: a file in, organs over the CT out. Nothing leaves the device. */
-import type { SeriesChoice } from "../core/dicomSeries.ts";
+import type { SeriesChoice } from "../core/dicomChoice.ts";
 import { budgetBytes } from "../core/memory.ts";
 import { describedModel, type ModelDescription } from "../core/model.ts";
 import { gzipped } from "../core/niftiWrite.ts";

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from autosam3d.errors import VolumeError
-from autosam3d.io.dicom.files import PIXEL_TAGS, dicom_bytes
-from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom, tag_text
+from autosam3d.io.dicom.files import dicom_bytes
+from autosam3d.io.dicom.header import deflated_error
+from autosam3d.io.dicom.meta import PIXEL_TAGS, parse
+from autosam3d.io.dicom.tags import quiet_pydicom, tag_text
 from autosam3d.io.files import open_regular, readable
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
-import pydicom
-from pydicom.uid import UID, ExplicitVRBigEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
          "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
@@ -66,7 +66,7 @@ def identify(path: Path, where: str) -> DicomIdentity:
         content = dicom_bytes(path, where)
         if content is None:
             raise VolumeError("NOT_DICOM", where, "expected a DICOM file", _REMEDY)
-        return _identity(_header(io.BytesIO(content), where), where)
+        return _identity(_header(content, where)[0], where)
 
 
 def identify_image(path: Path, where: str) -> DicomIdentity:
@@ -76,20 +76,20 @@ def identify_image(path: Path, where: str) -> DicomIdentity:
         VolumeError: as `identify`.
     """
     with quiet_pydicom(), open_regular(path) as file, readable(where):
-        start = io.BytesIO(file.read(_MAX_HEADER_BYTES))
-        header = _header(start, where)
-        _demand_whole_pixels(file, header, start.tell(), where)
+        header, at = _header(file.read(_MAX_HEADER_BYTES), where)
+        _demand_whole_pixels(file, header, at, where)
     return _identity(header, where)
 
 
-def _header(content: BinaryIO, where: str) -> Any:
-    """The tags that are asked for; `content` stands where the pixels begin."""
+def _header(content: bytes, where: str) -> tuple[Any, int]:
+    """(the tags that are asked for, where the pixels begin)."""
     try:
-        return pydicom.dcmread(content, stop_before_pixels=True, force=True, specific_tags=_TAGS)
-    except RecursionError:
-        raise VolumeError("NESTING", where, "its sequences are nested too deeply", _REMEDY) from None
-    except DAMAGE:
-        raise VolumeError("SLICE_CORRUPT", where, "it is cut or damaged", _REMEDY) from None
+        header, _, at = parse(content, _TAGS, where)
+    except VolumeError as error:
+        raise VolumeError(error.code, where, error.fault, _REMEDY) from None
+    if header.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+        raise deflated_error(where)
+    return header, at
 
 
 def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> None:

@@ -8,38 +8,27 @@ and even grid (`io.acquired`), which remembers its slices.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from autosam3d.errors import UsageError, VolumeError
+from autosam3d.errors import VolumeError
 from autosam3d.io.dicom.acquired import acquired_slices, even_heights, straightened
-from autosam3d.io.dicom.files import CtSlice, count_text, decode_hu, scan_folder
-from autosam3d.io.dicom.tags import hashed
+from autosam3d.io.dicom.acquisitions import demand_one_acquisition
+from autosam3d.io.dicom.choice import chosen_slices
+from autosam3d.io.dicom.files import scan_folder
+from autosam3d.io.dicom.header import CtSlice
+from autosam3d.io.dicom.pixels import decode_hu
+from autosam3d.io.dicom.stack import Stacking, along, normal_of, stacking_of
 from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
-from autosam3d.io.intensity import check_hounsfield
+from autosam3d.io.intensity import AIR_HU, check_hounsfield
 from autosam3d.io.memory import demand_ram
 from autosam3d.io.nifti.read import MIN_SLICES
 from autosam3d.io.options import DEFAULTS, ReadOptions
 from autosam3d.volume import Volume, log_warnings
 
 _SAME_PLACE_MM = 0.01
-# Orientation cosines are written with few digits; slices of one stack agree to this.
-_SAME_DIRECTION = 1e-3
-_MAX_OTHER_ORIENTATION_SHARE = 0.1
-_MAX_GAP = 1.5
-_MAX_GAP_SHARE = 0.2
-_MAX_UNEVEN = 2.0
-# Positions are rounded when written (0.6 mm spacing with one decimal); within this share of the spacing they are even.
-_EVEN_TOLERANCE = 0.05
-_AIR_HU = -1024.0
-# Gantries tilt by up to 30 degrees; beyond, positions are rather wrong than leaning.
-_MAX_TILT = 35.0
-# Units of RescaleType that are no Hounsfield units: optical density, mg/ml, effective atomic number, electron density,
-# the same in N/ml, percent. *Source*: DICOM PS3.3 C.11.1.1.2.
-_OTHER_UNITS = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -47,31 +36,33 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     """The CT series in `folder` (and folders below) as float32 HU [z, y, x] nearest RAS+.
 
     Slices are ordered by their position along the normal, never by name or number. Localizers and what is no image
-    are left out with a warning.
+    are left out with a warning; padding around the patient is air.
 
     Raises:
-        VolumeError: see `io.dicom.files.scan_folder`, and PATIENTS, MIXED_SIZE, MIXED_FRAME, MIXED_ORIENTATION,
-            GANTRY_TILT, MISSING_SLICES (with the gaps), UNEVEN_SPACING, DUPLICATE_SLICE, FEW_SLICES, SPACING, NOT_HU.
-        UsageError: SERIES_CHOICE, listing the series by hash; MissingExtraError without pydicom.
+        VolumeError: see `io.dicom.files.scan_folder`, `io.dicom.choice.chosen_slices` and `io.dicom.stack.stacking_of`;
+            and DUPLICATE_SLICE, SAME_PLACE, FEW_SLICES, SPACING, NOT_HU.
+        UsageError: SERIES_CHOICE, listing the series by hash; ACQUISITION_CHOICE, listing the acquisitions by number;
+            MissingExtraError without pydicom.
         ResourceError: MEMORY.
     """
     folder = Path(folder)
     warnings: list[str] = []
     places, num_files = _stack(folder, options, warnings)
     first, where = places[0][0], f"{folder}: series {places[0][0].series}"
-    heights, lean = _heights([place[0] for place in places], where, warnings)
-    step_mm, is_even = _step(heights, where, warnings)
-    acquired, start = acquired_slices(heights, step_mm, lean, first.shape)
+    stacking = stacking_of([place[0] for place in places], where, warnings)
+    step_mm, lean, is_even = stacking.step_mm, stacking.lean, stacking.is_even
+    acquired, start = acquired_slices(stacking.heights_mm, step_mm, lean, first.shape)
     wide, high = (n + math.ceil(shift) for n, shift in zip(first.shape[::-1], acquired.shifts.max(axis=0), strict=True))
-    demand_ram(wide * high * (8 * len(places) + 24) * (1 if is_even and not lean.any() else 2), where,
+    num_slices = max(len(places), stacking.num_slices)
+    demand_ram(wide * high * (8 * num_slices + 24) * (1 if is_even and not lean.any() else 2), where,
                options.max_ram_bytes)
-    voxels = _decode(places, folder, num_files, warnings)
+    voxels = _decode(places, folder, num_files, AIR_HU - options.intensity_offset, warnings)
     if not is_even:
-        voxels = even_heights(voxels, heights, step_mm)
+        voxels = even_heights(voxels, stacking.heights_mm, step_mm)
     if lean.any():
         shifts = np.arange(len(voxels))[:, None] * step_mm * lean - start
-        voxels = straightened(voxels, shifts, _AIR_HU - options.intensity_offset)
-    affine, repaired = check_affine(_affine(first, step_mm), where)
+        voxels = straightened(voxels, shifts, AIR_HU - options.intensity_offset)
+    affine, repaired = check_affine(_affine(first, stacking), where)
     affine = affine @ _moved_by(start)
     warnings += repaired
     shape = (voxels.shape[2], voxels.shape[1], len(voxels))
@@ -98,84 +89,28 @@ def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[C
 def _stack(folder: Path, options: ReadOptions, warnings: list[str]) -> tuple[list[list[CtSlice]], int]:
     """(the slices of the chosen series in the order of their height, those in one place together; number of files)."""
     found = scan_folder(folder, options.force)
-    warnings += [f"left out: {count_text(count, kind)}" for kind, count in sorted(found.others.items())]
-    slices = _without_strays(_choose_series(found.slices, folder, options, warnings), folder, warnings)
-    _check_uniform(slices, folder, options, warnings)
+    slices = chosen_slices(found, folder, options, warnings)
+    where = f"{folder}: series {slices[0].series}"
     places = _places(slices)
+    if len(places) < MIN_SLICES <= len(slices):
+        several = "one place" if len(places) == 1 else f"{len(places)} places"
+        raise VolumeError("SAME_PLACE", where, f"expected slices one above the other, got {len(slices)} that lie in "
+                          f"{several}: no volume can be made of them", "export the series again, with the "
+                          "ImagePositionPatient of each slice")
+    places = _one_acquisition(places, options, where, warnings)
     _demand_own_uids(places, folder, options, warnings)
-    _check_number(len(places), f"{folder}: series {slices[0].series}", options, warnings)
+    _check_number(len(places), where, options, warnings)
     return places, found.num_files
 
 
-def _choose_series(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> list[CtSlice]:
-    by_series: dict[str, list[CtSlice]] = defaultdict(list)
-    for ct_slice in slices:
-        by_series[ct_slice.series].append(ct_slice)
-    if options.series is not None:
-        chosen = next((key for key in (options.series, hashed(options.series)) if key in by_series), None)
-        if chosen is None:
-            raise UsageError("SERIES_CHOICE", folder, f"no such series; the folder has {_listing(by_series)}",
-                             "give its SeriesInstanceUID or hash to --series")
-    elif len(by_series) == 1:
-        chosen = next(iter(by_series))
-    else:
-        if len({s.patient for s in slices}) > 1:
-            raise VolumeError("PATIENTS", folder, "expected one patient, found several", "use one folder a patient")
-        stacks = [key for key, group in by_series.items() if len(group) >= MIN_SLICES]
-        if len(stacks) != 1:
-            raise UsageError("SERIES_CHOICE", folder, f"expected one CT series, found {_listing(by_series)}",
-                             "choose one with --series")
-        chosen = stacks[0]
-        warnings.append(f"series {chosen} is taken; {len(by_series) - 1} shorter ones are left out")
-    if len({s.patient for s in by_series[chosen]}) > 1:
-        raise VolumeError("PATIENTS", folder, "the slices of one series name different patients", "sort the folder")
-    return by_series[chosen]
-
-
-def _listing(by_series: dict[str, list[CtSlice]]) -> str:
-    return "; ".join(f"{key}: {len(group)} slices of {group[0].shape[0]} x {group[0].shape[1]}"
-                     for key, group in sorted(by_series.items()))
-
-
-def _without_strays(slices: list[CtSlice], folder: Path, warnings: list[str]) -> list[CtSlice]:
-    """Leave out the few slices that lie across the stack: scouts that are not marked as such."""
-    directions = [tuple(np.round(s.orientation, 2).ravel() + 0.0) for s in slices]
-    usual = slices[directions.index(Counter(directions).most_common(1)[0][0])].orientation
-    stack = [s for s in slices if np.abs(s.orientation - usual).max() <= _SAME_DIRECTION]
-    num_across = len(slices) - len(stack)
-    if num_across > max(1, _MAX_OTHER_ORIENTATION_SHARE * len(slices)):
-        raise VolumeError("MIXED_ORIENTATION", folder, f"{num_across} of {len(slices)} slices lie otherwise than the "
-                          "rest", "split the series by orientation")
-    if num_across:
-        warnings.append(f"left out: {num_across} slices that lie across the stack")
-    return stack
-
-
-def _check_uniform(slices: list[CtSlice], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
-    sizes = {(s.shape, (round(s.spacing_mm[0], 4), round(s.spacing_mm[1], 4))) for s in slices}
-    if len(sizes) > 1:
-        text = "; ".join(f"{r} x {c} pixels of {a:g} x {b:g} mm" for (r, c), (a, b) in sorted(sizes))
-        raise VolumeError("MIXED_SIZE", folder, f"expected slices of one size, got {text}", "split the series by size")
-    if len({s.frame_of_reference for s in slices}) > 1:
-        raise VolumeError("MIXED_FRAME", folder, "the slices name different frames of reference, so their positions "
-                          "cannot be compared", "split the series")
-    if len({(s.slope, s.intercept) for s in slices}) > 1:
-        warnings.append("rescale slope or intercept vary from slice to slice; each is applied to its own slice")
-    _check_unit({s.rescale_type for s in slices}, folder, options, warnings)
-    if any(s.photometric == "MONOCHROME1" for s in slices):
-        warnings.append("MONOCHROME1 turns the display around, not the numbers; the numbers are taken as they are")
-    if not all(s.is_ct for s in slices):
-        warnings.append("accepted by force: images that are not marked as CT")
-
-
-def _check_unit(kinds: set[str], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
-    """Maps of iodine, of electron density and the like are CT images whose numbers are no HU."""
-    other = sorted(kinds & _OTHER_UNITS)
-    if other and not options.force:
-        raise VolumeError("NOT_HU", folder, f"expected Hounsfield units, got RescaleType {', '.join(other)}: a map "
-                          "made from several energies", "name the series of the CT itself; --force takes them as HU")
-    if kinds - {"", "HU"}:
-        warnings.append("RescaleType is not HU")
+def _one_acquisition(places: list[list[CtSlice]], options: ReadOptions, where: str, warnings: list[str]
+                     ) -> list[list[CtSlice]]:
+    slices = [ct_slice for place in places for ct_slice in place]
+    place_of = [index for index, place in enumerate(places) for _ in place]
+    heights = along(np.array([s.position_lps for s in slices]), normal_of(slices[0].orientation))
+    acquired = [s.acquired for s in slices]
+    chosen = demand_one_acquisition(acquired, place_of, heights, options.acquisition, where, warnings)
+    return _places([ct_slice for ct_slice, is_chosen in zip(slices, chosen, strict=True) if is_chosen])
 
 
 def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: list[str]) -> None:
@@ -187,23 +122,12 @@ def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: l
     warnings.append(f"accepted by force: {fault}")
 
 
-def _normal(ct_slice: CtSlice) -> np.ndarray:
-    normal = np.cross(*ct_slice.orientation)
-    return normal / np.sqrt(_along(normal, normal))
-
-
-def _along(vectors: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """Inner products of [..., 3] with a direction, summed in this order, which the browser's code has, too: BLAS rounds
-    otherwise from machine to machine, and a voxel may hang on the last bit."""
-    return vectors[..., 0] * direction[0] + vectors[..., 1] * direction[1] + vectors[..., 2] * direction[2]
-
-
 def _places(slices: list[CtSlice]) -> list[list[CtSlice]]:
     """Slices in the order of their height, those in one place together."""
-    normal = _normal(slices[0])
+    normal = normal_of(slices[0].orientation)
     places: list[list[CtSlice]] = []
-    for ct_slice in sorted(slices, key=lambda s: (float(_along(s.position_lps, normal)), s.number)):
-        if places and abs(_along(ct_slice.position_lps - places[-1][0].position_lps, normal)) < _SAME_PLACE_MM:
+    for ct_slice in sorted(slices, key=lambda s: (float(along(s.position_lps, normal)), s.number)):
+        if places and abs(along(ct_slice.position_lps - places[-1][0].position_lps, normal)) < _SAME_PLACE_MM:
             places[-1].append(ct_slice)
         else:
             places.append([ct_slice])
@@ -228,26 +152,18 @@ def _demand_own_uids(places: list[list[CtSlice]], folder: Path, options: ReadOpt
         warnings.append(f"accepted by force: {num_others} slices have the SOPInstanceUID of another one")
 
 
-def _heights(stack: list[CtSlice], where: str, warnings: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(millimetres above the first slice, of a stack without holes; columns and rows a millimetre that it leans)."""
-    offsets = np.array([s.position_lps - stack[0].position_lps for s in stack])
-    normal = _normal(stack[0])
-    heights = _along(offsets, normal)
-    lean = _lean(offsets - heights[:, None] * normal, heights, stack[0], where, warnings)
-    _demand_complete(heights, where)
-    return heights, lean
-
-
-def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, warnings: list[str]) -> np.ndarray:
+def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, air_hu: float, warnings: list[str]
+            ) -> np.ndarray:
     """float32 [slice, row, column]; a slice that is there twice is taken once, where the two are equal."""
     voxels = np.empty((len(places), *places[0][0].shape), np.float32)
-    num_dropped = 0
+    num_dropped = num_padding = 0
     for index, place in enumerate(places):
         for ct_slice in place:
-            hu, dropped = decode_hu(ct_slice, f"{folder}: file {ct_slice.number} of {num_files}")
+            hu, dropped, padding = decode_hu(ct_slice, f"{folder}: file {ct_slice.number} of {num_files}", air_hu)
             num_dropped += dropped
             if ct_slice is place[0]:
                 voxels[index] = hu
+                num_padding += padding
             elif not np.array_equal(hu, voxels[index]):
                 raise VolumeError("DUPLICATE_SLICE", folder, f"files {place[0].number} and {ct_slice.number} lie in "
                                   "one place and differ: two phases or reconstructions", "split the series")
@@ -256,29 +172,17 @@ def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, warnings:
     num_twice = sum(len(place) - 1 for place in places)
     if num_twice:
         warnings.append(f"{num_twice} slices were there twice, with equal pixels; each is taken once")
+    if num_padding:
+        warnings.append(f"{num_padding} voxels of padding (PixelPaddingValue) are taken as air, {AIR_HU:g} HU")
     return voxels
 
 
-def _step(heights: np.ndarray, where: str, warnings: list[str]) -> tuple[float, bool]:
-    """(millimetres between slices of an even grid, whether the slices lie on it)."""
-    gaps = np.diff(heights)
-    step_mm = float(heights[-1] / len(gaps))
-    if np.abs(heights - step_mm * np.arange(len(heights))).max() <= _EVEN_TOLERANCE * step_mm:
-        return step_mm, True
-    spread = f"slices are {gaps.min():.3g} to {gaps.max():.3g} mm apart"
-    if gaps.max() > _MAX_UNEVEN * gaps.min():
-        raise VolumeError("UNEVEN_SPACING", where, spread, "reconstruct the scan with even slices")
-    step_mm = float(np.median(gaps))
-    warnings.append(f"{spread}; resampled to {step_mm:.3g} mm")
-    return step_mm, False
-
-
-def _affine(first: CtSlice, step_mm: float) -> np.ndarray:
+def _affine(first: CtSlice, stacking: Stacking) -> np.ndarray:
     """(column, row, slice) to RAS+ mm. *Source*: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1."""
     lps = np.eye(4)
-    lps[:3, 0] = first.orientation[0] * first.spacing_mm[1]
-    lps[:3, 1] = first.orientation[1] * first.spacing_mm[0]
-    lps[:3, 2] = _normal(first) * step_mm
+    lps[:3, 0] = stacking.orientation[0] * first.spacing_mm[1]
+    lps[:3, 1] = stacking.orientation[1] * first.spacing_mm[0]
+    lps[:3, 2] = stacking.normal * stacking.step_mm
     lps[:3, 3] = first.position_lps
     return _LPS_TO_RAS @ lps
 
@@ -288,34 +192,3 @@ def _moved_by(voxels: np.ndarray) -> np.ndarray:
     move = np.eye(4)
     move[:2, 3] = voxels
     return move
-
-
-def _lean(sideways: np.ndarray, heights: np.ndarray, first: CtSlice, where: str, warnings: list[str]) -> np.ndarray:
-    """Columns and rows a millimetre of height: 0 where the stack rises along the normal, else a tilted gantry's."""
-    drift = np.linalg.norm(sideways, axis=1)
-    # Lean as a ratio, with room for rounding of the written positions.
-    if drift.max() <= max(_SAME_DIRECTION * heights[-1], 0.1 * min(first.spacing_mm)):
-        return np.zeros(2)
-    lean = sideways[-1] / heights[-1]
-    if np.abs(sideways - heights[:, None] * lean).max() <= 0.5 * min(first.spacing_mm):
-        tilt = float(np.degrees(np.arctan(np.linalg.norm(lean))))
-        if tilt > _MAX_TILT:
-            raise VolumeError("GANTRY_TILT", where, f"expected a gantry that is tilted by up to {_MAX_TILT:g} degrees, "
-                              f"got {tilt:.1f}: the stack is sheared", "resample the series to a straight grid first")
-        warnings.append(f"the gantry was tilted by {tilt:.1f} degrees; resampled to a straight grid")
-        return _along(first.orientation, lean) / first.spacing_mm[::-1]
-    raise VolumeError("MISALIGNED", where, f"slices are shifted sideways by up to {drift.max():.1f} mm",
-                      "export the series again")
-
-
-def _demand_complete(heights: np.ndarray, where: str) -> None:
-    gaps = np.diff(heights)
-    usual = float(np.median(gaps))
-    wide = np.flatnonzero(gaps > _MAX_GAP * usual)
-    if len(wide) == 0 or len(wide) > _MAX_GAP_SHARE * len(gaps):
-        return
-    num_missing = np.maximum(1, np.rint(gaps / usual).astype(int) - 1)
-    listed = ", ".join(f"{num_missing[i]} after slice {i + 1} at {heights[i]:.1f} mm" for i in wide[:5])
-    more = f" and {len(wide) - 5} more gaps" if len(wide) > 5 else ""
-    raise VolumeError("MISSING_SLICES", where, f"expected slices every {usual:.3g} mm, missing are {listed}{more}",
-                      "export the series again, whole")

@@ -6,7 +6,6 @@ Only the tags of a list are carried, each checked; no text of a patient is repea
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -18,14 +17,16 @@ import numpy as np
 
 from autosam3d.errors import VolumeError
 from autosam3d.io.dicom.acquired import slice_affines, slice_heights, slice_shape
-from autosam3d.io.dicom.files import CtSlice, dicom_bytes
+from autosam3d.io.dicom.files import dicom_bytes
+from autosam3d.io.dicom.header import CtSlice
+from autosam3d.io.dicom.meta import parse
 from autosam3d.io.dicom.series import series_slices
+from autosam3d.io.dicom.stack import even_tolerance_mm
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom, tag_text
 from autosam3d.io.options import DEFAULTS, ReadOptions
 from autosam3d.volume import SourceGrid
 
 # isort: split
-import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pydicom.valuerep import DA, TM, DSfloat
@@ -39,8 +40,8 @@ _SEXES = ("M", "F", "O")
 _UID = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
 _MAX_UID = 64
 _UTF8 = "ISO_IR 192"
-# A slice may lie this share of a slice's distance from its place on the even grid: what `read_dicom_series` calls even.
-_EVEN_VOX = 0.06
+# What rounding adds to how far a slice may lie from its place on the even grid, in slices.
+_ROUNDING_VOX = 0.01
 _MAX_SERIES_NUMBER = 10**9
 
 
@@ -184,7 +185,10 @@ def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) ->
                           "name the series that was segmented")
     corners = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices])
     places = np.einsum("sij,sj->si", np.linalg.inv(slice_affines(grid)), corners)
-    if np.abs(places[:, 2]).max() > _EVEN_VOX or np.abs(places[:, :2]).max() > 0.5:
+    # The grid begins at the first slice, which may be as far from the line through all of them as any other.
+    step_mm = float(np.linalg.norm(grid.affine[:3, 2]))
+    even_vox = 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
+    if np.abs(places[:, 2]).max() > even_vox or np.abs(places[:, :2]).max() > 0.5:
         raise VolumeError("SERIES_CHANGED", folder, "its slices lie elsewhere than those that were segmented",
                           "name the series that was segmented")
 
@@ -207,8 +211,8 @@ def _tags(ct_slice: CtSlice, folder: str | Path) -> Any:
             "FrameOfReferenceUID", "PositionReferenceIndicator", "SeriesNumber", "Modality"]
     try:
         if content is not None:
-            return pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True, specific_tags=tags)
-    except (RecursionError, *DAMAGE):
+            return parse(content, tags, where)[0]
+    except VolumeError:
         pass
     raise VolumeError("SLICE_CORRUPT", where, "it cannot be read any more", "copy or export the series again")
 

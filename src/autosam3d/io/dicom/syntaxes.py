@@ -22,3 +22,8 @@ def has_decoder(syntax: UID) -> bool:
         return get_decoder(syntax).is_available
     except (NotImplementedError, ValueError):
         return False
+
+
+def could_have_decoder(syntax: UID) -> bool:
+    """Whether the extra `dicom` brings a decoder for it."""
+    return str(syntax) in _COMPRESSED

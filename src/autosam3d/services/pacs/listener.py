@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autosam3d.errors import UsageError, VolumeError
-from autosam3d.io.dicom.files import CT_IMAGE, MULTIFRAME_CT
+from autosam3d.io.dicom.header import CT_IMAGE, MULTIFRAME_CT
 from autosam3d.io.dicom.identity import DicomIdentity, identify_image
 from autosam3d.io.dicom.syntaxes import readable_syntaxes
 from autosam3d.io.dicom.tags import quiet_pydicom
