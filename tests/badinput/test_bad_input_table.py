@@ -27,8 +27,8 @@ def test_rows_are_there_and_each_has_a_test() -> None:
 
 def test_codes_and_cases_are_those_of_the_makers() -> None:
     listed = json.loads((REPO / "tests/badinput/MANIFEST.json").read_text("utf-8"))["dicom"]
-    makers = (REPO / "tests/badinput/make_dicom.py").read_text("utf-8")
-    odd = set(re.findall(r'^    "(\d\d)_\w+": \(', makers.partition("\nODD:")[2], re.M))
+    makers = [(REPO / "tests/badinput" / name).read_text("utf-8") for name in ("make_dicom.py", "make_field.py")]
+    odd = {row for text in makers for row in re.findall(r'^    "(\d\d)_\w+": \(', text.partition("\nODD:")[2], re.M)}
     for row, _, answer, tests in (row for row in ROWS if len(row) == 4):
         told = {(case["code"], case["exit"]) for name, case in listed.items() if name.startswith(f"{row}_")}
         assert all(code in answer and f"exit {status}" in answer for code, status in told), row

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import make_dicom
+import make_field
 import make_nifti
 import nibabel as nib
 import numpy as np
@@ -237,6 +238,15 @@ def test_38_an_intensity_offset(tmp_path: Path) -> None:
     run("segment", mini_model(), scan, tmp_path / "out", "--intensity-offset", "-1024").demand_ok()
     for value in ("nan", "1e300", "inf"):
         run("segment", mini_model(), scan, tmp_path / "no", "--intensity-offset", value).demand_error("USAGE", 2)
+
+
+def test_50_one_of_two_acquisitions(tmp_path: Path) -> None:
+    first = make_dicom._set(AcquisitionNumber=4)
+    series = make_field.second_pass(1.5, first=first, AcquisitionNumber=7)(tmp_path)
+    assert "--acquisition" in run("segment", mini_model(), series, tmp_path / "no.nii.gz").demand_error(
+        "ACQUISITION_CHOICE", 2)
+    run("segment", mini_model(), series, tmp_path / "out.nii.gz", "--acquisition", 7).demand_ok()
+    assert nib.load(tmp_path / "out.nii.gz").shape == (make_dicom.COLUMNS, make_dicom.ROWS, make_dicom.NUM_SLICES)
 
 
 def test_42_a_scan_larger_than_the_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def segment(
     intensity_offset: Annotated[float, typer.Option(help="Added to every voxel to make it HU.")] = 0.0,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
+    acquisition: Annotated[int | None, typer.Option(help="Which of several in one DICOM series.")] = None,
     force: Force = False,
     backend: Annotated[str, typer.Option(help="auto, torch, onnxruntime, openvino, openvino-int8, litert or "
                                               "executorch. auto: the faster of onnxruntime and openvino; a teacher's "
@@ -56,7 +57,7 @@ def segment(
     if not abs(intensity_offset) <= 1e5:
         raise UsageError("USAGE", f"--intensity-offset {intensity_offset}", "expected a number of HU", "try -1024")
     read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
-                               volume_index=volume, series=series, force=force)
+                               volume_index=volume, series=series, acquisition=acquisition, force=force)
     model, source, output = _model_and_scans(paths)
     form = output_format(output_form, output)
     with unpacked_scan(source) as scan:

@@ -25,7 +25,8 @@ def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
     Raises:
         VolumeError: the scan is broken, ambiguous, or not CT in Hounsfield units.
         ResourceError: MEMORY.
-        UsageError: SERIES_CHOICE, VOLUME_INDEX; MissingExtraError where DICOM support is not installed.
+        UsageError: SERIES_CHOICE, ACQUISITION_CHOICE, VOLUME_INDEX; MissingExtraError where DICOM support is not
+            installed.
     """
     if Path(path).is_dir() and not str(path).lower().endswith((".nii", ".nii.gz")):
         from autosam3d.io.dicom.series import read_dicom_series  # pydicom is optional and slow to import

@@ -76,9 +76,10 @@ def _add_jobs(app: FastAPI, service: ScanService) -> None:
         intensity_offset: Annotated[float, Query(ge=-1e5, le=1e5)] = 0.0,
         volume: Annotated[int | None, Query(ge=0, le=100_000)] = None,
         series: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9A-Za-z.]+$")] = None,
+        acquisition: Annotated[int | None, Query(ge=-(10**9), le=10**9)] = None,
     ) -> JSONResponse:
         read = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, intensity_offset=intensity_offset,
-                           volume_index=volume, series=series)
+                           volume_index=volume, series=series, acquisition=acquisition)
         job_id, _ = await service.accept(request, _forms(formats), read, overlap=overlap)
         return JSONResponse({"id": job_id, "state": QUEUED}, 202, {"Location": f"/jobs/{job_id}"})
 
