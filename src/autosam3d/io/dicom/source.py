@@ -40,6 +40,8 @@ _SEXES = ("M", "F", "O")
 _UID = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
 _MAX_UID = 64
 _UTF8 = "ISO_IR 192"
+# Gaps that differ from the grid's by no more than this share are one distance.
+_MAX_UNEVEN_VOX = 0.06
 # What rounding adds to how far a slice may lie from its place on the even grid, in slices.
 _ROUNDING_VOX = 0.01
 _MAX_SERIES_NUMBER = 10**9
@@ -198,7 +200,7 @@ def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
     way to either neighbour, at the ends as much outwards as inwards."""
     step_mm, heights = float(np.linalg.norm(grid.affine[:3, 2])), slice_heights(grid)
     gaps = np.diff(heights)
-    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _EVEN_VOX:
+    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _MAX_UNEVEN_VOX:
         return True, [step_mm] * len(heights)
     gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]]) * step_mm
     return False, ((gaps[:-1] + gaps[1:]) / 2).tolist()
