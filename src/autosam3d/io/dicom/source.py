@@ -40,6 +40,8 @@ _SEXES = ("M", "F", "O")
 _UID = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
 _MAX_UID = 64
 _UTF8 = "ISO_IR 192"
+# Gaps that differ from the grid's by no more than this share are one distance.
+_MAX_UNEVEN_VOX = 0.06
 # What rounding adds to how far a slice may lie from its place on the even grid, in slices.
 _ROUNDING_VOX = 0.01
 _MAX_SERIES_NUMBER = 10**9
@@ -185,16 +187,12 @@ def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) ->
                           "name the series that was segmented")
     corners = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices])
     places = np.einsum("sij,sj->si", np.linalg.inv(slice_affines(grid)), corners)
+    # The grid begins at the first slice, which may be as far from the line through all of them as any other.
     step_mm = float(np.linalg.norm(grid.affine[:3, 2]))
-    if np.abs(places[:, 2]).max() > _even_vox(step_mm) or np.abs(places[:, :2]).max() > 0.5:
+    even_vox = 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
+    if np.abs(places[:, 2]).max() > even_vox or np.abs(places[:, :2]).max() > 0.5:
         raise VolumeError("SERIES_CHANGED", folder, "its slices lie elsewhere than those that were segmented",
                           "name the series that was segmented")
-
-
-def _even_vox(step_mm: float) -> float:
-    """How far slices that are taken as even may lie apart from where the grid has them, in slices. The grid begins at
-    the first one, which may be as far from the line through all of them as any other."""
-    return 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
 
 
 def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
@@ -202,7 +200,7 @@ def _thicknesses_mm(grid: SourceGrid) -> tuple[bool, list[float]]:
     way to either neighbour, at the ends as much outwards as inwards."""
     step_mm, heights = float(np.linalg.norm(grid.affine[:3, 2])), slice_heights(grid)
     gaps = np.diff(heights)
-    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _even_vox(step_mm):
+    if len(gaps) == 0 or np.abs(gaps - 1).max() <= _MAX_UNEVEN_VOX:
         return True, [step_mm] * len(heights)
     gaps = np.concatenate([gaps[:1], gaps, gaps[-1:]]) * step_mm
     return False, ((gaps[:-1] + gaps[1:]) / 2).tolist()
