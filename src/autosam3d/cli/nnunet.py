@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autosam3d.cli.console import on_task, one_line, progress_bars
-from autosam3d.cli.options import Tolerances
-from autosam3d.errors import UsageError
+from autosam3d.cli.options import Device, Threads, Tolerances
 
 # An epoch on a CPU can take minutes: so often a line says that it is at work.
 STEP_LINE_S = 60.0
@@ -19,33 +18,30 @@ STEP_LINE_S = 60.0
 def nnunet(
     data: Annotated[Path, typer.Argument(help="Dataset folder in the nnU-Net v2 layout, with splits_final.json.")],
     out: Annotated[Path, typer.Argument(help="Run folder: nnU-Net's own folders, predictions, evaluation.")],
-    preset: Annotated[str, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = "default",
-    configuration: Annotated[str, typer.Option(help="3d_fullres, 3d_lowres or 2d.")] = "3d_fullres",
-    fold: Annotated[int, typer.Option(help="Which split of splits_final.json.")] = 0,
-    epochs: Annotated[int | None, typer.Option(help="Default nnU-Net's 1000.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Train for so long instead; the rate falls with it.")] = None,
-    iterations: Annotated[int, typer.Option(help="Steps of an epoch.")] = 250,
-    patch: Annotated[str | None, typer.Option(metavar="Z,Y,X", help="A smaller crop, in voxels, than nnU-Net plans; "
-                                              "the result is named reduced.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Crops of a step, instead of the planned ones.")] = None,
-    tta: Annotated[bool, typer.Option(help="Predict with mirror images, as nnU-Net does.")] = True,
+    preset: Annotated[str | None, typer.Option(help="default, resenc_m, resenc_l or resenc_xl.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for so long instead of 1000 epochs; the rate falls with "
+                                                  "it.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the plan."
+                                                        )] = None,
     test: Annotated[bool, typer.Option(help="Also predict imagesTs.")] = True,
     tolerance: Tolerances = None,
     python: Annotated[Path | None, typer.Option(help="bin/python of the environment that has nnunetv2; default this "
                                                      "one.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads; 0 takes the cores of this process.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
 ) -> None:
-    """Plan, train and predict with the real nnU-Net v2, and evaluate it with our metrics and its own."""
-    import re
+    """Plan, train and predict with the real nnU-Net v2, and evaluate it with our metrics and its own.
 
+    Keys of --set: configuration (3d_fullres, 3d_lowres or 2d), fold (of splits_final.json), epochs, iterations (steps
+    of an epoch), patch=[Z,Y,X] and batch (less than nnU-Net plans; the result is named reduced), tta (false predicts
+    without mirror images), seed.
+    """
+    from autosam3d.recipes.settings_file import read_settings
     from autosam3d.studies.nnunet.evaluation import evaluate_run, write_result
     from autosam3d.studies.nnunet.run import NnunetPlan, train_and_predict
 
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device):
-        raise UsageError("USAGE", f"--device {device}", "expected auto, cpu, mps, cuda or cuda:N", "name one of these")
-    plan = NnunetPlan(preset=preset, configuration=configuration, fold=fold, epochs=epochs, minutes=minutes,
-                      iterations=iterations, patch=_patch(patch), batch=batch, tta=tta)
+    plan = read_settings(NnunetPlan, None, overrides or (), {
+        "--preset": ("preset", preset), "--minutes": ("minutes", minutes)}, guide="autosam3d nnunet --help")
     with progress_bars() as bars:
         view = _View(bars)
         try:
@@ -70,16 +66,6 @@ def nnunet(
         typer.echo(f"{part}, {evaluation.summary()}")
         typer.echo(f"{part}: {agreement}")
     typer.echo(f"wrote {out / 'predictions'}, {out / 'evaluation'} and {out / 'result.json'}")
-
-
-def _patch(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        z, y, x = (int(n) for n in text.split(","))
-    except ValueError:
-        raise UsageError("USAGE", f"--patch {text}", "expected three whole numbers Z,Y,X", "as 32,64,64") from None
-    return z, y, x
 
 
 class _View:

@@ -12,6 +12,8 @@ from autosam3d.errors import UsageError
 from autosam3d.inference.device_names import is_device_name
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
+SetBoth = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, "
+                                                    "or set one of the keys named above.")]
 SetKey = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the settings; "
                                                    "wins over --config. Repeat it for several.")]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML file of settings. Options win over "

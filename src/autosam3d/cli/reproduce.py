@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autosam3d.cli.console import progress_bars
-from autosam3d.cli.options import run_folder_outside
-from autosam3d.errors import BatchError, UsageError
+from autosam3d.cli.options import SetBoth, run_folder_outside
+from autosam3d.errors import BatchError
 
 if TYPE_CHECKING:
     from autosam3d.studies.reproduce.plan import RunSpec
     from autosam3d.studies.reproduce.runner import Given, Worker
     from autosam3d.studies.reproduce.study import Study
     from autosam3d.studies.reproduce.tables import Provenance, Unit
+    from autosam3d.studies.reproduce.wish import Wish
 
 
 def reproduce(
@@ -33,93 +33,54 @@ def reproduce(
                                                       "as each recipe says.")] = None,
     seeds: Annotated[str, typer.Option(help="Numbers with commas between; one run each.")] = "0",
     plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and leave.")] = False,
-    more: Annotated[bool, typer.Option("--more", help="Table 3 with ablations that the paper does not have.")] = False,
-    student: Annotated[str | None, typer.Option(help="Of Table 4: tiny, small or edge; default small, for 2core "
-                                                     "tiny.")] = None,
     sam: Annotated[str | None, typer.Option(help="SAM weights: a file, or a Hugging Face id.")] = None,
-    medsam: Annotated[str | None, typer.Option(help="MedSAM weights, for Table 2; default those of --sam.")] = None,
-    photographs: Annotated[Path | None, typer.Option(help="Folder of photographs, for fig1.")] = None,
     nnunet_python: Annotated[Path | None, typer.Option(help="Python in which nnU-Net v2 is installed; Table 1 then "
                                                             "has it as a row.")] = None,
-    by_case: Annotated[bool, typer.Option("--by-case", help="Test cases as pairs, not cases and organs.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE for all recipes.")] = None,
+    overrides: SetBoth = None,
     devices: Annotated[str, typer.Option(help="auto (each GPU takes runs), cpu, or GPUs as cuda:0,cuda:1.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of a run; 0 takes the cores "
                                                                "of this process.")] = 0,
 ) -> None:
-    """Make a table or a figure of the paper: plan its runs, train what is missing, test, write."""
-    from autosam3d.studies.reproduce.plan import TARGETS
+    """Make a table or a figure of the paper: plan its runs, train what is missing, test, write.
 
-    if target not in TARGETS:
-        raise UsageError("USAGE", target, f"expected one of {', '.join(TARGETS)}", "name one of these")
-    if size not in ("paper", "2core"):
-        raise UsageError("USAGE", f"--size {size}", "expected paper or 2core", "name one of these")
-    if student not in (None, "tiny", "small", "edge"):
-        raise UsageError("USAGE", f"--student {student}", "expected tiny, small or edge", "name one of these")
-    folders = _datasets(data, dataset)
-    if target in ("fig3", "fig4") and len(folders) > 1:
-        raise UsageError("USAGE", "--data", f"expected one dataset for {target}, got {len(folders)}", "name one")
-    for _, folder in folders:
+    Keys of --set beside those of all recipes: study.student (of Table 4: tiny, small or edge), study.more=true (Table 3
+    with ablations that the paper does not have), study.medsam (weights for Table 2; default those of --sam),
+    study.by_case=true (test cases as pairs, not cases and organs), study.photographs (a folder, for fig1).
+    """
+    from autosam3d.recipes.settings_file import split_overrides
+    from autosam3d.studies.reproduce.wish import Wish, datasets, seeds_of, size_of, study_keys, target_of
+
+    own, of_recipes = split_overrides(overrides or (), ("study",))
+    wish = Wish(target=target_of(target), size=size_of(size), folders=datasets(data, dataset), out=out,
+                seeds=seeds_of(seeds), sam=sam, overrides=of_recipes, keys=study_keys(own))
+    for _, folder in wish.folders:
         run_folder_outside(out, folder)
-    _demand_different_recipes(folders, overrides or ())
+    if target == "fig1" and plan_only:
+        typer.echo("fig1 needs no runs: SAM's encoder is asked as it is")
+        return
+    if not plan_only:
+        wish.demand_inputs()
     if target == "fig1":
-        if plan_only:
-            typer.echo("fig1 needs no runs: SAM's encoder is asked as it is")
-            return
-        _embeddings(folders, sam, photographs, out, overrides or (), _seeds(seeds)[0])
+        _embeddings(wish)
         return
     from autosam3d.studies.reproduce import results
     from autosam3d.studies.reproduce.plan import plan_runs
     from autosam3d.studies.reproduce.runner import Given
     from autosam3d.studies.reproduce.workers import find_workers
 
-    if target == "table2" and sam is None and not plan_only:
-        raise UsageError("USAGE", "--sam", "expected SAM weights: two rows of Table 2 are SAM and MedSAM",
-                         "name a file with --sam, and MedSAM's with --medsam")
-    specs = plan_runs(target, size, _seeds(seeds), more_ablations=more, nnunet_v2=nnunet_python is not None,
-                      student=student)
+    specs = plan_runs(wish.target, wish.size, wish.seeds, more_ablations=wish.keys.more,
+                      nnunet_v2=nnunet_python is not None, student=wish.keys.student)
     workers = find_workers(devices, threads)
-    studies = _planned(folders, specs, out, budget, workers, overrides or ())
+    studies = _planned(wish.folders, specs, out, budget, workers, of_recipes)
     if plan_only:
         return
-    failed = _brought_to_end(studies, workers, Given(sam, medsam, nnunet_python), out)
+    failed = _brought_to_end(studies, workers, Given(sam, wish.keys.medsam, nnunet_python), out)
     about = results.provenance(_command(), budget, small=size == "2core")
-    _write(target, studies, out, about, "case" if by_case else "case x organ")
+    _write(target, studies, out, about, "case" if wish.keys.by_case else "case x organ")
     if failed:
         name, why = next(iter(failed.items()))
         raise BatchError("FAILED_RUNS", name, f"{len(failed)} of {sum(len(s.runs) for s in studies)} runs failed: "
                          f"{why}", f"read {out / name / 'log.txt'}, then give the same command again")
-
-
-def _demand_different_recipes(folders: Sequence[tuple[str, Path]], overrides: Sequence[str]) -> None:
-    """Refuse datasets whose recipes have one name: their runs would be taken for one another's."""
-    from autosam3d.recipes.recipe import load_recipe
-
-    named: dict[str, str] = {}
-    for source, _ in folders:
-        name = load_recipe(source, overrides).name
-        if name in named:
-            raise UsageError("USAGE", "--data", f"expected recipes of different names, got {name!r} in {named[name]} "
-                             f"and {source}", "give one of them another name")
-        named[name] = source
-
-
-def _datasets(data: Sequence[Path], default: str) -> list[tuple[str, Path]]:
-    found = []
-    for entry in data:
-        name, equals, folder = str(entry).partition("=")
-        found.append((name, Path(folder)) if equals and not entry.exists() else (default, entry))
-    twice = {name for name, _ in found if sum(name == other for other, _ in found) > 1}
-    if twice:
-        raise UsageError("USAGE", "--data", f"expected each dataset once, got {', '.join(sorted(twice))} twice",
-                         "write NAME=FOLDER with the name of the recipe")
-    return found
-
-
-def _seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text):
-        raise UsageError("SEEDS", f"--seeds {text}", "expected whole numbers with commas between", "write 0,1,2")
-    return [int(part) for part in text.split(",")]
 
 
 def _planned(
@@ -176,30 +137,26 @@ def _write(target: str, studies: Sequence[Study], out: Path, about: Provenance, 
         typer.echo(f"wrote {', '.join(str(file) for file in files)}")
 
 
-def _embeddings(
-    folders: Sequence[tuple[str, Path]], sam: str | None, photographs: Path | None, out: Path,
-    overrides: Sequence[str], seed: int,
-) -> None:
+def _embeddings(wish: Wish) -> None:
     from autosam3d.data.folder import open_dataset
     from autosam3d.recipes.recipe import load_recipe
     from autosam3d.studies.reproduce import results
     from autosam3d.studies.reproduce.paper import DATASETS
 
-    if sam is None or photographs is None:
-        missing = "--sam" if sam is None else "--photographs"
-        raise UsageError("USAGE", missing, "expected SAM weights and a folder of photographs for fig1", "name both")
+    assert wish.sam is not None and wish.keys.photographs is not None  # demanded before
     scans = []
-    for name, folder in folders:
-        recipe = load_recipe(name, overrides)
+    for name, folder in wish.folders:
+        recipe = load_recipe(name, wish.overrides)
         window = recipe.preprocess.hu_window
         cases = open_dataset(folder, recipe)
         paths = [case.image_path for case in (*cases.train, *cases.val)]
         scans.append((DATASETS.get(recipe.name, recipe.name), paths, window.low_hu, window.high_hu))
-    out.mkdir(parents=True, exist_ok=True)
+    wish.out.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:
         task = bars.add_task("embedding", total=None)
         files = results.write_embedding_figure(
-            scans, photographs, sam, out, results.provenance(_command(), None, small=False), slices=100, seed=seed,
+            scans, wish.keys.photographs, wish.sam, wish.out,
+            results.provenance(_command(), None, small=False), slices=100, seed=wish.seeds[0],
             progress=lambda done: bars.update(task, completed=done),
         )
     typer.echo(f"wrote {', '.join(str(file) for file in files)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from autosam3d.cli.console import BatchView, TrainingView, one_line, progress_bars
-from autosam3d.cli.options import AssumeRas, Device, Force, Prefer, Sam, Set, Threads, run_folder_outside, set_threads
+from autosam3d.cli.options import Device, Sam, SetBoth, Threads, run_folder_outside, set_threads
 from autosam3d.errors import BatchError, UsageError, VolumeError
 
 if TYPE_CHECKING:
@@ -40,42 +41,41 @@ def segment(
     tuned: Annotated[Path | None, typer.Option(help="Run folder of `slicewise tune`.")] = None,
     style: Style = None,
     prompt: Prompt = None,
-    points: Annotated[int, typer.Option(min=0, max=100, help="So many random points instead of the deepest.")] = 0,
-    jitter: Annotated[int, typer.Option(min=0, max=1024, help="Box: sides move out by 0 to so many pixels of a "
-                                                              "square of 1024.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of random points and jitter.")] = 0,
     part: Annotated[Literal["train", "val", "test"], typer.Option(help="Which cases of the dataset.")] = "test",
-    case: Annotated[list[str] | None, typer.Option("--case", help="Only this case; repeat it for several.")] = None,
     cache: Cache = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs of other calls.")] = False,
-    overrides: Set = None,
-    prefer: Prefer = None,
-    assume_ras: AssumeRas = False,
-    force: Force = False,
+    overrides: SetBoth = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Segment cases that have a truth, slice by slice, with SAM, MedSAM or a tuning; `evaluate` scores the result."""
+    """Segment cases that have a truth, slice by slice, with SAM, MedSAM or a tuning; `evaluate` scores the result.
+
+    Keys of --set beside the recipe's: cases=[a,b]; prompts.num_points (random points instead of the deepest),
+    prompts.jitter_px (sides of boxes move out by 0 to so many pixels of a square of 1024), prompts.seed;
+    reading.prefer, reading.assume_ras, reading.force as the options of autosam3d segment.
+    """
     if sam is None and tuned is None:
         raise UsageError("USAGE", "--sam", "expected a SAM weight file or a tuning, got neither",
                          "give --sam FILE or --tuned RUN")
-    plan, cases = _opened(recipe, data, overrides, out)
-    chosen = _chosen(cases, part, case)
+    from autosam3d.recipes.settings_file import read_settings, split_overrides
+
     set_threads(threads)
     from autosam3d.inference.torch_runtime import pick_device
     from autosam3d.studies.slicewise.cases import SlicewiseSettings, segment_cases
     from autosam3d.studies.slicewise.model import load_slice_sam
-    from autosam3d.studies.slicewise.prompts import PromptSpec
+    from autosam3d.studies.slicewise.settings import SEGMENT_KEYS, SegmentKeys
+
+    own, of_recipe = split_overrides(overrides or (), SEGMENT_KEYS)
+    keys = read_settings(SegmentKeys, None, own, guide="autosam3d slicewise segment --help")
+    plan, cases = _opened(recipe, data, of_recipe, out)
+    chosen = _chosen(cases, part, keys.cases)
 
     model = load_slice_sam(sam, tuned=tuned, device=pick_device(device))
     told: dict[str, Any] = model.tuned.meta.get("settings", {}) if model.tuned else {}
-    prompts = PromptSpec(kind=prompt or told.get("prompt", "point"), num_points=points, jitter_px=jitter, seed=seed)
-    if (points and prompts.kind == "box") or (jitter and prompts.kind == "point"):
-        raise UsageError("USAGE", "slicewise segment", "expected --points with points and --jitter with boxes, got "
-                         f"--prompt {prompts.kind}", "leave the other one out")
+    prompts = keys.prompt_spec(prompt or told.get("prompt", "point"))
     with progress_bars() as bars:
         settings = SlicewiseSettings(framing=_framing(plan, style or told.get("framing", {}).get("style", "sam")),
-                                     prompts=prompts, read_options=_reading(prefer, assume_ras, force))
+                                     prompts=prompts, read_options=keys.reading.options)
         result = segment_cases(chosen, model, out, plan.labels, settings, cache=cache, overwrite=overwrite,
                                progress=BatchView(bars, "cases", "slices"))
     for path in result.written:
@@ -100,45 +100,32 @@ def tune(
     data: Data,
     sam: Annotated[str, typer.Option(help="SAM or MedSAM weights to begin with: a file, or a Hugging Face id.")],
     out: Annotated[Path, typer.Option(help="Run folder.")],
-    scope: Annotated[Literal["decoder", "full"], typer.Option(
-        help="decoder: prompt encoder and mask decoder, with embeddings kept on disk; full: the image encoder too.")
-    ] = "decoder",
     style: Style = "medsam",
     prompt: Annotated[Literal["point", "box"], typer.Option(help="What the model learns to be prompted with.")]
     = "point",
-    jitter: Annotated[int, typer.Option(min=0, max=1024, help="Box: sides move out by 0 to so many pixels.")] = 20,
-    lr: Annotated[float | None, typer.Option(help="Default: 1e-4 for boxes, 5e-5 for points.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: 8, or 2 with --scope full.")] = None,
-    epochs: Annotated[int, typer.Option(min=1, max=10**6)] = 100,
-    minutes: Annotated[float | None, typer.Option(help="End after so long in optimiser steps, over all starts.")]
-    = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    min_px: Annotated[int, typer.Option(min=1, help="Ask for an organ where a slice shows so many pixels.")] = 100,
-    min_vox: Annotated[int, typer.Option(min=1, help="...and its case so many voxels.")] = 1000,
-    val_cases: Annotated[int, typer.Option(min=0, help="Validate on the first so many; 0 takes all.")] = 0,
-    validate_every: Annotated[int, typer.Option(min=1, help="Epochs between validations.")] = 1,
     cache: Cache = None,
-    overrides: Set = None,
+    overrides: SetBoth = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Tune SAM or MedSAM on the training slices of a dataset, or go on with a run that was stopped."""
-    for name, value in (("--lr", lr), ("--minutes", minutes)):
-        if value is not None and not 0 < value < 1e6:
-            raise UsageError("USAGE", f"{name} {value}", "expected a positive number", "leave it out for the default")
-    plan, cases = _opened(recipe, data, overrides, out)
+    """Tune SAM or MedSAM on the training slices of a dataset, or go on with a run that was stopped.
+
+    Keys of --set beside the recipe's: tune.scope (decoder: prompt encoder and mask decoder, with embeddings kept on
+    disk; full: the image encoder too), tune.epochs, tune.minutes, tune.lr, tune.batch_size, tune.jitter_px, tune.seed,
+    tune.min_slice_px, tune.min_case_vox, tune.val_cases, tune.validate_every and the others of TuneSettings.
+    """
+    from autosam3d.recipes.settings_file import split_overrides
+
+    own, of_recipe = split_overrides(overrides or (), ("tune",))
+    plan, cases = _opened(recipe, data, of_recipe, out)
     set_threads(threads)
     from autosam3d.inference.torch_runtime import pick_device
     from autosam3d.studies.slicewise.model import load_slice_sam
-    from autosam3d.studies.slicewise.run import TuneSettings
+    from autosam3d.studies.slicewise.settings import tune_settings
     from autosam3d.studies.slicewise.tuning import tune as run_tuning
 
+    settings = tune_settings(own, _framing(plan, style or "medsam"), prompt)
     model = load_slice_sam(sam, device=pick_device(device))
-    settings = TuneSettings(
-        scope=scope, framing=_framing(plan, style or "medsam"), prompt=prompt, jitter_px=jitter, lr=lr,
-        batch_size=batch_size, epochs=epochs, minutes=minutes, seed=seed, min_slice_px=min_px, min_case_vox=min_vox,
-        val_cases=val_cases, validate_every=validate_every,
-    )
     with TrainingView() as view:
         result = run_tuning(plan, cases, model, out, settings, cache=cache, observer=view.observer)
     if result.stopped_by is not None:
@@ -149,20 +136,20 @@ def tune(
                "from the truth)")
 
 
-def _opened(recipe: str, data: Path, overrides: list[str] | None, out: Path) -> tuple[Recipe, CaseSet]:
+def _opened(recipe: str, data: Path, overrides: Sequence[str], out: Path) -> tuple[Recipe, CaseSet]:
     from autosam3d.data.folder import open_dataset
     from autosam3d.recipes.recipe import load_recipe
 
-    plan = load_recipe(recipe, overrides or ())
+    plan = load_recipe(recipe, overrides)
     run_folder_outside(out, data)
     return plan, open_dataset(data, plan)
 
 
-def _chosen(cases: CaseSet, part: str, names: list[str] | None) -> list[Case]:
+def _chosen(cases: CaseSet, part: str, names: Sequence[str]) -> list[Case]:
     of_part: tuple[Case, ...] = getattr(cases, part)
-    unknown = sorted(set(names or ()) - {case.name for case in of_part})
+    unknown = sorted(set(names) - {case.name for case in of_part})
     if unknown:
-        raise UsageError("USAGE", f"--case {unknown[0]}", f"expected a case of the part {part}, which has "
+        raise UsageError("USAGE", f"cases: {unknown[0]}", f"expected a case of the part {part}, which has "
                          f"{len(of_part)}, got another name", "name one of its cases, or another --part")
     if not of_part:
         raise VolumeError("NO_CASES", cases.folder, f"expected cases in the part {part}, got none",
@@ -174,9 +161,3 @@ def _framing(plan: Recipe, style: Literal["sam", "medsam"]) -> Any:
     from autosam3d.studies.slicewise.images import MEDSAM_WINDOW, Framing
 
     return Framing(style=style, hu_window=MEDSAM_WINDOW if style == "medsam" else plan.preprocess.hu_window)
-
-
-def _reading(prefer: str | None, assume_ras: bool, force: bool) -> Any:
-    from autosam3d.io import ReadOptions
-
-    return ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]

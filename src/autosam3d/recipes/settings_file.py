@@ -74,6 +74,15 @@ def read_settings(
     return typed(TypeAdapter(kind), tree, file if file is not None else "settings", origins=origins)
 
 
+def split_overrides(overrides: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """``KEY.PATH=VALUE`` whose first key is one of `own`, and the others, which are a recipe's."""
+    mine, others = [], []
+    for override in overrides:
+        first = override.partition("=")[0].strip().partition(".")[0]
+        (mine if first in own else others).append(override)
+    return mine, others
+
+
 def _value_at(tree: Mapping[str, Any], key: str) -> Any:
     node: Any = tree
     for part in key.split("."):

@@ -115,7 +115,7 @@ def read_yaml_file(path: Path, kind: str) -> str:
         kind: what the file is called in messages.
 
     Raises:
-        RecipeError: UNREADABLE, TOO_LARGE, ENCODING.
+        RecipeError: RECIPE_UNREADABLE, RECIPE_TOO_LARGE, ENCODING.
     """
     try:
         status = path.stat()

@@ -71,9 +71,8 @@ def reproduce(place: Path, target: str, **how: Any) -> Path:
     """The command itself, in this process; the folder of its files."""
     given: dict[str, Any] = {
         "target": target, "data": [place / "data"], "out": place / "out", "dataset": str(place / "mini.yaml"),
-        "size": "2core", "budget": 0.02, "seeds": "0", "plan_only": False, "more": False, "student": None, "sam": None,
-        "medsam": None, "photographs": None, "nnunet_python": None, "by_case": False, "overrides": [SMALL[1]],
-        "devices": "cpu", "threads": 1,
+        "size": "2core", "budget": 0.02, "seeds": "0", "plan_only": False, "sam": None,
+        "nnunet_python": None, "overrides": [SMALL[1]], "devices": "cpu", "threads": 1,
     }
     cli_reproduce.reproduce(**(given | how))
     return place / "out"
@@ -153,7 +152,8 @@ def test_table2_and_figure_1_with_a_sam_of_random_weights(place: Path, at_once: 
     pictures.mkdir()
     for name in ("astronaut.png", "coffee.png", "camera.png"):
         shutil.copy(Path(skimage.__file__).parent / "data" / name, pictures)
-    reproduce(place, "fig1", data=[data], out=out, sam=sam, photographs=pictures)
+    reproduce(place, "fig1", data=[data], out=out, sam=sam,
+              overrides=[SMALL[1], f"study.photographs={pictures}"])
     demand_figure(out, "fig1")
 
 
@@ -233,7 +233,7 @@ def test_a_run_of_another_recipe_in_the_way(place: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change, code", [
     ({"target": "table5"}, "USAGE"), ({"size": "large"}, "USAGE"), ({"budget": 0.0}, "BUDGET"),
-    ({"seeds": "0;1"}, "SEEDS"), ({"seeds": "1,1"}, "SEEDS"), ({"student": "huge"}, "USAGE"),
+    ({"seeds": "0;1"}, "SEEDS"), ({"seeds": "1,1"}, "SEEDS"), ({"overrides": ["study.student=huge"]}, "BAD_VALUE"),
     ({"target": "table2"}, "USAGE"), ({"target": "fig1"}, "USAGE"), ({"devices": "tpu"}, "USAGE"),
     ({"devices": "cuda:97"}, "DEVICE"), ({"dataset": "no_such"}, "NO_RECIPE"),
 ])

@@ -24,6 +24,7 @@ from autosam3d.studies.reproduce.guard import demand_own_runs, keep_cases
 from autosam3d.studies.reproduce.plan import RunSpec
 from autosam3d.studies.reproduce.runner import Given, Worker, run_study
 from autosam3d.studies.reproduce.study import Study, plan_study
+from autosam3d.studies.reproduce.wish import demand_different_recipes
 from mini_run import mini_recipe, write_mini_dataset, write_recipe
 
 CPU = Worker("cpu", 1)
@@ -231,8 +232,8 @@ def test_two_recipes_of_one_name_are_refused(tmp_path: Path, planned: Callable[.
     write_recipe(tmp_path / "other.yaml", mini_recipe())
     folders = [(str(tmp_path / name), data) for name in ("mini.yaml", "other.yaml")]
     with pytest.raises(AutoSam3dError, match="recipes of different names, got 'mini'"):
-        cli_reproduce._demand_different_recipes(folders, ())
-    cli_reproduce._demand_different_recipes(folders[:1], ())
+        demand_different_recipes(folders, ())
+    demand_different_recipes(folders[:1], ())
 
 
 @pytest.mark.parametrize("word, shown", [

@@ -372,7 +372,7 @@ def segment(folder: Path, out: Path, *more: str | Path) -> command_line.Done:
 
 def test_the_command_writes_what_evaluate_scores_and_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     out, sam_file = tmp_path / "out", folder / "sam.pth"
-    done = segment(folder, out, "--sam", sam_file, "--case", "c0", "--case", "c1")
+    done = segment(folder, out, "--sam", sam_file, "--set", "cases=[c0,c1]")
     assert done.code == 0 and "c1.nii.gz" in done.out and "the truth gave organs" in done.err, done.err
     (out / "c1.nii.gz").unlink()  # as if killed in between
     done = segment(folder, out, "--sam", sam_file)
@@ -395,9 +395,9 @@ def test_wrong_calls_are_one_line_and_leave_nothing(folder: Path, tmp_path: Path
     segment(folder, out).demand_error("USAGE", 2)
     segment(folder, out, "--sam", tmp_path / "none.pth").demand_error("NO_SAM", 4)
     assert "MobileSAM" in segment(folder, out, "--sam", mobile).demand_error("MISMATCH", 4)
-    segment(folder, out, "--sam", sam_file, "--case", "c9").demand_error("USAGE", 2)
+    segment(folder, out, "--sam", sam_file, "--set", "cases=c9").demand_error("USAGE", 2)
     segment(folder, out, "--sam", sam_file, "--part", "test").demand_error("NO_CASES", 3)
-    segment(folder, out, "--sam", sam_file, "--prompt", "box", "--points", "3").demand_error("USAGE", 2)
+    segment(folder, out, "--sam", sam_file, "--prompt", "box", "--set", "prompts.num_points=3").demand_error("USAGE", 2)
     segment(folder, folder / "data" / "x", "--sam", sam_file).demand_error("SAME_PATH", 2)
     segment(folder, out, "--tuned", folder / "data").demand_error("NO_MODEL", 4)
     assert not out.exists()

@@ -103,7 +103,7 @@ def test_samples_are_slices_with_an_organ_that_is_large_enough(folder: Path) -> 
     write_segmentation(empty, Segmentation(np.zeros(SHAPE, np.uint8), affine_of()), LABELS)
     with_empty = [replace(cases[0], label_path=empty), *cases]
     assert len(collect_samples(with_empty, encoder, LABELS, min_slice_px=80, min_case_vox=100)) == len(few)
-    with pytest.raises(VolumeError, match="--min-px") as caught:
+    with pytest.raises(VolumeError, match=r"tune\.min_slice_px") as caught:
         collect_samples(cases, encoder, LABELS, min_slice_px=9999, min_case_vox=1)
     assert caught.value.code == "NO_SAMPLES"
 
@@ -183,8 +183,9 @@ def test_other_settings_another_sam_and_changed_data_are_refused(folder: Path, w
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str | Path]:
     return ["slicewise", "tune", folder / "mini.yaml", "--data", folder / "data", "--sam", folder / "sam.pth", "--out",
-            out, "--prompt", "box", "--lr", "1e-3", "--epochs", "2", "--min-px", "20", "--min-vox", "100",
-            "--val-cases", "1", "--cache", folder / "cache", "--device", "cpu", "--threads", "1", *more]
+            out, "--prompt", "box", "--set", "tune.lr=1e-3", "--set", "tune.epochs=2", "--set", "tune.min_slice_px=20",
+            "--set", "tune.min_case_vox=100", "--set", "tune.val_cases=1", "--cache", folder / "cache", "--device",
+            "cpu", "--threads", "1", *more]
 
 
 def test_minutes_bound_the_steps_and_not_the_validations(folder: Path, tmp_path: Path) -> None:
@@ -211,8 +212,12 @@ def test_the_command_tunes_and_its_result_segments(folder: Path, whole: Path, tm
 
 
 def test_wrong_calls_of_the_command(folder: Path, tmp_path: Path) -> None:
-    command_line.run(*arguments(folder, tmp_path / "a", "--min-px", "5000")).demand_error("NO_SAMPLES", 3)
-    command_line.run(*arguments(folder, tmp_path / "a", "--lr", "0")).demand_error("USAGE", 2)
+    high = ("--set", "tune.min_slice_px=5000")
+    command_line.run(*arguments(folder, tmp_path / "a", *high)).demand_error("NO_SAMPLES", 3)
+    line = command_line.run(*arguments(folder, tmp_path / "a", "--set", "tune.lr=0")).demand_error("BAD_VALUE", 2)
+    assert "--set: tune.lr: expected a positive number, got 0" in line
+    line = command_line.run(*arguments(folder, tmp_path / "a", "--set", "tune.epoch=3")).demand_error("UNKNOWN_KEY", 2)
+    assert "did you mean tune.epochs?" in line
     (tmp_path / "file").write_text("x")
     command_line.run(*arguments(folder, tmp_path / "file")).demand_error("OUTPUT_PATH", 2)
     assert not list((tmp_path / "a").glob("*.safetensors"))

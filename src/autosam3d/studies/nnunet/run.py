@@ -45,6 +45,7 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 class NnunetPlan:
     """What is to be run. The defaults are nnU-Net's own; whatever is smaller is named in `NnunetResult.reduced`."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - as pydantic reads it
     preset: str = "default"
     configuration: str = "3d_fullres"
     fold: int = 0
@@ -66,19 +67,20 @@ class NnunetPlan:
     def __post_init__(self) -> None:
         def demand(good: bool, option: str, expected: str, remedy: str) -> None:
             if not good:
-                raise UsageError("USAGE", f"--{option}", f"expected {expected}, got {getattr(self, option)}", remedy)
+                named = f"--{option}" if option in ("preset", "minutes") else f"--set {option}"
+                raise UsageError("USAGE", named, f"expected {expected}, got {getattr(self, option)}", remedy)
 
         demand(self.preset in PRESETS, "preset", ", ".join(PRESETS), "name one of these")
         demand(self.configuration in CONFIGURATIONS, "configuration", ", ".join(CONFIGURATIONS), "name one of these")
         demand(0 <= self.fold < 1000, "fold", "a number from 0", "name a fold of splits_final.json")
-        demand(self.epochs is None or self.minutes is None, "minutes", "--epochs or --minutes", "leave one out")
+        demand(self.epochs is None or self.minutes is None, "minutes", "--set epochs or --minutes", "leave one out")
         demand(self.epochs is None or 1 <= self.epochs <= 100_000, "epochs", "1 to 100000", "try 1000")
         demand(self.minutes is None or 0 < self.minutes <= 100_000, "minutes", "more than 0", "try 60")
         demand(1 <= self.iterations <= 100_000, "iterations", "1 to 100000", "nnU-Net takes 250")
         demand(self.batch is None or 2 <= self.batch <= 1024, "batch", "2 or more: of one, nnU-Net would never look at "
                "an organ on purpose", "try 2")
         demand(self.patch is None or (len(self.patch) == 3 and all(8 <= n <= 1024 for n in self.patch)), "patch",
-               "three numbers from 8, as 32,64,64 (z, y, x)", "leave it out for nnU-Net's own")
+               "three numbers from 8, as [32,64,64] (z, y, x)", "leave it out for nnU-Net's own")
         demand(self.patch is None or self.configuration != "2d", "patch", "a 3D configuration", "leave it out")
 
 

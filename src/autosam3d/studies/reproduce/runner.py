@@ -163,17 +163,18 @@ def _slicewise(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[st
     if tuning != "sam":
         length = []
         if study.budget_minutes:  # which then decides, and not the number of epochs
-            length = ["--minutes", f"{study.budget_minutes:g}", "--epochs", "1000000"]
+            length = ["--set", f"tune.minutes={study.budget_minutes:g}", "--set", "tune.epochs=1000000"]
         yield "tuning", ["slicewise", "tune", *where, "--sam", str(given.medsam or given.sam), "--out", str(run.run),
-                         "--scope", "full" if tuning == "medsam_full" else "decoder", "--prompt", prompt,
-                         "--seed", str(run.spec.seed), *length]
+                         "--prompt", prompt, "--set", f"tune.seed={run.spec.seed}",
+                         "--set", f"tune.scope={'full' if tuning == 'medsam_full' else 'decoder'}", *length]
         model = ["--tuned", str(run.run)]
     yield "segmenting", ["slicewise", "segment", *where, "--out", str(run.prediction), "--prompt", prompt, *model]
 
 
 def _nnunet(run: PlannedRun, study: Study, given: Given) -> list[str]:
     length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
-    size = ["--patch", ",".join(map(str, SMALL_PATCH)), "--batch", "2", "--iterations", "50"] if run.spec.small else []
+    small = (f"patch={list(SMALL_PATCH)}", "batch=2", "iterations=50") if run.spec.small else ()
+    size = [word for key in small for word in ("--set", key)]
     return ["nnunet", str(study.data), str(run.run), "--preset", run.spec.model, "--python",
             str(given.nnunet_python or sys.executable), *length, *size, *_TOLERANCES]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from autosam3d.checkpoints.checkpoint import save_checkpoint
@@ -37,6 +38,7 @@ _STATE_KIND = f"{KIND}-training"
 class TuneSettings:
     """One tuning, whole; kept with the model. Thresholds and rates are MedSAM's."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     scope: Literal["decoder", "full"] = "decoder"
     """"decoder": prompt encoder and mask decoder; "full": the image encoder too."""
     framing: Framing

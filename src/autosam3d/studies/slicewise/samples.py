@@ -104,7 +104,7 @@ def collect_samples(
     if not samples:
         where = cases[0].label_path if cases and cases[0].label_path else "dataset"
         raise VolumeError("NO_SAMPLES", where, f"expected slices in which an organ has {wish}, got none in "
-                          f"{len(cases)} cases", "lower --min-px and --min-vox")
+                          f"{len(cases)} cases", "lower tune.min_slice_px and tune.min_case_vox with --set")
     if lacking:
         log.warning("no slice shows %s with %s: not learnt from", ", ".join(lacking), wish)
     return samples

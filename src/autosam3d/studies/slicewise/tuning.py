@@ -195,7 +195,7 @@ def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
         bad = 0 if good else bad + 1
         if bad >= _MAX_NAN_STEPS:
             raise CheckpointError("NONFINITE", run.folder, f"the loss was not finite for {bad} steps in a row at step "
-                                  f"{position.global_step + 1}", "start in a new folder (--out) with a lower --lr")
+                                  f"{position.global_step + 1}", "start in a new folder (--out) with a lower tune.lr")
         position.step_in_epoch, position.global_step = step + 1, position.global_step + 1
         took = time.perf_counter() - started
         position.seconds += took
