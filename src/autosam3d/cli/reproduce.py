@@ -48,11 +48,11 @@ def reproduce(
     study.by_case=true (test cases as pairs, not cases and organs), study.photographs (a folder, for fig1).
     """
     from autosam3d.recipes.settings_file import split_overrides
-    from autosam3d.studies.reproduce.wish import Wish, datasets, seeds_of, study_keys
+    from autosam3d.studies.reproduce.wish import Wish, datasets, seeds_of, size_of, study_keys, target_of
 
     own, of_recipes = split_overrides(overrides or (), ("study",))
-    wish = Wish(target=target, folders=datasets(data, dataset), out=out, size=size, seeds=seeds_of(seeds), sam=sam,
-                overrides=of_recipes, keys=study_keys(own))
+    wish = Wish(target=target_of(target), size=size_of(size), folders=datasets(data, dataset), out=out,
+                seeds=seeds_of(seeds), sam=sam, overrides=of_recipes, keys=study_keys(own))
     for _, folder in wish.folders:
         run_folder_outside(out, folder)
     if target == "fig1" and plan_only:
@@ -68,8 +68,8 @@ def reproduce(
     from autosam3d.studies.reproduce.runner import Given
     from autosam3d.studies.reproduce.workers import find_workers
 
-    specs = plan_runs(target, size, wish.seeds, more_ablations=wish.keys.more, nnunet_v2=nnunet_python is not None,
-                      student=wish.keys.student)
+    specs = plan_runs(wish.target, wish.size, wish.seeds, more_ablations=wish.keys.more,
+                      nnunet_v2=nnunet_python is not None, student=wish.keys.student)
     workers = find_workers(devices, threads)
     studies = _planned(wish.folders, specs, out, budget, workers, of_recipes)
     if plan_only:

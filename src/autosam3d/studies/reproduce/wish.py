@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 from autosam3d.errors import UsageError
 from autosam3d.recipes.recipe import load_recipe
 from autosam3d.recipes.typed_tree import typed, with_overrides
-from autosam3d.studies.reproduce.plan import TARGETS
+from autosam3d.studies.reproduce.plan import TARGETS, StudySize, Target
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -39,11 +39,11 @@ class StudyKeys:
 class Wish:
     """One target, with all that it needs."""
 
-    target: str
+    target: Target
     folders: Sequence[tuple[str, Path]]
     """Recipe and folder of each dataset."""
     out: Path
-    size: str = "paper"
+    size: StudySize = "paper"
     seeds: Sequence[int] = (0,)
     sam: str | None = None
     overrides: Sequence[str] = ()
@@ -51,10 +51,6 @@ class Wish:
     keys: StudyKeys = field(default_factory=StudyKeys)
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UsageError("USAGE", self.target, f"expected one of {', '.join(TARGETS)}", "name one of these")
-        if self.size not in ("paper", "2core"):
-            raise UsageError("USAGE", f"--size {self.size}", "expected paper or 2core", "name one of these")
         if self.target in ("fig3", "fig4") and len(self.folders) > 1:
             raise UsageError("USAGE", "--data", f"expected one dataset for {self.target}, got {len(self.folders)}",
                              "name one")
@@ -73,6 +69,28 @@ class Wish:
             missing = "--sam" if self.sam is None else "--set study.photographs"
             raise UsageError("USAGE", missing, "expected SAM weights and a folder of photographs for fig1",
                              "name both")
+
+
+def target_of(text: str) -> Target:
+    """A table or a figure by its name.
+
+    Raises:
+        UsageError: USAGE.
+    """
+    if text not in TARGETS:
+        raise UsageError("USAGE", text, f"expected one of {', '.join(TARGETS)}", "name one of these")
+    return text
+
+
+def size_of(text: str) -> StudySize:
+    """``paper`` or ``2core``.
+
+    Raises:
+        UsageError: USAGE.
+    """
+    if text not in ("paper", "2core"):
+        raise UsageError("USAGE", f"--size {text}", "expected paper or 2core", "name one of these")
+    return text
 
 
 def study_keys(overrides: Iterable[str]) -> StudyKeys:
