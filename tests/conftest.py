@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -35,6 +36,18 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip("real CTs are not beside this checkout (../shared/data)")
     return REAL_DATA
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lock files lie on a file system without locks, as some that are mounted over a network are."""
+    from autosam3d.io import lock_file
+
+    def refuse(*given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(lock_file.fcntl, name, refuse)
 
 
 # Where .ci/run found all that tests need, a skipped test is a failure, but for these reasons: another platform, and

@@ -1,13 +1,16 @@
-"""Which run a folder is of."""
+"""Which run a folder is of, and who trains there: one process at a time; file systems without locks stop none."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from autosam3d.errors import UsageError
-from autosam3d.training.run_folder import claim_run_folder, demand_same_run
+from autosam3d.training.run_folder import claim_run_folder, demand_same_run, hold_run_folder
+from lock_holders import held_by_another, needs_locks
 
 NAME, TEXT = "recipe.yaml", "name: mini\nlr: 0.1\n"
 
@@ -44,3 +47,24 @@ def test_a_text_that_goes_on_longer_is_another(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected 'its line ends'"):
         claim(tmp_path, TEXT.rstrip("\n"))
     demand_same_run(tmp_path, NAME, TEXT + "more: 1\n", same=lambda there: there == TEXT)
+
+
+def rank(number: int) -> Any:
+    return SimpleNamespace(is_global_zero=number == 0)
+
+
+@needs_locks
+def test_a_second_training_is_told_who_is_there(tmp_path: Path) -> None:
+    with held_by_another(tmp_path / "run", "train.lock") as holder:
+        with pytest.raises(UsageError) as caught, hold_run_folder(tmp_path / "run", rank(0)):
+            pass
+        assert caught.value.code == "LOCKED" and f"held by process {holder.pid} on " in caught.value.fault
+        assert caught.value.remedy.endswith("name another folder with --out")
+        with hold_run_folder(tmp_path / "run", rank(1)):  # what the first rank of its own run holds
+            pass
+
+
+@needs_locks
+def test_without_locks_a_training_goes_on(tmp_path: Path, no_locks: None) -> None:
+    with hold_run_folder(tmp_path / "run", rank(0)):
+        assert (tmp_path / "run/train.lock").read_text().startswith("process ")

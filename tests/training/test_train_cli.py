@@ -226,9 +226,9 @@ def test_a_damaged_scan_names_the_file(folder: Path, tmp_path: Path) -> None:
 
 def test_places_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    demand_failure(command_line.run(*arguments(folder, tmp_path / "file" / "run")), 5, "NOT_WRITABLE", "file")
-    demand_failure(command_line.run(*arguments(folder, tmp_path / "run", "--cache", tmp_path / "file" / "cache")), 5,
-                   "NOT_WRITABLE", "--cache")
+    demand_failure(command_line.run(*arguments(folder, tmp_path / "file" / "run")), 2, "OUTPUT_PATH", "file")
+    demand_failure(command_line.run(*arguments(folder, tmp_path / "run", "--cache", tmp_path / "file" / "cache")), 2,
+                   "OUTPUT_PATH", "--cache")
 
 
 def test_sam_files_that_are_none(folder: Path, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from autosam3d.checkpoints.model_file import find_checkpoint, meta_text, packaged_model, read_meta, recipe_of, sealed
 from autosam3d.checkpoints.sam_files import read_sam_state
-from autosam3d.errors import CheckpointError, ResourceError, UsageError
+from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
+from autosam3d.io.folders import make_folder
 from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names, load_sam
 from autosam3d.models.build import build_network
 from autosam3d.models.side_outputs import without_side_outputs
@@ -202,7 +203,7 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     that float16 cannot hold stays as it is.
 
     Raises:
-        UsageError: EXISTS, another model lies there.
+        UsageError: OUTPUT_EXISTS, another model lies there; OUTPUT_PATH.
         ResourceError: NOT_WRITABLE, or the disk is full.
         CheckpointError: as `load_model`.
     """
@@ -212,11 +213,7 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     if out.exists() and not _is_model(out, meta):
         raise UsageError("OUTPUT_EXISTS", out, "expected a new folder, it holds another model", "name another folder")
     model = load_model(source, sam=sam)
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", destination, f"expected a folder that may be written ({error.strerror})",
-                            "name another folder") from None
+    make_folder(destination)
     kept = {key: meta[key] for key in ("recipe", "sam", "teacher", "epoch", "metrics", "torch") if key in meta}
     state = model.network.state_dict()
     if half:

@@ -24,6 +24,7 @@ from autosam3d import io
 from autosam3d.data.folder import held_out, write_index
 from autosam3d.errors import AutoSam3dError, BatchError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
+from autosam3d.io.folders import writable_folder
 from autosam3d.labels import remap
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.recipes.settings import Download
@@ -187,7 +188,7 @@ def _open_journal(recipe: Recipe, destination: Path) -> dict[str, Any]:
     # What the split is made of may change: it is written anew at the end, only its test part decides on folders.
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     path = destination / JOURNAL
-    try:
+    with writable_folder(destination):
         if destination.is_dir() and any(destination.iterdir()):
             try:
                 journal = json.loads(path.read_text("utf-8"))
@@ -203,9 +204,6 @@ def _open_journal(recipe: Recipe, destination: Path) -> dict[str, Any]:
             journal = {"plan": digest, "recipe": recipe.name, "cases": {}}
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (destination / part).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", destination, f"cannot be written ({error.strerror})",
-                            "name another folder") from None
     _write_journal(destination, journal)
     return journal
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from autosam3d.errors import ResourceError
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
+from autosam3d.io.folders import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,10 @@ class Entry:
             facts: kept with them, as JSON has it.
 
         Raises:
-            ResourceError: NOT_WRITABLE, NO_SPACE or IO.
+            UsageError: OUTPUT_PATH. ResourceError: NOT_WRITABLE, NO_SPACE or IO.
         """
         folder = self.info_path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError("NOT_WRITABLE", folder.parent, f"expected a folder that may be written "
-                                f"({error.strerror})", "name another folder with --cache") from None
+        make_folder(folder, remedy="name another folder with --cache")
         remove_stale_temporaries(folder)
         for name, path in self.array_paths.items():
             atomic_write(path, lambda staged, name=name: save_array(staged, arrays[name]),

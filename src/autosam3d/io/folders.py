@@ -46,13 +46,13 @@ def staged_folder(path: Path) -> Iterator[Path]:
         ResourceError: NOT_WRITABLE.
     """
     stage = path.with_name(f".{path.name[:150]}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
-    with _explained(path):
+    with writable_folder(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stage.mkdir()
     old = stage.with_name(f"{stage.name}.old")
     try:
         yield stage
-        with _explained(path):
+        with writable_folder(path):
             if path.exists():
                 path.rename(old)  # between the two renames nothing lies at `path`: folders cannot trade places
             try:
@@ -66,22 +66,41 @@ def staged_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(path: Path) -> None:
-    """`path` and what lies above it, where absent.
+def make_folder(path: Path, *, mode: int | None = None, remedy: str = "name another folder") -> None:
+    """Make `path` and the folders above it, where they are absent.
+
+    Args:
+        path: the folder.
+        mode: the permissions of `path`, also where it exists already; None leaves them to the process and to whoever
+            made it.
+        remedy: what to do where the folder cannot be made; it names the option that names the folder.
 
     Raises:
-        As `staged_folder`.
+        UsageError: OUTPUT_PATH, a file lies at `path` or above it, or the path cannot exist.
+        ResourceError: NOT_WRITABLE, the operating system refuses for another reason.
     """
-    with _explained(path):
-        path.mkdir(parents=True, exist_ok=True)
+    with writable_folder(path, remedy):
+        path.mkdir(mode=0o777 if mode is None else mode, parents=True, exist_ok=True)
+        if mode is not None and os.name == "posix":
+            path.chmod(mode)  # of a folder that was there, and without the process's umask
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def writable_folder(path: Path, remedy: str = "name another folder") -> Iterator[None]:
+    """Inside, a folder is made or written to; what the operating system refuses there is an error of ours.
+
+    Args:
+        path: the folder, for the message.
+        remedy: what to do.
+
+    Raises:
+        UsageError: OUTPUT_PATH, something else than a folder lies there, or there is no such place.
+        ResourceError: NOT_WRITABLE, any other refusal.
+    """
     try:
         yield
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        raise UsageError("OUTPUT_PATH", path, f"expected a folder ({error.strerror})", "name another one") from None
+        raise UsageError("OUTPUT_PATH", path, f"expected a folder ({error.strerror})", remedy) from None
     except OSError as error:
-        raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be made ({error.strerror})",
-                            "name another folder") from None
+        raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be made and written to "
+                            f"({error.strerror})", remedy) from None

@@ -15,6 +15,7 @@ from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeEr
 from autosam3d.inference.pipeline import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import sha256_of, write_text_atomic
+from autosam3d.io.folders import make_folder
 from autosam3d.io.output_formats import NIFTI, label_writer
 from autosam3d.io.volume_table import organ_volumes
 from autosam3d.scans.jobs import BatchJob
@@ -152,7 +153,7 @@ class _Batch:
         if not self.preview:
             volume = None  # its place in memory is what the windows take
         segmentation = finish(progress.on_window if progress else None)
-        _make_folder(job.output.path.parent)
+        make_folder(job.output.path.parent, remedy="choose another output")
 
         def write_all() -> dict[str, Any]:
             found = write(job.output.path, segmentation, self.model.recipe.labels)
@@ -208,14 +209,6 @@ def _demand_writable(folder: Path) -> None:
         raise UsageError("OUTPUT_PATH", there, "expected a folder, got a file", "choose another output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ResourceError("NOT_WRITABLE", there, "the folder may not be written to", "choose another output")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", folder, f"the folder cannot be made ({error.strerror})",
-                            "choose another output") from None
 
 
 def _sha256_of_scan(source: Path) -> str:

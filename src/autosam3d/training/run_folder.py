@@ -3,64 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TextIO
 
 from lightning_fabric import Fabric
 
 from autosam3d.errors import RecipeError, ResourceError, UsageError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
-from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
+from autosam3d.io.folders import writable_folder
+from autosam3d.io.lock_file import hold_folder
 from autosam3d.io.memory import size_text
 from autosam3d.recipes.recipe import Recipe, dump_recipe, recipe_from_dict
 from autosam3d.recipes.yaml_text import parse_yaml
 from autosam3d.training.optimizer import state_bytes
 from autosam3d.training.run import Run
 
-log = logging.getLogger(__name__)
-
 
 @contextmanager
 def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
-    """Make `folder`; inside, this run alone trains there. The lock ends with the process, however it ends.
+    """Make `folder`; inside, this run alone trains there. The hold ends with the process, however it ends.
 
     Raises:
-        UsageError: LOCKED, another process trains there.
-        ResourceError: NOT_WRITABLE.
+        As `hold_folder`: LOCKED, OUTPUT_PATH, NOT_WRITABLE. Where the file system has no locks the run goes on.
     """
     with contextlib.ExitStack() as stack:
         if fabric.is_global_zero:
-            with _demand_writable(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context((folder / "train.lock").open("a+", encoding="utf-8"))
-            _lock(file, folder)
+            stack.enter_context(hold_folder(folder, "train.lock", what="run folder", option="--out"))
         yield
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    try:
-        take_lock(file)
-    except HeldError as owner:
-        raise UsageError("LOCKED", folder, f"expected a run folder that nobody trains in, another process does "
-                         f"({owner})", "wait for its end, or name another folder with --out") from None
-    except OSError as error:  # some network file systems have none
-        log.info("%s: cannot be locked (%s)", folder, error.strerror)
-    with _demand_writable(folder):
-        sign_lock(file)
-
-
-@contextmanager
-def _demand_writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", folder, f"expected a folder that may be written ({error.strerror})",
-                            "name another folder") from None
 
 
 def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
@@ -84,10 +56,11 @@ def claim_run_folder(folder: Path, name: str, text: str) -> None:
         name: of that file.
 
     Raises:
-        ResourceError: UNWRITABLE or NOT_WRITABLE.
+        UsageError: OUTPUT_PATH.
+        ResourceError: NOT_WRITABLE.
     """
     path = folder / name
-    with _demand_writable(folder):
+    with writable_folder(folder, "name another folder with --out"):
         remove_stale_temporaries(folder)
         begun = any((folder / f"{saved}.json").exists() for saved in ("last", "previous", "best"))
         if not begun and (not path.exists() or path.read_bytes() != text.encode()):

@@ -19,7 +19,7 @@ pytest.importorskip("requests", reason="the pacs extra is not installed")
 import driver
 import make_dicom as bad
 
-from autosam3d.errors import AutoSam3dError, UsageError
+from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 from autosam3d.services.pacs.credentials import demand_safe_transport, read_credentials
 from autosam3d.services.pacs.dicomweb import DicomWeb, Limits
 from autosam3d.services.pacs.faults import ArchiveError
@@ -27,6 +27,7 @@ from autosam3d.services.pacs.ledger import DEAD, Ledger, Retry
 from autosam3d.services.pacs.multipart import BrokenMultipartError, TooLargeError, body_of, boundary_of, write_parts
 from autosam3d.services.pacs.rule import SeriesFacts, read_rule
 from autosam3d.services.pacs.state_folder import hold_state_folder
+from lock_holders import needs_locks
 
 UIDS = [f"{bad.SERIES_UID}.{n + 1}" for n in range(bad.NUM_SLICES)]
 
@@ -235,6 +236,13 @@ def test_rules(tmp_path: Path) -> None:
         assert caught.value.exit_code == 2
 
 
+@needs_locks
+def test_a_state_folder_without_locks_is_refused(tmp_path: Path, no_locks: None) -> None:
+    with pytest.raises(ResourceError) as caught, hold_state_folder(tmp_path / "state"):
+        pass
+    assert caught.value.code == "NO_LOCK" and "--state" in caught.value.remedy
+
+
 def test_one_process_a_state_folder_and_delays_that_grow(tmp_path: Path) -> None:
     import subprocess
     import sys
@@ -245,6 +253,6 @@ def test_one_process_a_state_folder_and_delays_that_grow(tmp_path: Path) -> None
                 "from autosam3d.services.pacs.state_folder import hold_state_folder\n"
                 "with hold_state_folder(Path(sys.argv[1])): pass")
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "state")], capture_output=True, text=True)
-        assert "LOCKED" in done.stderr or "another process does" in done.stderr
+        assert f"held by process {os.getpid()} on " in done.stderr and done.returncode == 1
     delays = np.array([[Retry().delay(n) for n in range(1, 15)] for _ in range(50)])
     assert (delays.max(axis=0) <= np.minimum(3600, 10 * 2.0 ** np.arange(14))).all() and delays.std(axis=0).min() > 0

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from running import Running, fault, outcome, running, send, until
 
-from autosam3d.errors import ResourceError
+from autosam3d.errors import ResourceError, UsageError
+from autosam3d.services.serve.server import _own_folder
 from autosam3d.services.serve.settings import SteadyClock
 from autosam3d.services.serve.store import DONE, FAILED, MAX_ATTEMPTS, QUEUED, RUNNING, JobStore, SentTwice
 from command_line import run
 from exports import mini_export
+from lock_holders import needs_locks
 from on_disk import demand_as_told
 
 
@@ -91,6 +93,21 @@ def test_a_killed_service_begins_its_job_once_more_and_then_no_more(long_ct: Pat
         assert not (last.folder / "jobs" / ("B" * 22)).exists()
     finally:
         assert last.stop() == 143
+
+
+@needs_locks
+def test_a_folder_without_locks_is_refused(tmp_path: Path, no_locks: None) -> None:
+    with pytest.raises(ResourceError) as caught, _own_folder(tmp_path / "state"):
+        pass
+    assert caught.value.code == "NO_LOCK" and "--folder" in caught.value.remedy
+
+
+def test_the_permissions_of_a_folder_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o755)
+    (tmp_path / "mine/notes.txt").touch()
+    with pytest.raises(UsageError) as caught, _own_folder(tmp_path / "mine"):
+        pass
+    assert caught.value.code == "OUTPUT_EXISTS" and (tmp_path / "mine").stat().st_mode & 0o777 == 0o755
 
 
 def test_two_of_a_kind_and_other_bad_places(service: Running, tmp_path: Path) -> None:

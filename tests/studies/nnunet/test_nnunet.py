@@ -16,6 +16,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -29,6 +30,7 @@ from autosam3d.studies.nnunet.agreement import BOUND, compare, read_summary
 from autosam3d.studies.nnunet.data import open_for_nnunet, write_raw
 from autosam3d.studies.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
 from autosam3d.studies.nnunet.run import NnunetPlan, train_and_predict
+from lock_holders import held_by_another, needs_locks
 from on_disk import demand_as_told
 
 ORGANS = {1: "liver", 2: "spleen", 3: "aorta"}
@@ -329,10 +331,30 @@ def test_another_run_in_the_way_is_left_alone(dataset: Path, tmp_path: Path, fak
     assert refused(out, PLAN) == "OTHER_RUN"
 
 
-def test_a_second_process_waits_outside(dataset: Path, tmp_path: Path, fake: Path) -> None:
-    with run_module._held(tmp_path / "out"), pytest.raises(UsageError) as caught:
+@needs_locks
+def test_a_second_process_is_told_who_is_there(dataset: Path, tmp_path: Path, fake: Path) -> None:
+    with held_by_another(tmp_path / "out", "nnunet.lock", inherit=True) as holder, pytest.raises(UsageError) as caught:
         train_and_predict(dataset, tmp_path / "out", PLAN)
-    assert caught.value.code == "LOCKED"
+    assert caught.value.code == "LOCKED" and f"held by process {holder.pid} on " in caught.value.fault
+
+
+@needs_locks
+def test_without_locks_a_run_goes_on(dataset: Path, tmp_path: Path, fake: Path, no_locks: None) -> None:
+    assert train_and_predict(dataset, tmp_path / "out", PLAN).steps == 9
+
+
+@needs_locks
+def test_stages_hold_the_folder_too(dataset: Path, tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    run_stage = run_module.run_stage
+
+    def note(*given: Any, **more: Any) -> None:
+        seen.append(more["descriptors"])
+        run_stage(*given, **more)
+
+    monkeypatch.setattr(run_module, "run_stage", note)
+    train_and_predict(dataset, tmp_path / "out", PLAN)
+    assert seen and all(len(descriptors) == 1 for descriptors in seen)
 
 
 def test_a_stop_ends_the_stage_and_all_that_it_started(tmp_path: Path) -> None:

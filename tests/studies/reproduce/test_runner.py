@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +21,7 @@ from autosam3d.studies.reproduce.plan import RunSpec
 from autosam3d.studies.reproduce.runner import Given, Worker, run_study
 from autosam3d.studies.reproduce.study import Study, plan_study
 from autosam3d.studies.reproduce.wish import demand_different_recipes
+from lock_holders import held_by_another, needs_locks
 from mini_run import mini_recipe, write_mini_dataset, write_recipe
 
 CPU = Worker("cpu", 1)
@@ -154,45 +151,43 @@ def test_a_failed_stage_says_how(
     assert run_study(one, [CPU]).failed == {"a_s0": said}
 
 
-@pytest.mark.skipif(runner.fcntl is None, reason="Windows has no such locks")
-def test_a_stage_that_outlives_the_command_keeps_its_run(tmp_path: Path) -> None:
-    child = "import time; print('up', flush=True); time.sleep(60)"
-    parent = (
-        "import os, sys\nfrom pathlib import Path\nfrom autosam3d.studies.reproduce import runner\n"
-        "import subprocess\nwith runner._claimed(Path(sys.argv[1])) as claim:\n"
-        f"    child = subprocess.Popen([sys.executable, '-c', {child!r}], pass_fds=(claim,))\n"
-        "    print(child.pid, flush=True)\n    child.wait()\n"
-    )
-    command = subprocess.Popen([sys.executable, "-c", parent, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert command.stdout is not None
-    orphan = int(command.stdout.readline())
-    try:
-        command.kill()
-        command.wait()
-        with runner._claimed(tmp_path / "run") as claim:
-            assert claim is None
-    finally:
-        os.kill(orphan, signal.SIGKILL)
-    for _ in range(100):
-        with runner._claimed(tmp_path / "run") as claim:
-            if claim is not None:
-                return
-        time.sleep(0.1)
-    pytest.fail("the claim did not end with the stage")
+@needs_locks
+def test_a_run_that_another_process_is_at_is_waited_for(
+    planned: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "stages", lambda *given: [])
+    monkeypatch.setattr(runner, "_write_done", lambda *given: None)
+    one, said = planned(spec()), list[str]()
+    with held_by_another(one.runs[0].folder, "claim.lock", inherit=True) as holder:
+
+        def tell(text: str) -> None:
+            said.append(text)
+            if "another process is at it" in text:
+                holder.kill()
+
+        assert run_study(one, [CPU], tell=tell).finished == ["a_s0"]
+    assert f"held by process {holder.pid} on " in said[0] and len(said) == 2
 
 
-def test_stages_are_given_the_claim(planned: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_locks
+@pytest.mark.parametrize("locks", [True, False])
+def test_stages_hold_the_run_too_and_go_on_without_locks(
+    planned: Callable[..., Study], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, locks: bool
+) -> None:
     seen: list[Any] = []
 
     def start(command: list[str], **how: Any) -> Any:
         seen.append(how["pass_fds"])
         return _Ended()
 
+    study_of_one = planned(spec())
+    if not locks:
+        request.getfixturevalue("no_locks")
     monkeypatch.setattr(runner, "stages", lambda *given: stage(""))
     monkeypatch.setattr(runner, "_write_done", lambda *given: None)
     monkeypatch.setattr(runner.subprocess, "Popen", start)
-    assert run_study(planned(spec()), [CPU]).finished == ["a_s0"]
-    assert len(seen) == 1 and len(seen[0]) == (runner.fcntl is not None)
+    assert run_study(study_of_one, [CPU]).finished == ["a_s0"]
+    assert [len(descriptors) for descriptors in seen] == [int(locks)]
 
 
 class _Ended:

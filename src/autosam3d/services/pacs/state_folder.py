@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autosam3d.errors import ResourceError, UsageError
-from autosam3d.io.lock_file import HeldError, sign_lock, take_lock
+from autosam3d.io.folders import make_folder
+from autosam3d.io.lock_file import hold_folder
 from autosam3d.services.pacs.incoming import hash_of
+
+_MODE = 0o700
+"""What lies here are images of patients."""
+_REMEDY = "name another folder with --state"
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ class StateFolder:
     def fresh(self, folder: Path) -> Path:
         """`folder`, empty, for us alone."""
         shutil.rmtree(folder, ignore_errors=True)
-        with _explained(folder):
-            folder.mkdir(parents=True, mode=0o700)
+        make_folder(folder, mode=_MODE, remedy=_REMEDY)
         return folder
 
     def sweep(self, keep: Container[str]) -> None:
@@ -65,40 +67,16 @@ class StateFolder:
 
 @contextlib.contextmanager
 def hold_state_folder(path: Path) -> Iterator[StateFolder]:
-    """Make the folder; inside, this process alone works there. The lock ends with the process, however it ends.
+    """Make the folder; inside, this process alone works there. The hold ends with the process, however it ends.
+
+    Two processes would fetch, segment and send the same series, and sweep each other's files away: without locks the
+    folder is refused.
 
     Raises:
-        UsageError: LOCKED, another process works there; OUTPUT_PATH.
-        ResourceError: NOT_WRITABLE.
+        As `hold_folder`: LOCKED, NO_LOCK, OUTPUT_PATH, NOT_WRITABLE.
     """
     state = StateFolder(path)
-    with contextlib.ExitStack() as stack:
-        with _explained(path):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.name == "posix":
-                path.chmod(0o700)
-            file = stack.enter_context((path / "lock").open("a+", encoding="utf-8"))
-        try:
-            take_lock(file)
-        except HeldError as owner:
-            raise UsageError("LOCKED", path, f"expected a state folder that nobody works in, another process does "
-                             f"({owner})", "wait for its end, or name another --state") from None
-        except OSError as error:
-            raise ResourceError("NO_LOCK", path, f"it cannot be locked ({error.strerror}), so two processes could do "
-                                "the same work", "name a --state folder on a local disk") from None
-        with _explained(path):
-            sign_lock(file)
-            for folder in (path / "jobs", state.incoming):
-                folder.mkdir(exist_ok=True, mode=0o700)
+    with hold_folder(path, "lock", what="state folder", option="--state", demand_lock=True, mode=_MODE):
+        for folder in (path / "jobs", state.incoming):
+            make_folder(folder, mode=_MODE, remedy=_REMEDY)
         yield state
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError("OUTPUT_PATH", path, f"expected a folder ({error.strerror})", "name another one") from None
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be written ({error.strerror})",
-                            "name another --state") from None

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
-from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
+from autosam3d.errors import AutoSam3dError, UsageError
 from autosam3d.export.web import write_web_folder
-from autosam3d.io.lock_file import HeldError, is_of_this_machine, read_owner, sign_lock, take_lock
+from autosam3d.io.folders import make_folder, writable_folder
+from autosam3d.io.lock_file import hold_folder
 from autosam3d.scans.open_model import kept_export
 from autosam3d.services.addresses import cannot_listen, no_such_address
 from autosam3d.services.serve.app import make_app
@@ -40,6 +40,9 @@ _log = logging.getLogger(__name__)
 LOCK = "serve.lock"
 _STATE = "jobs.sqlite"
 _OURS = {LOCK, _STATE, f"{_STATE}-wal", f"{_STATE}-shm", "jobs", "tmp", "web"}
+_MODE = 0o700
+"""What lies there are scans of patients."""
+_REMEDY = "name another folder with --folder"
 _DISK_THREADS = 8
 _BACKLOG = 512
 
@@ -54,6 +57,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
 
     Raises:
         UsageError: NO_TOKEN, PORT_IN_USE, ADDRESS, LOCKED, OUTPUT_EXISTS, OUTPUT_PATH.
+        ResourceError: NO_LOCK, NOT_WRITABLE.
         AutoSam3dError: as `open_model`.
     """
     demand_token_off_loopback(settings.host, settings.token)
@@ -141,56 +145,26 @@ def _add_page(app: FastAPI, settings: ServeSettings, model: Path | None) -> None
 
 @contextlib.contextmanager
 def _own_folder(folder: Path) -> Iterator[None]:
-    """The service's folder, closed to others, locked, and clean of what a former one left."""
-    try:
-        lock = _open_folder(folder)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError("OUTPUT_PATH", folder, f"expected a folder ({error.strerror})",
-                         "name another --folder") from None
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", folder, f"the service's folder cannot be used ({error.strerror})",
-                            "name another --folder") from None
-    with lock:
+    """The service's folder, closed to others, held by this process, and clean of what a former one left.
+
+    Two services would take the same jobs and clear each other's uploads away, so without locks the folder is refused,
+    and the signature of another machine is believed.
+    """
+    with writable_folder(folder, _REMEDY):
+        if folder.is_dir() and any(path.name not in _OURS for path in folder.iterdir()):
+            raise UsageError("OUTPUT_EXISTS", folder, "expected an empty folder or one of a service, got other files",
+                             _REMEDY)
+    with hold_folder(folder, LOCK, what="folder of a service", option="--folder", demand_lock=True,
+                     believe_signature=True, mode=_MODE):
+        for name in ("jobs", "tmp"):
+            make_folder(folder / name, mode=_MODE, remedy=_REMEDY)
+        with writable_folder(folder, _REMEDY):
+            _empty(folder / "tmp")
         try:
             yield
         finally:
             _empty(folder / "tmp")
             shutil.rmtree(folder / "web", ignore_errors=True)
-            lock.truncate(0)  # removed, it could be another one's by now
-
-
-def _open_folder(folder: Path) -> TextIO:
-    """Make or check the folder; its lock, held while the file is open."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if any(p.name not in _OURS for p in folder.iterdir()):
-        raise UsageError("OUTPUT_EXISTS", folder, "expected an empty folder or one of a service, got other files",
-                         "name another --folder")
-    folder.chmod(0o700)
-    lock = (folder / LOCK).open("a+", encoding="utf-8")
-    try:
-        _lock(lock, folder)
-        for name in ("jobs", "tmp"):
-            (folder / name).mkdir(mode=0o700, exist_ok=True)
-        _empty(folder / "tmp")
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-def _lock(lock: TextIO, folder: Path) -> None:
-    """One service a folder; the file says who."""
-    try:
-        take_lock(lock)
-    except HeldError as owner:
-        raise UsageError("LOCKED", folder, f"another service has this folder ({owner})",
-                         "stop it, or name another --folder") from None
-    # A lock does not reach other machines everywhere; a clean end empties the file.
-    before = read_owner(lock)
-    if before and not is_of_this_machine(before):
-        raise UsageError("LOCKED", folder, f"another service has this folder, or ended without a word ({before})",
-                         f"make sure that none runs there, then remove {folder / LOCK}")
-    sign_lock(lock)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def find_nnunet(python: str | Path | None = None) -> NnunetEnvironment:
 
 def run_stage(
     environment: NnunetEnvironment, script: Path, stage: str, spec: Path, *, log: Path,
-    variables: Mapping[str, str], on_event: OnEvent, held: int | None = None,
+    variables: Mapping[str, str], on_event: OnEvent, descriptors: Sequence[int] = (),
 ) -> None:
     """Run a stage of `script`, its words to `log` (appended), what it tells to `on_event`.
 
@@ -113,7 +113,7 @@ def run_stage(
     stage to save and to end, and ends it after half a minute.
 
     Args:
-        held: a file descriptor that the stage keeps open; with a lock on it, the lock lives as long as the stage.
+        descriptors: that the stage keeps open: of a held folder, so that it is held as long as the stage works.
 
     Raises:
         UsageError: NNUNET_REFUSED, the stage says why it cannot do what is asked.
@@ -126,7 +126,7 @@ def run_stage(
     with log.open("a", encoding="utf-8", errors="replace") as written, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         encoding="utf-8", errors="replace", env={**os.environ, **variables}, start_new_session=True,
-        pass_fds=() if held is None else (held,),
+        pass_fds=descriptors,
     ) as child:
         try:
             written.write(f"\n$ {' '.join(command)}\n")

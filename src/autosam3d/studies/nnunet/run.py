@@ -9,24 +9,19 @@ inside it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autosam3d.errors import ResourceError, UsageError
+from autosam3d.errors import UsageError
 from autosam3d.io.files import write_text_atomic
+from autosam3d.io.lock_file import HeldFolder, hold_folder
 from autosam3d.studies.nnunet.data import NnunetData, open_for_nnunet, scans_of, write_raw
 from autosam3d.studies.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 FORMAT, FORMAT_VERSION = "autosam3d-nnunet", 1
 PRESETS = ("default", "resenc_m", "resenc_l", "resenc_xl")
@@ -36,6 +31,7 @@ PARTS = ("validation", "test")
 NNUNET_EPOCHS, NNUNET_ITERATIONS = 1000, 250
 SCRIPT = Path(__file__).with_name("nnunet_trainer.py")
 _STATE = "nnunet.json"
+_LOCK = "nnunet.lock"
 
 Part = Literal["validation", "test"]
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -143,8 +139,9 @@ def train_and_predict(
         _read_state(out, plan, source)  # before the lock is written into somebody's folder
     environment = find_nnunet(python)
     kind, visible = environment.device(device)
-    with _held(out) as lock:
-        run = _NnunetRun(out, plan, source, environment, kind, visible, threads or cores(), lock, on_event)
+    # nnU-Net's training outlives this process where it is killed: the folder stays held until it ends, too.
+    with hold_folder(out, _LOCK, what="run folder", inherit=True) as held:
+        run = _NnunetRun(out, plan, source, environment, kind, visible, threads or cores(), held, on_event)
         run.plan()
         run.train()
         wanted = [part for part in PARTS if part in parts and scans_of(source, part)]
@@ -158,9 +155,9 @@ class _NnunetRun:
 
     def __init__(
         self, out: Path, plan: NnunetPlan, data: NnunetData, environment: NnunetEnvironment, device: str,
-        visible: str | None, threads: int, lock: int | None, on_event: OnEvent | None,
+        visible: str | None, threads: int, held: HeldFolder, on_event: OnEvent | None,
     ) -> None:
-        self.out, self.options, self.data, self.environment, self.lock = out, plan, data, environment, lock
+        self.out, self.options, self.data, self.environment, self.held = out, plan, data, environment, held
         self._on_event = on_event or (lambda stage, event: None)
         self.script = out / "trainer" / "nnunet_trainer.py"
         workers = max(1, min(8, threads // 2))
@@ -240,7 +237,7 @@ class _NnunetRun:
         spec = self.out / "logs" / f"{log or stage}.json"
         write_text_atomic(spec, json.dumps(self.spec | more, indent=1) + "\n")
         run_stage(self.environment, self.script, stage, spec, log=spec.with_suffix(".log"), variables=self.variables,
-                  on_event=listen, held=self.lock)
+                  on_event=listen, descriptors=self.held.descriptors)
         return last
 
     def _done(self, stage: str, facts: dict[str, Any]) -> None:
@@ -285,7 +282,7 @@ def _read_state(out: Path, plan: NnunetPlan, data: NnunetData) -> dict[str, Any]
             "plan": json.loads(json.dumps(asdict(plan)))}
     path = out / _STATE
     if not path.is_file():
-        if any(p.name != "nnunet.lock" for p in out.iterdir()):
+        if any(p.name != _LOCK for p in out.iterdir()):
             raise UsageError("OTHER_RUN", out, f"expected a new folder or a run of nnU-Net ({_STATE}), got other files",
                              "name a new folder")
         return mine | {"stages": {}}
@@ -306,26 +303,3 @@ def _read_state(out: Path, plan: NnunetPlan, data: NnunetData) -> dict[str, Any]
         raise UsageError("OTHER_RUN", out, f"expected a run of this plan, got one with {', '.join(changed)}",
                          "name a new folder, or repeat the command as it was")
     return state
-
-
-@contextlib.contextmanager
-def _held(out: Path) -> Iterator[int | None]:
-    """Make `out`; inside, this run alone works there. A stage that outlives a killed run keeps the lock, too."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / "nnunet.lock").open("a")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError("OUTPUT_PATH", out, f"expected a folder ({error.strerror})", "name another one") from None
-    except OSError as error:
-        raise ResourceError("NOT_WRITABLE", out, f"expected a folder that can be written ({error.strerror})",
-                            "name another folder") from None
-    with file:
-        if fcntl is None:
-            yield None
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError("LOCKED", out, "expected a run that nobody works on, got one at work",
-                                "wait for it, or name another folder") from None
-        yield file.fileno()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import shlex
@@ -25,22 +24,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 from safetensors import safe_open
 
 from autosam3d.checkpoints.machine import machine
 from autosam3d.checkpoints.model_file import read_meta
-from autosam3d.errors import AutoSam3dError, CheckpointError
+from autosam3d.errors import AutoSam3dError, CheckpointError, UsageError
 from autosam3d.io.files import sha256_of, write_text_atomic
+from autosam3d.io.lock_file import HeldFolder, hold_folder
 from autosam3d.recipes.recipe import dump_recipe
 from autosam3d.studies.reproduce.guard import demand_own_run, demand_own_runs, keep_cases
 from autosam3d.studies.reproduce.study import PlannedRun, Study
-
-_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 2.0
 _GRACE_SECONDS = 120.0
@@ -187,7 +180,7 @@ class _Work:
         self.outcome = Outcome()
         self._open = {run.spec.name: run for run in study.runs}
         self._lock, self._processes = threading.Lock(), set[subprocess.Popen]()
-        self._claims: dict[str, int] = {}
+        self._held: dict[str, HeldFolder] = {}
         self._waiting: set[str] = set()
         self._stop = threading.Event()
 
@@ -209,16 +202,21 @@ class _Work:
                     self._open[run.spec.name] = run
 
     def _claimed_and_done(self, run: PlannedRun, worker: Worker) -> bool:
-        """Whether the run could be taken; what befell it then is in `outcome`."""
+        """Whether the run could be held; what became of it then is in `outcome`."""
         name = run.spec.name
         try:
-            with _claimed(run.folder) as claim:
-                if claim is None:
+            with contextlib.ExitStack() as stack:
+                try:
+                    # A stage that outlives this process holds the run, too: nobody begins it a second time beside it.
+                    self._held[name] = stack.enter_context(
+                        hold_folder(run.folder, "claim.lock", what="run folder", option="--out", inherit=True))
+                except UsageError as error:
+                    if error.code != "LOCKED":
+                        raise
                     if name not in self._waiting:
                         self._waiting.add(name)
-                        self.tell(f"{name}: another process is at it")
+                        self.tell(f"{name}: another process is at it ({error.fault})")
                     return False
-                self._claims[name] = claim
                 self._bring_to_end(run, worker)
         except (AutoSam3dError, OSError) as error:  # a full disk, a folder that may not be written
             fault = f"error[{error.code}] {error}" if isinstance(error, AutoSam3dError) else f"{error}"
@@ -306,10 +304,9 @@ class _Work:
             start = os.fstat(log.fileno()).st_size
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once. The claim goes along:
             # where this process is killed, nobody else takes the run while its stage is still at work.
-            claims = (self._claims[run.spec.name],) if fcntl is not None else ()
             process = subprocess.Popen([sys.executable, "-m", "autosam3d", *command], stdout=log, stderr=log,
                                        stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
-                                       pass_fds=claims)
+                                       pass_fds=self._held[run.spec.name].descriptors)
             self._processes.add(process)
             try:
                 if self._stop.is_set():  # the signal came between
@@ -335,22 +332,6 @@ class _Work:
                 asked = asked or (time.monotonic() if self._stop.is_set() else None)
                 if asked and time.monotonic() - asked > _GRACE_SECONDS:
                     process.kill()
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[int | None]:
-    """The run in `folder` is ours alone inside: the descriptor that holds it, or None where another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "claim.lock").open("a", encoding="utf-8") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            yield None
-            return
-        except OSError as error:  # some network file systems have no locks
-            _log.info("%s: cannot be locked (%s)", folder, error.strerror)
-        yield file.fileno()
 
 
 def _is_trained(run: PlannedRun) -> bool:

@@ -150,7 +150,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: OTHER_RUN.
-        ResourceError: UNWRITABLE or NOT_WRITABLE.
+        ResourceError: NOT_WRITABLE.
     """
     text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
     claim_run_folder(folder, "tuning.json", text)

@@ -104,8 +104,6 @@ def tune(
         raise UsageError("RANKS", "slicewise tune", f"expected one process, got {fabric.world_size}",
                          "start it without torchrun")
     observer, stop = observer or Observer(), StopRequest()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("OUTPUT_PATH", folder, "expected a folder, got a file", "name another one")
     with hold_run_folder(folder, fabric), stop.listen():
         claim_folder(folder, identity_of(settings, recipe, sam))
         started = time.perf_counter()
