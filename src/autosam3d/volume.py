@@ -156,14 +156,23 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return float(z), float(y), float(x)
 
 
+SAME_GRID_VOX = 0.05
+"""How far the corners of two grids may lie apart that are still one: headers round origins and spacings, and a
+twentieth of a voxel moves no label."""
+
+
 def same_grid(a: Volume | Segmentation, b: Volume | Segmentation, tolerance_vox: float = 1e-3) -> bool:
     """True where shapes agree and no corner of the one lies further than `tolerance_vox` voxels from the other's."""
-    if a.shape != b.shape:
-        return False
+    return a.shape == b.shape and grid_apart_vox(a, b) <= tolerance_vox + 1e-5  # what float32 headers leave of a limit
+
+
+def grid_apart_vox(a: Volume | Segmentation, b: Volume | Segmentation) -> float:
+    """How far the corners of two grids of one shape lie apart, along an axis of space, in the shortest voxel edge of
+    `a`."""
     far = np.array([(x, y, z, 1.0) for x in (0, 1) for y in (0, 1) for z in (0, 1)])
     far[:, :3] *= np.array(a.shape[::-1]) - 1
     apart_mm = np.abs((far @ (np.asarray(a.affine) - np.asarray(b.affine)).T)[:, :3]).max()
-    return bool(apart_mm <= tolerance_vox * min(a.spacing_mm))
+    return float(apart_mm / min(a.spacing_mm))
 
 
 def log_warnings(where: str | Path, warnings: Iterable[str]) -> tuple[str, ...]:

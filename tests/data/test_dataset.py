@@ -193,6 +193,16 @@ def test_splits(folder: Path) -> None:
     assert "got 2 folds" in refused(folder, small_recipe("dataset.fold=2")).fault
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_json(folder: Path, encoding: str) -> None:
+    """As editors and shells on Windows write them."""
+    path = folder / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}]), encoding)
+    index = folder / "dataset.json"
+    index.write_text(index.read_text("utf-8"), encoding)
+    assert names(open_dataset(folder, small_recipe())) == ("a", "b", "ef")
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -117,7 +117,7 @@ def test_missing_and_extra_predictions_are_listed(folders):
     ("labels", "affine", "code"),
     [
         (label_map()[:-1], AFFINE, "SHAPE"),
-        (label_map(), AFFINE + 0.01 * np.eye(4, k=3), "AFFINE_MISMATCH"),
+        (label_map(), AFFINE + 0.2 * np.eye(4, k=3), "AFFINE_MISMATCH"),
         (np.where(label_map() == 2, 3, label_map()).astype(np.uint8), AFFINE, "LABEL_RANGE"),
     ],
 )
@@ -133,6 +133,36 @@ def test_an_affine_that_differs_by_rounding_is_the_same_grid(folders):
     predictions, _ = folders
     save(predictions / "case_1.nii.gz", label_map(), AFFINE + 1e-4 * np.eye(4, k=3))
     assert evaluate_folder(*folders, labels=ORGANS).cases[1].dice == 1
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+def test_a_grid_that_lies_a_hundredth_of_a_voxel_off_is_taken_and_the_number_said(folders, share):
+    """Headers round: 3.0003 mm for 3, an origin by a fiftieth of a millimetre."""
+    predictions, _ = folders
+    moved = AFFINE.copy()
+    moved[0, 3] += share * np.linalg.norm(AFFINE[:3, :3], axis=0).min()
+    save(predictions / "case_1.nii.gz", label_map(), moved)
+    case = evaluate_folder(*folders, labels=ORGANS).cases[1]
+    assert case.dice == 1
+    (warning,) = case.warnings
+    assert warning == f"prediction: its grid lies {share:.2g} voxels off that of the truth; it is taken as the same"
+
+
+def test_beyond_a_twentieth_of_a_voxel_the_number_is_said(folders):
+    predictions, _ = folders
+    moved = AFFINE.copy()
+    moved[0, 3] += 0.3 * np.linalg.norm(AFFINE[:3, :3], axis=0).min()
+    save(predictions / "case_1.nii.gz", label_map(), moved)
+    with pytest.raises(VolumeError, match=r"0\.3 voxels off \(up to 0\.05 would be taken\)"):
+        evaluate_folder(*folders, labels=ORGANS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_dataset_json_may_have_a_byte_order_mark(folders, encoding):
+    _, truth = folders
+    index = json.dumps({"labels": {"background": 0, "Leber größer": 1, "spleen": 2}}, ensure_ascii=False)
+    (truth.parent / "dataset.json").write_text(index, encoding)
+    assert evaluate_folder(*folders).organs == {1: "Leber größer", 2: "spleen"}
 
 
 def test_organs_come_from_dataset_json_or_are_numbers(folders):

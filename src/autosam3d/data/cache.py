@@ -24,9 +24,10 @@ from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
 from autosam3d.io.files import sha256_of
+from autosam3d.io.grid import demand_same_grid
 from autosam3d.labels import remap
 from autosam3d.recipes.recipe import Recipe
-from autosam3d.volume import same_grid
+from autosam3d.volume import log_warnings
 
 log = logging.getLogger(__name__)
 
@@ -169,12 +170,7 @@ def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
     volume = read_ct(case.image_path, ReadOptions())
     assert case.label_path is not None  # _cache_key demands it
     truth = read_segmentation(case.label_path)
-    if truth.shape != volume.shape:
-        raise VolumeError("SHAPE", case.label_path, f"expected the scan's shape {volume.shape} [z, y, x], "
-                          f"got {truth.shape}", "export the label map on the grid of its scan")
-    if not same_grid(volume, truth):
-        raise VolumeError("AFFINE_MISMATCH", case.label_path, "expected the scan's affine, got another",
-                          "export the label map on the grid of its scan")
+    log_warnings(case.label_path, demand_same_grid(truth, case.label_path, volume, "the scan"))
     table = _label_table(case, recipe)
     try:
         native = remap(truth.labels, table)

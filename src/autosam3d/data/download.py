@@ -25,10 +25,10 @@ from autosam3d.data.folder import held_out, write_index
 from autosam3d.errors import AutoSam3dError, BatchError, ResourceError, UsageError, VolumeError
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
 from autosam3d.io.folders import writable_folder
+from autosam3d.io.grid import demand_same_grid
 from autosam3d.labels import remap
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.recipes.settings import Download
-from autosam3d.volume import same_grid
 
 log = logging.getLogger(__name__)
 
@@ -244,12 +244,8 @@ def _prepare_case(job: _Job, recipe: Recipe, destination: Path) -> dict[str, Any
     if job.label is not None:
         truth = io.read_segmentation(job.label)
         notes += [f"{job.name}, labels: {note}" for note in truth.warnings]
-        if truth.shape != volume.shape:
-            raise VolumeError("SHAPE", job.label, f"expected the shape {volume.shape} [z, y, x] of its scan, "
-                              f"got {truth.shape}", "export the label map on the grid of its scan")
-        if not same_grid(volume, truth):
-            raise VolumeError("AFFINE_MISMATCH", job.label, "expected the affine of its scan, got another one",
-                              "export the label map on the grid of its scan")
+        apart = demand_same_grid(truth, job.label, volume, "the scan")
+        notes += [f"{job.name}, labels: {note}" for note in apart]
         table = _value_table(recipe)
         try:
             labels = remap(truth.labels, table)

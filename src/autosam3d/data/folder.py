@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from autosam3d.errors import VolumeError
-from autosam3d.io.files import sha256_of, write_text_atomic
+from autosam3d.io.files import decoded, sha256_of, write_text_atomic
 from autosam3d.labels import LabelMap
 from autosam3d.recipes.recipe import Recipe
 
@@ -190,7 +190,7 @@ def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise VolumeError("DATASET", path, "expected at most 16 MiB of JSON, got more", "check the file")
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise VolumeError("DATASET", path, f"cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError) as error:

@@ -14,9 +14,10 @@ from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.metrics import evaluate_case
 from autosam3d.evaluation.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
 from autosam3d.io import ReadOptions, read_segmentation
+from autosam3d.io.grid import demand_same_grid
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
-from autosam3d.volume import Segmentation, same_grid
+from autosam3d.volume import Segmentation
 
 __all__ = ["Evaluation", "case_name", "evaluate_folder", "read_pair", "write_csv", "write_json"]
 
@@ -58,7 +59,7 @@ def evaluate_folder(
 
     Raises:
         UsageError: FILE_AND_FOLDER (a file against a folder), DUP_CASE (two files of one case).
-        VolumeError: NO_PAIRS; SHAPE or AFFINE_MISMATCH (more than 1e-3 voxel) between the two grids of a case;
+        VolumeError: NO_PAIRS; SHAPE or AFFINE_MISMATCH (more than 0.05 voxel) between the two grids of a case;
             LABEL_RANGE for values that no organ has; and what the reader raises. A missing prediction is no
             exception, see `Evaluation.missing`.
     """
@@ -192,14 +193,9 @@ def _evaluate_pair(
     ct_path: Path | None, read_options: ReadOptions,
 ) -> CaseResult:
     prediction, truth = (read_segmentation(path, read_options) for path in (prediction_path, truth_path))
-    if prediction.shape != truth.shape:
-        raise VolumeError("SHAPE", prediction_path, f"expected {_axes(truth.shape)} voxels (z, y, x) as the truth has, "
-                          f"got {_axes(prediction.shape)}", "resample the prediction onto the grid of its truth")
-    if not same_grid(prediction, truth):
-        raise VolumeError("AFFINE_MISMATCH", prediction_path, f"expected the grid of {truth_path}, got one that lies "
-                          "more than 0.001 voxel off", "write the prediction with the affine of its scan")
+    apart = demand_same_grid(prediction, prediction_path, truth, "the truth")
     predicted, true, organs, unknown = naming.resolve(name, prediction, truth, (prediction_path, truth_path))
-    warnings = [f"prediction: {w}" for w in prediction.warnings] + [f"truth: {w}" for w in truth.warnings]
+    warnings = [f"prediction: {w}" for w in (*prediction.warnings, *apart)] + [f"truth: {w}" for w in truth.warnings]
     if not true.any():
         warnings.append("truth: all background")
     scores = evaluate_case(predicted, true, truth.spacing_mm, organs, tolerances_mm)
@@ -295,9 +291,6 @@ def _values(labels: np.ndarray) -> np.ndarray:
 def _plain(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
-
-def _axes(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.options import DEFAULTS
 from autosam3d.version import __version__
-from autosam3d.volume import Volume, same_grid
+from autosam3d.volume import SAME_GRID_VOX, Volume, same_grid
 
 __all__ = ["overlay_png", "write_report"]
 
@@ -106,7 +106,7 @@ def _picture(
     try:
         prediction, truth = read_pair(case, evaluation.organs, read_options)
         volume, note = _scan(case, hu_window, read_options)
-        if volume is not None and not same_grid(volume, truth):
+        if volume is not None and not same_grid(volume, truth, SAME_GRID_VOX):
             volume, note = None, "the CT lies on another grid and is not shown"
         planes = draw_planes(volume, prediction, truth=truth, organs=evaluation.organs, at_errors=at_errors,
                              hu_window=hu_window)

@@ -21,7 +21,7 @@ from autosam3d.axes import Size
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.metrics import ABSENT_RULE, HD95_RULE, OrganScore
 from autosam3d.evaluation.statistics import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, Estimate, estimate
-from autosam3d.io.files import write_text_atomic
+from autosam3d.io.files import decoded, write_text_atomic
 from autosam3d.version import __version__
 
 MEAN_RULE = (
@@ -271,7 +271,7 @@ def read_json(path: str | Path) -> Evaluation:
 
 
 def read_text_capped(path: Path) -> str:
-    """UTF-8 text of a file that is small enough to be read whole.
+    """Text of a file that is small enough to be read whole.
 
     Raises:
         VolumeError: UNREADABLE or TOO_LARGE.
@@ -279,7 +279,7 @@ def read_text_capped(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise VolumeError("EVALUATION", path, "expected at most 256 MiB of JSON, got more", "check the file")
-        return path.read_text("utf-8")
+        return decoded(path.read_bytes())
     except OSError as error:
         raise VolumeError("UNREADABLE", path, f"cannot be read ({error.strerror})", "check the path") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -134,6 +135,17 @@ def sha256_of(path: str | Path) -> str:
     """
     with open_regular(path) as file, readable(path):
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def decoded(content: bytes) -> str:
+    """Text that people edit: UTF-8, and with a byte order mark, as editors on Windows set one, also UTF-16.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")
 
 
 def flush_folder(folder: Path) -> None:

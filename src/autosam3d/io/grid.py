@@ -11,7 +11,7 @@ import numpy as np
 from nibabel.orientations import io_orientation
 
 from autosam3d.errors import VolumeError
-from autosam3d.volume import SourceGrid
+from autosam3d.volume import SAME_GRID_VOX, Segmentation, SourceGrid, Volume, grid_apart_vox, same_grid
 
 # Off-orthonormal: the largest |cosine| between two axes. Rounding to float32 or to DICOM's 16 characters stays
 # below the first; up to the second the nearest rotation is taken.
@@ -19,6 +19,8 @@ _ROUNDING_COSINE = 1e-4
 _MAX_COSINE = 1e-3
 # No scanner's coordinates reach a kilometre.
 _MAX_ENTRY_MM = 1e6
+# What float32 leaves of a grid that was copied.
+_ROUNDING_VOX = 1e-3
 _MIN_SPACING_MM, _MAX_SPACING_MM = 0.1, 20.0
 _MIN_FOV_MM, _MAX_FOV_MM = 20.0, 2500.0
 
@@ -135,6 +137,34 @@ def check_extent(affine: np.ndarray, shape: tuple[int, int, int], where: str | P
     if force:
         return [f"accepted by force: {fault}"]
     raise VolumeError("SPACING", where, fault, "correct the header, or use --force if it is right")
+
+
+def demand_same_grid(labels: Segmentation, path: str | Path, other: Volume | Segmentation, what: str) -> list[str]:
+    """Refuse labels that lie on another grid than what they belong to.
+
+    Args:
+        labels: of the file at `path`.
+        other: what they belong to.
+        what: it is called, with its article: "the scan".
+
+    Returns:
+        A warning with the distance, where headers that were rounded place the grids a little apart; else none.
+
+    Raises:
+        VolumeError: SHAPE or AFFINE_MISMATCH.
+    """
+    if labels.shape != other.shape:
+        shape, expected = (" x ".join(map(str, s)) for s in (labels.shape, other.shape))
+        raise VolumeError("SHAPE", path, f"expected {expected} voxels (z, y, x) as {what} has, got {shape}",
+                          f"export it on the grid of {what}")
+    apart = grid_apart_vox(other, labels)
+    if not same_grid(other, labels, SAME_GRID_VOX):
+        raise VolumeError("AFFINE_MISMATCH", path, f"expected the grid of {what}, got one whose corners lie "
+                          f"{apart:.3g} voxels off (up to {SAME_GRID_VOX:g} would be taken)",
+                          f"export it on the grid of {what}")
+    if apart <= _ROUNDING_VOX:
+        return []
+    return [f"its grid lies {apart:.2g} voxels off that of {what}; it is taken as the same"]
 
 
 def corners_apart_vox(a: np.ndarray, b: np.ndarray, shape: tuple[int, int, int]) -> float:

@@ -22,6 +22,8 @@ MIN_SLICES = 8
 COMMENT_ECODE = 6
 ORGANS_KEY = "autosam3d_organs"
 _MAX_SIDE_CAR_BYTES = 1 << 20
+# What a float32 scaling may leave of a whole number, and no interpolation.
+_FLOAT_ROUNDING = 1e-4
 
 
 def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
@@ -66,8 +68,12 @@ def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segm
     if (header.slope, header.intercept) != (1.0, 0.0):
         labels = labels * header.slope + header.intercept
     if labels.dtype.kind == "f":
-        labels = _whole(labels, path)
-        warnings.append("the labels are stored as floating-point numbers, all whole; they are taken as integers")
+        # An array of floats that nibabel saves under a header of integers: 1 is stored as the nearest step, 0.9961.
+        step = abs(header.slope) if stored.dtype.kind in "iu" and abs(header.slope) < 1 else 0.0
+        labels, off = _whole(labels, path, step / 2)
+        warnings.append("the labels are stored as floating-point numbers, all whole; they are taken as integers"
+                        if off <= _FLOAT_ROUNDING else f"the labels are stored in steps of {step:.3g} and lie up to "
+                        f"{off:.2g} from whole numbers, within half a step; they are taken as those")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 65535:
         raise VolumeError("LABEL_RANGE", path, f"expected labels from 0 to 65535, got {low} to {high}",
@@ -120,18 +126,18 @@ def _check_slices(shape: tuple[int, int, int], path: str | Path, options: ReadOp
     warnings.append(f"accepted by force: {fault}")
 
 
-def _whole(labels: np.ndarray, path: str | Path) -> np.ndarray:
-    """Float labels as integers where they are all whole."""
+def _whole(labels: np.ndarray, path: str | Path, half_step: float) -> tuple[np.ndarray, float]:
+    """(float labels as integers, how far the furthest was from one) where all are whole but for rounding."""
     if not np.isfinite(labels).all():
         raise VolumeError("LABEL_FLOAT", path, "expected whole numbers, got NaN or infinite labels", "export it again")
     rounded = np.rint(labels)
-    # What a float32 scaling may leave of a whole number, and no interpolation.
-    broken = np.abs(labels - rounded) > 1e-4
+    off = np.abs(labels - rounded)
+    broken = off > max(_FLOAT_ROUNDING, half_step * (1 + 1e-4))
     if broken.any():
         examples = ", ".join(f"{v:.4g}" for v in np.unique(labels[broken])[:5])
         raise VolumeError("LABEL_FLOAT", path, f"expected whole numbers, got {int(broken.sum())} voxels between them "
                           f"({examples})", "the label map was interpolated; resample it by nearest neighbour")
-    return np.clip(rounded, -(2.0**31), 2.0**31).astype(np.int64)
+    return np.clip(rounded, -(2.0**31), 2.0**31).astype(np.int64), float(off.max(initial=0))
 
 
 def _organs_in(extensions: bytes) -> dict[int, str]:

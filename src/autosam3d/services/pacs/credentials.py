@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from autosam3d.errors import UsageError
-from autosam3d.io.files import read_private
+from autosam3d.io.files import decoded, read_private
 from autosam3d.services.addresses import is_loopback
 
 VARIABLE = "AUTOSAM3D_PACS_AUTH"
@@ -38,7 +38,7 @@ def read_credentials(path: Path | None, environment: Mapping[str, str] = os.envi
         return _parsed(text, VARIABLE) if text else None
     content = read_private(path, _MAX_BYTES + 1, "AUTH_FILE")
     try:
-        return _parsed(content.decode("utf-8"), path)
+        return _parsed(decoded(content), path)
     except UnicodeDecodeError:
         raise _unknown(path) from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autosam3d.data.folder import Case, CaseSet, open_without_recipe
-from autosam3d.io.files import write_text_atomic
+from autosam3d.io.files import decoded, write_text_atomic
 
 _DEFAULT_ID = 501
 
@@ -72,7 +72,7 @@ def write_raw(data: NnunetData, folder: Path) -> Path:
         "numTraining": len(data.cases.train) + len(data.cases.val),
         "file_ending": data.ending,
     }
-    splits = (data.cases.folder / "splits_final.json").read_text("utf-8")
+    splits = decoded((data.cases.folder / "splits_final.json").read_bytes())
     write_text_atomic(raw / "splits_final.json", splits)
     write_text_atomic(raw / "dataset.json", json.dumps(index, indent=1) + "\n")
     return raw

@@ -33,7 +33,7 @@ from autosam3d.studies.reproduce.drawing import COLORS, Drawn, house_style
 from autosam3d.studies.reproduce.paper import DATASETS, FIGURE4_PAPER
 from autosam3d.studies.reproduce.table import NOT_RUN
 from autosam3d.studies.reproduce.tables import Provenance, RunScores
-from autosam3d.volume import Segmentation, Volume, same_grid
+from autosam3d.volume import SAME_GRID_VOX, Segmentation, Volume, same_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,7 +236,7 @@ def overlay_figure(
 
 def _demand_grid(subject: Subject, name: str, made: Segmentation | None) -> None:
     for what, other in ((name, made), ("the CT", subject.volume)):
-        if other is not None and not same_grid(other, subject.truth):
+        if other is not None and not same_grid(other, subject.truth, SAME_GRID_VOX):
             raise UsageError("OTHER_GRID", subject.name, f"expected {what} on the grid of the truth, got another",
                              "evaluate segmentations that lie on their scans' own grids")
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from autosam3d.data.folder import Case
 from autosam3d.errors import VolumeError
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
+from autosam3d.io.grid import demand_same_grid
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap, remap
 from autosam3d.studies.slicewise.cache import SliceEncoder
 from autosam3d.studies.slicewise.prompts import Frame, PromptSpec, make_prompt, random_for
-from autosam3d.volume import Segmentation, Volume, same_grid
+from autosam3d.volume import Segmentation, Volume, log_warnings
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,7 @@ def read_case(case: Case, labels: LabelMap, read_options: ReadOptions = DEFAULTS
     if case.label_path is None:
         raise no_truth(case)
     ct, truth = read_ct(case.image_path, read_options), read_segmentation(case.label_path, read_options)
-    if truth.shape != ct.shape:
-        raise VolumeError("SHAPE", case.label_path, f"expected {_axes(ct.shape)} voxels (z, y, x) as its scan has, got "
-                          f"{_axes(truth.shape)}", "resample the label map onto the grid of its scan")
-    if not same_grid(ct, truth):
-        raise VolumeError("AFFINE_MISMATCH", case.label_path, f"expected the grid of {case.image_path}, got one that "
-                          "lies more than 0.001 voxel off", "write the label map with the affine of its scan")
+    log_warnings(case.label_path, demand_same_grid(truth, case.label_path, ct, "the scan"))
     table = case.label_table or {0: 0} | {value: value for value in labels.by_index}
     try:
         numbers = remap(truth.labels, table)
@@ -150,6 +146,3 @@ def _ask(
     logits = sam.decode(encoder(image), stack_prompts(asked, sam.device)[None])[0]
     return framing.native(logits, frame).cpu().numpy()
 
-
-def _axes(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
