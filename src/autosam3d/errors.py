@@ -23,7 +23,8 @@ class AutoSam3dError(Exception):
     """A fault in three parts.
 
     Args:
-        code: stable upper-case word for scripts, for example ``TRUNCATED``.
+        code: stable upper-case word for scripts, for example ``TRUNCATED``; of one exception class alone.
+            docs/error-codes.md lists all of them.
         where: the file, key or option at fault.
         fault: what was expected and what was found, one sentence without a full stop.
         remedy: what the user can do, one sentence without a full stop.
