@@ -176,6 +176,8 @@ class CommandLine:
         """See the function `start`."""
         self._count += 1
         out, err = (self._folder / f"{kind}{self._count}" for kind in ("out", "err"))
+        for path in (out, err):
+            path.touch()  # a child may be killed before it opens them
         pid = self.ask({
             "args": [os.fsencode(str(a)).hex() for a in args], "out": str(out), "err": str(err),
             "cwd": str(cwd or self._folder), "env": dict(env or {}), "limits": dict(limits or {}),
