@@ -59,7 +59,7 @@ _ORIGINAL_TO_HF = tuple((re.compile(pattern), name) for pattern, name in (
     (_HEAD + r"\.1\.", r"\1.layers.0."),
     (_HEAD + r"\.2\.", r"\1.proj_out."),
 ))
-"""The first match counts. *Source*: the parameter names of segment-anything's ``Sam`` and transformers' ``SamModel``."""
+"""The first match counts. *Source*: parameter names of segment-anything's ``Sam`` and transformers' ``SamModel``."""
 
 
 @dataclass(frozen=True)
