@@ -1,1 +1,1 @@
-"""Scans that others send, over HTTP or from an archive; the worker processes of both."""
+"""Scans that others send: over HTTP, beside an archive; the workers of both."""
