@@ -16,10 +16,11 @@ from autosam3d.errors import BatchError
 
 if TYPE_CHECKING:
     from autosam3d.studies.reproduce.plan import RunSpec
-    from autosam3d.studies.reproduce.runner import Given, Worker
+    from autosam3d.studies.reproduce.stages import Given
     from autosam3d.studies.reproduce.study import Study
     from autosam3d.studies.reproduce.tables import Provenance, Unit
     from autosam3d.studies.reproduce.wish import Wish
+    from autosam3d.studies.slots import Slot
 
 
 def reproduce(
@@ -65,16 +66,16 @@ def reproduce(
         return
     from autosam3d.studies.reproduce import results
     from autosam3d.studies.reproduce.plan import plan_runs
-    from autosam3d.studies.reproduce.runner import Given
-    from autosam3d.studies.reproduce.workers import find_workers
+    from autosam3d.studies.reproduce.stages import Given
+    from autosam3d.studies.slots import find_slots
 
     specs = plan_runs(wish.target, wish.size, wish.seeds, more_ablations=wish.keys.more,
                       nnunet_v2=nnunet_python is not None, student=wish.keys.student)
-    workers = find_workers(devices, threads)
-    studies = _planned(wish.folders, specs, out, budget, workers, of_recipes)
+    slots = find_slots(devices, threads)
+    studies = _planned(wish.folders, specs, out, budget, slots, of_recipes)
     if plan_only:
         return
-    failed = _brought_to_end(studies, workers, Given(sam, wish.keys.medsam, nnunet_python), out)
+    failed = _brought_to_end(studies, slots, Given(sam, wish.keys.medsam, nnunet_python), out)
     about = results.provenance(_command(), budget, small=size == "2core")
     _write(target, studies, out, about, "case" if wish.keys.by_case else "case x organ")
     if failed:
@@ -85,7 +86,7 @@ def reproduce(
 
 def _planned(
     folders: Sequence[tuple[str, Path]], specs: Sequence[RunSpec], out: Path, budget: float | None,
-    workers: Sequence[Worker], overrides: Sequence[str],
+    slots: Sequence[Slot], overrides: Sequence[str],
 ) -> list[Study]:
     """A study for each dataset; their plans are printed when none is refused."""
     from autosam3d.studies.reproduce.guard import demand_own_runs
@@ -94,23 +95,23 @@ def _planned(
     studies = []
     for name, folder in folders:
         study = plan_study(
-            name, folder, out, specs, budget_minutes=budget, device=workers[0].device, threads=workers[0].threads,
-            overrides=overrides, measured=lambda run: typer.echo(f"measuring a step of {run}", err=True),
+            name, folder, out, specs, budget_minutes=budget, slot=slots[0], overrides=overrides,
+            measured=lambda run: typer.echo(f"measuring a step of {run}", err=True),
         )
         demand_own_runs(study)
         studies.append(study)
     for study in studies:
-        typer.echo(_plan_text(study, len(workers)))
+        typer.echo(_plan_text(study, len(slots)))
     return studies
 
 
-def _brought_to_end(studies: Sequence[Study], workers: Sequence[Worker], given: Given, out: Path) -> dict[str, str]:
+def _brought_to_end(studies: Sequence[Study], slots: Sequence[Slot], given: Given, out: Path) -> dict[str, str]:
     """DATASET/RUN to the last line of the runs that failed."""
     from autosam3d.studies.reproduce.runner import run_study
 
     failed: dict[str, str] = {}
     for study in studies:
-        outcome = run_study(study, workers, given, lambda text: typer.echo(text, err=True))
+        outcome = run_study(study, slots, given, lambda text: typer.echo(text, err=True))
         failed |= {f"{study.dataset}/{name}": why for name, why in outcome.failed.items()}
         if outcome.stopped_by is not None:
             typer.echo(f"stopped; what was done lies in {out}, the same command goes on from here", err=True)
@@ -121,7 +122,7 @@ def _brought_to_end(studies: Sequence[Study], workers: Sequence[Worker], given: 
 def _write(target: str, studies: Sequence[Study], out: Path, about: Provenance, unit: Unit) -> None:
     """The table, which is printed, too, or the figure, of what is finished."""
     from autosam3d.studies.reproduce import results
-    from autosam3d.studies.reproduce.runner import is_finished
+    from autosam3d.studies.reproduce.stages import is_finished
 
     files: Sequence[Path] = ()
     if target.startswith("fig") and not any(is_finished(run) for run in studies[0].runs):
@@ -162,10 +163,10 @@ def _embeddings(wish: Wish) -> None:
     typer.echo(f"wrote {', '.join(str(file) for file in files)}")
 
 
-def _plan_text(study: Study, num_workers: int) -> str:
+def _plan_text(study: Study, num_slots: int) -> str:
     """The plan as a table: what each run is, and what it will take."""
     from autosam3d.evaluation.scores import counted
-    from autosam3d.studies.reproduce.runner import is_finished
+    from autosam3d.studies.reproduce.stages import is_finished
 
     lines = [f"{study.dataset}: {len(study.cases.train)} training, {len(study.cases.val)} validation and "
              f"{len(study.cases.test)} test cases",
@@ -182,7 +183,7 @@ def _plan_text(study: Study, num_workers: int) -> str:
         left += 0 if done else (run.train_seconds or 0) + (run.segment_seconds or 0)
         unknown += not done and (run.train_seconds is None or run.segment_seconds is None)
     more = f", nor what has a ? in {counted(unknown, 'run')}" if unknown else ""
-    lines.append(f"about {left / 3600 / num_workers:.1f} h for what is left, validations and scoring not counted{more}")
+    lines.append(f"about {left / 3600 / num_slots:.1f} h for what is left, validations and scoring not counted{more}")
     return "\n".join(lines)
 
 

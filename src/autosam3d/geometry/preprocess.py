@@ -17,7 +17,7 @@ from autosam3d.axes import Size
 from autosam3d.geometry.resample import Taps, lerp, lerp_plane, rows_first
 from autosam3d.volume import Volume
 
-# What a CT can mean: -1024 HU is air as scanners store it, 3071 the top of 12 bits; padding lies below, metal above.
+# The range of CT values: -1024 HU is air as scanners store it, 3071 the top of 12 bits; padding is below, metal above.
 _CT_RANGE_HU = (-1024.0, 3071.0)
 _COARSE_MM = 5.0
 _PART_MM3 = 10_000.0
@@ -81,7 +81,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Undo:
-    """What `restore.SlabRestorer` and `prepare_labels` need to know of the two grids.
+    """The two grids, as `restore.SlabRestorer` and `prepare_labels` need them.
 
     Attributes:
         native_shape: of the scan.
@@ -101,7 +101,7 @@ class Prepared:
     Attributes:
         voxels: float32 [z, y, x], normalised.
         spacing_mm: (z, y, x), the recipe's but for the rounding to whole voxels.
-        undo: the way back.
+        undo: the two grids, for the way back.
     """
 
     voxels: np.ndarray
@@ -182,7 +182,7 @@ def plan_grid(volume: Volume, spec: Preprocess) -> Undo:
 def prepare_ct(volume: Volume, spec: Preprocess, undo: Undo | None = None) -> Prepared:
     """Crop, resample linearly, clip to the HU window, normalise.
 
-    Values beyond what CT can mean (padding, metal) are clipped before the resampling, so that they do not bleed into
+    Values outside the range of CT (padding, metal) are clipped before the resampling, so that they do not bleed into
     their neighbours. Slice by slice: the memory needed is that of the result.
 
     Args:

@@ -35,7 +35,7 @@ def restore_labels(slabs: Iterable[np.ndarray], undo: Undo, num_outputs: int) ->
 
 
 class SlabRestorer:
-    """Takes probabilities slab by slab, lays them on the scan's grid and keeps the winner of each voxel.
+    """Takes probabilities slab by slab, interpolates them on the scan's grid and keeps the winner of each voxel.
 
     Probabilities are interpolated linearly on the native grid, then the largest wins, the lowest label among equals;
     outside the box all is background. Only a few slices of all classes exist at any moment.

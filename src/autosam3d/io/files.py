@@ -19,14 +19,14 @@ from typing import BinaryIO
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
 from autosam3d.io.memory import size_text
 
-# What the operating system says when there is no room, and when the place may not be written.
+# Errors of the operating system where there is no space, and where a file may not be written.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-# What it says when the disk, or the network that a folder is mounted over, fails.
+# Its errors where the disk fails, or the network over which a folder is mounted.
 _FAILING = {errno.EIO} | {getattr(errno, name) for name in ("ESTALE", "ETIMEDOUT", "EREMOTEIO", "ECONNRESET",
                                                              "EHOSTDOWN") if hasattr(errno, name)}
-# The host is part of a temporary's name: a shared folder is swept of this host's dead writers only.
+# The host is part of a temporary file's name: in a shared folder only files of this host's dead processes are removed.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -38,7 +38,7 @@ class FileToWrite:
     write: Callable[[Path], None]
     """Fills the temporary file that it is given."""
     verify: Callable[[Path], None] | None = None
-    """Reads the temporary file back and raises where it is not what was meant."""
+    """Reads the temporary file back and raises where its content is not as intended."""
     size_bytes: int | None = None
     """How large it will be, where known; only for the message on a full disk."""
 
@@ -53,7 +53,7 @@ def atomic_write(
     """Write a file so that `path` holds, at every moment, the old content or the whole new one.
 
     `write` fills a temporary file beside `path`; it is flushed to disk, checked by `verify`, and renamed. On any
-    failure, an exception raised by a signal handler included, the temporary file goes and `path` is untouched.
+    failure, an exception raised by a signal handler included, the temporary file is removed and `path` is untouched.
 
     Raises:
         ResourceError: NO_SPACE, NOT_WRITABLE or IO; the message names the path, the bytes needed and the bytes free.
@@ -82,11 +82,11 @@ def atomic_write_all(files: Iterable[FileToWrite]) -> None:
             with _explained(file, temporary):
                 if file.path.is_dir():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file.path))
-                os.replace(temporary, file.path)  # noqa: PTH105 - said in the house's own word
+                temporary.replace(file.path)
         for folder in dict.fromkeys(file.path.parent for file in files):
             flush_folder(folder)
     finally:
-        # After success every temporary has been renamed away, so this removes only what a failure left.
+        # After success every temporary file has been renamed, so this removes only what a failure left.
         for temporary in temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """`atomic_write` of UTF-8 text, line ends as they are."""
+    """`atomic_write` of UTF-8 text; line ends are not converted."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
@@ -149,8 +149,8 @@ def decoded(content: bytes) -> str:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have what was renamed in a folder on disk, where the file system can say so."""
-    # Some network file systems cannot flush a folder; the rename has happened all the same.
+    """Flush the renames in a folder to disk, where the file system supports it."""
+    # Some network file systems cannot flush a folder; the files are renamed all the same.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -160,13 +160,13 @@ def flush_folder(folder: Path) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading; never waits on a FIFO and never touches a device.
+    """Open a regular file for reading; it never waits on a FIFO and never opens a device.
 
     Raises:
         VolumeError: NOT_A_FILE or UNREADABLE. ResourceError: IO.
     """
     with readable(path):
-        # Looked at before it is opened (opening a device can act on it) and again after (it may have been swapped).
+        # Checked before it is opened, since opening a device can act on it, and after, since it may have been replaced.
         _demand_regular(Path(path).stat().st_mode, path)
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags)
@@ -225,7 +225,7 @@ def _demand_regular(mode: int, path: str | Path) -> None:
 
 
 def _temporary_beside(path: Path) -> Path:
-    # A file name may have 255 bytes at most on every common file system; bytes that are no text stay out of it.
+    # A file name may have at most 255 bytes on common file systems; bytes that are not UTF-8 are left out.
     name = os.fsencode(path.name)[:180].decode("utf-8", errors="ignore")
     return path.with_name(f".{name}.tmp-{os.getpid()}-{_HOST}{secrets.token_hex(6)}")
 
@@ -249,7 +249,7 @@ def _explained(file: FileToWrite, temporary: Path) -> Iterator[None]:
 
 
 def _write_error(error: OSError, file: FileToWrite, temporary: Path) -> AutoSam3dError:
-    """The fault in the user's terms: where, how many bytes are needed, how many are free."""
+    """The error for the user: the path, the bytes needed, the bytes free."""
     if error.errno in _NO_SUCH_PLACE:
         return UsageError("OUTPUT_PATH", file.path, f"cannot be written there ({_reason(error)})",
                           "name a file in a folder that exists")
@@ -266,7 +266,7 @@ def _write_error(error: OSError, file: FileToWrite, temporary: Path) -> AutoSam3
         free = f"{free_bytes} bytes free ({size_text(free_bytes)})"
     except OSError:
         free_bytes, free = 1 << 62, "free space unknown"
-    # numpy's error of a short write has no number.
+    # numpy raises an OSError without errno when a write falls short.
     short = error.errno is None and file.size_bytes is not None and free_bytes < file.size_bytes
     if error.errno in _NO_SPACE or short:
         return ResourceError("NO_SPACE", file.path, f"{needed}, {free} ({_reason(error)})",

@@ -1,8 +1,9 @@
-"""A file's bytes, inflated where it is gzip: to the end, checked, and never more than its header claims.
+"""A file's bytes, decompressed where it is gzip: to the end, checked, and never more than its header claims.
 
-Common readers stop as soon as they have their voxels, which is before gzip's checksum: flipped bits and cut files
-then pass as data. Here the whole stream is read, every member's CRC and length are checked, and what follows the
-data must be zero padding. A bomb is stopped at the size that its header claims, or before, at the memory budget.
+Common readers stop as soon as they have their voxels, which is before gzip's checksum, so that flipped bits and
+truncated files pass as data. Here the whole stream is read, every member's CRC and length are checked, and only zero
+padding may follow the data. A decompression bomb is stopped at the size that its header claims, or before, at the
+memory budget.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class ByteStream:
     Attributes:
         size_bytes: on disk.
         is_gzip: found by the first two bytes, whatever the name says.
-        max_bytes: more than this many bytes the file cannot inflate to.
+        max_bytes: the most bytes that the file can decompress to.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +62,7 @@ class ByteStream:
         return bytes(target[: self.read_into(memoryview(target))])
 
     def read_into(self, target: memoryview) -> int:
-        """Fill `target` (bytes); returns how many there were, fewer than asked only at the end.
+        """Fill `target`; returns the number of bytes, which is smaller than its length only at the end.
 
         Raises:
             VolumeError: TRUNCATED, CRC or TRAILING (gzip), UNREADABLE.
@@ -86,7 +87,7 @@ class ByteStream:
         return filled
 
     def finish(self, claimed_bytes: int) -> None:
-        """Read on to the end: nothing but zero padding may follow, and checksums are checked.
+        """Read to the end: only zero padding may follow; checksums are checked.
 
         Args:
             claimed_bytes: what the header claims, for the message.
@@ -111,7 +112,7 @@ class ByteStream:
                 yield chunk
 
     def _inflated(self) -> Generator[bytes, None, None]:
-        """Chunks of at most 1 MiB; raises at a bad checksum, a cut, or bytes after the last member."""
+        """Chunks of at most 1 MiB; raises at a bad checksum, a truncated stream, or bytes after the last member."""
         pending = b""
         while True:
             inflater = zlib.decompressobj(31)  # gzip wrapper: CRC-32 and length are checked at each member's end
@@ -138,7 +139,7 @@ class ByteStream:
                                   "export the scan again; the file is damaged")
 
     def _skip_zeros(self, pending: bytes) -> bytes:
-        """What follows a member, zero padding left out; empty at the end of the file."""
+        """The bytes after a member without zero padding; empty at the end of the file."""
         padding = 0
         while True:
             pending = pending.lstrip(b"\0")

@@ -1,4 +1,4 @@
-"""How much memory a reader may take, asked before it is taken."""
+"""How much memory a reader may allocate, checked before it allocates."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 from autosam3d.errors import ResourceError
 
-# A share is left to the rest of the process and the machine.
+# The rest is left to the process and the machine.
 _USABLE_SHARE = 0.9
 
 
 def available_ram_bytes() -> int | None:
-    """Memory that this process may still take: the least of the machine's free memory, its control group and its
-    address-space limit. None where the platform tells none of them."""
+    """Memory that this process may still allocate: the least of the machine's free memory, its control group's and its
+    address-space limit. None where the platform reports none of them."""
     limits = [limit for limit in (_machine(), _control_group(), _address_space()) if limit is not None]
     return max(0, min(limits)) if limits else None
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now: interpreter, libraries, weights, data. Where the platform tells only the
-    most it ever held, that; 0 where it tells nothing."""
+    """Memory that this process holds now: interpreter, libraries, weights, data. Its peak where the platform reports
+    only that; 0 where it reports nothing."""
     return _status("VmRSS") or peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever held; 0 where the platform does not tell."""
-    # Linux's `ru_maxrss` begins with what the process that started this one held.
+    """The most memory that this process ever held; 0 where the platform does not report it."""
+    # Linux's `ru_maxrss` starts at the memory of the process that started this one.
     if peak := _status("VmHWM"):
         return peak
     try:
@@ -40,7 +40,7 @@ def peak_bytes() -> int:
 
 
 def _status(key: str) -> int:
-    """A size that Linux tells of this process, in bytes; 0 where there is none."""
+    """A size of this process in bytes, as Linux reports it; 0 where it does not."""
     try:
         for line in Path("/proc/self/status").read_text("ascii", errors="replace").splitlines():
             if line.startswith(f"{key}:"):
@@ -54,16 +54,16 @@ def demand_ram(
     needed_bytes: int, where: str | Path, max_ram_bytes: int | None = None, *, work: str = "reading",
     remedy: str = "crop or resample the scan, or use a larger machine",
 ) -> None:
-    """Refuse before allocating.
+    """Raise before memory is allocated that is not there.
 
     Args:
-        needed_bytes: beside what the process holds already.
+        needed_bytes: in addition to what the process holds already.
         max_ram_bytes: the limit for the whole process; None takes what is free.
-        work: what needs it, for the message.
+        work: what needs the memory, for the message.
 
     Raises:
-        ResourceError: MEMORY, with the bytes needed and the bytes there are: of the whole process where there is a
-            limit for it, else beside what it holds already.
+        ResourceError: MEMORY, with the bytes needed and the bytes available: of the whole process where `max_ram_bytes`
+            is given, else in addition to what it holds already.
     """
     if max_ram_bytes is not None:
         held = resident_bytes()

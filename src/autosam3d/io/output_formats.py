@@ -1,4 +1,4 @@
-"""The forms that a segmentation can be written in, by name: NIfTI, DICOM SEG, RTSTRUCT."""
+"""The file formats of a segmentation, by name: NIfTI, DICOM SEG, RTSTRUCT."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from autosam3d.labels import LabelMap
 from autosam3d.version import __version__
 from autosam3d.volume import Segmentation, SourceGrid
 
-# Writes a segmentation to a path, and returns what there was to warn of.
+# Writes a segmentation to a path and returns the warnings.
 WriteLabels = Callable[[Path, Segmentation, LabelMap], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """One form of a result."""
+    """One file format of a segmentation."""
 
     name: str
-    """What `--format` calls it."""
+    """Its name for `--format`."""
     endings: tuple[str, ...]
-    """Of an output's name."""
+    """Endings that an output's name may have."""
     ending_in_folder: str
-    """Of the file that a scan becomes in a folder of results, and so of the names of what lies beside any output."""
+    """Ending of a scan's file in a folder of results, and of the names of the files beside any output."""
     beside: tuple[str, ...] = ()
     """Endings of the label tables that are written beside it."""
 
@@ -66,13 +66,13 @@ def output_format(name: str | None, output: Path) -> OutputFormat:
 
 def label_writer(form: OutputFormat, source: Path, grid: SourceGrid | None, options: ReadOptions,
                  model: str, sha256: str, settings: str | None = None) -> WriteLabels:
-    """What will write the segmentation of the scan at `source`; whatever a series lacks is said now.
+    """The function that writes the segmentation of the scan at `source`. What a series lacks raises here, not there.
 
     Args:
         grid: of the scan as it was read.
         options: it was read with.
-        model, sha256: name and hash of what segmented it, for objects that name their maker.
-        settings: of the run, where UIDs are to follow from them.
+        model, sha256: name and hash of the model that segments it, for DICOM objects.
+        settings: of the run, where the UIDs are derived from them.
 
     Raises:
         VolumeError: as `io.dicom.source.read_source_series`. MissingExtraError.
@@ -99,5 +99,5 @@ def _write_nifti(path: Path, segmentation: Segmentation, labels: LabelMap) -> tu
 
 
 def _demand_extra() -> None:
-    """MissingExtraError now rather than after minutes of work."""
+    """Raise MissingExtraError now, not after minutes of work."""
     import autosam3d.io.dicom.rtstruct  # noqa: F401

@@ -1,4 +1,4 @@
-"""How large each organ is: counted once, told as JSON or as comma-separated values."""
+"""The volume of each organ, for tables in JSON and CSV."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OrganVolume:
 def organ_volumes(segmentation: Segmentation, labels: LabelMap) -> list[OrganVolume]:
     """All organs of the model in the order of their labels, those without a voxel, too."""
     counts = np.zeros(max(256, labels.num_outputs), np.int64)
-    for plane in segmentation.labels:  # bincount takes eight bytes for each voxel that it is given
+    for plane in segmentation.labels:  # plane by plane, since bincount needs eight bytes a voxel
         counts += np.bincount(plane.ravel(), minlength=len(counts))
     voxel_ml = float(np.prod(segmentation.spacing_mm)) / 1000
     return [OrganVolume(index, name, int(counts[index]), round(float(counts[index]) * voxel_ml, 3), labels.color(index),
@@ -42,7 +42,7 @@ def organ_volumes(segmentation: Segmentation, labels: LabelMap) -> list[OrganVol
 
 
 def volumes_csv(organs: Sequence[OrganVolume]) -> str:
-    """The columns that the browser app writes, too."""
+    """The table as comma-separated values, with the columns of the browser app."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["label", "organ", "voxels", "volume_ml"])

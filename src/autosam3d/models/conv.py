@@ -1,4 +1,4 @@
-"""A 3D convolution that is right in bfloat16 on CPUs, too."""
+"""A 3D convolution whose gradients are right in bfloat16 on CPUs, too."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0, groups: int = 1) -> Tensor:
-    """``F.conv3d`` with stride 1, by a way round three weaknesses of PyTorch's CPU kernels.
+    """``F.conv3d`` with stride 1, that works around three weaknesses of PyTorch's CPU kernels.
 
-    * Over a depth of exactly 2 the weight gradient of a padded kernel of 3 is computed from memory that nobody wrote:
+    * Over a depth of exactly 2 the weight gradient of a padded kernel of 3 is computed from uninitialised memory:
       relative errors from 1 to 1e36. Measured with PyTorch 2.13 and its oneDNN 3.12 on a CPU with AVX512-BF16, for
       all channel counts, with one thread and with two; every other depth from 1 to 16 is right.
       Such a convolution is computed in float32.
     * The backward pass of a depth-wise convolution takes three times as long in bfloat16 as in float32.
-    * A single small float32 sample is not given to oneDNN but to a kernel that takes three times as long, and leaves
-      channels_last. Two samples are: so it is cut in two halves that overlap by what the kernel sees.
+    * A single small float32 sample is not given to oneDNN but to a kernel that takes three times as long and leaves
+      channels_last. Two samples are, so one is cut into two halves that overlap by the kernel's reach.
     """
     low = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else None
     if low is None and torch.is_autocast_enabled("cpu"):

@@ -1,4 +1,4 @@
-"""A network whose 3D convolutions are sums of 2D ones, for runtimes of phones that have no others."""
+"""A network whose 3D convolutions are sums of 2D ones, for runtimes on phones, which have only these."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def with_conv2d(network: nn.Module) -> nn.Module:
     For exporting: with PyTorch itself it is slower.
 
     Raises:
-        ValueError: a convolution has groups, dilation, or a stride that does not go with its kernel.
+        ValueError: a convolution has groups, dilation, or a kernel, stride and padding that are not supported together.
     """
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):

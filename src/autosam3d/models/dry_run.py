@@ -1,4 +1,4 @@
-"""A pass through a network on tensors without data, which asks only how much memory the pass takes."""
+"""Detects a dry run: a pass on tensors without data, which only measures how much memory a pass takes."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_dry(x: Tensor) -> bool:
-    """Whether `x` has no data and nobody records what is done to it: of a loop's equal steps, one tells all."""
+    """Whether `x` has no data and is not being traced; then one of a loop's equal steps suffices."""
     return isinstance(x, FakeTensor) and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""How many numbers the network has, part by part, without allocating any of them."""
+"""The number of parameters of a network and of its parts, counted without allocating them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ParameterReport:
     total: int
     tuned_full_tables: int
     """`tuned`, if the depth tables had as many rows as SAM's (27 or 127), as in the public code; here they are
-    stored cut to the attention window, which is all that is ever read."""
+    stored only as far as the attention window reads them."""
     frozen_full_tables: int
     """`frozen` with SAM's own tables of 27 or 127 rows."""
 

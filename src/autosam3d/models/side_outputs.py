@@ -1,6 +1,6 @@
-"""Deep supervision: outputs of coarser levels, which exist while a network is trained and in no finished model.
+"""Deep supervision: outputs of coarser levels, which exist during training and in no finished model.
 
-A network that has them is in training mode and was asked for them; it answers with a list of logits, finest first.
+In training mode a network with side outputs returns a list of logits, finest first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class DeeplySupervised(Protocol):
     """A network of `spec.DEEPLY_SUPERVISED`."""
 
     side_outputs: nn.ModuleList
-    """Empty until asked for; each maps a coarser level's features to logits."""
+    """Empty until `add_side_outputs`; each maps a coarser level's features to logits."""
 
     def add_side_outputs(self) -> None:
         """Make them, with random weights. Called once, right after the network was built."""

@@ -1,4 +1,4 @@
-"""The numbers that make one network out of many. No torch here: recipes are read without it.
+"""The sizes and options that define a network. No torch here, since recipes are read without it.
 
 *Source* of AutoSAM's defaults: the published parameter count 26,530,944 pins adapter 384, neck 256, prompt generator 16
 and decoder 128 (paper Table 1, SAM ViT-B, 16 outputs).
@@ -15,7 +15,7 @@ from autosam3d.axes import Size
 
 @dataclass(frozen=True, kw_only=True)
 class VitSpec:
-    """SAM's image encoder, as its 2D weights have it."""
+    """The sizes of SAM's image encoder, as in its 2D weights."""
 
     embed_dim: int
     num_blocks: int

@@ -1,4 +1,4 @@
-"""Addresses that a service listens on: whether only this machine can reach one, and why one cannot be had."""
+"""Addresses that a service listens on: whether only this machine can reach one, and why listening failed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def is_loopback(host: str) -> bool:
 
 
 def no_such_address(host: str, error: OSError) -> UsageError:
-    """ADDRESS, for a name that leads nowhere."""
+    """ADDRESS, for a host name that is not known."""
     return UsageError("ADDRESS", f"--host {host}", f"expected an address of this machine ({error.strerror})",
                       "try 127.0.0.1")
 
 
 def cannot_listen(host: str, port: int, error: OSError) -> UsageError:
-    """PORT_IN_USE or ADDRESS, for what the operating system said when it was asked to listen."""
+    """PORT_IN_USE or ADDRESS, for the operating system's error when listening failed."""
     if error.errno == errno.EADDRINUSE:
         return UsageError("PORT_IN_USE", f"--port {port}", "another program listens there",
                           "stop it, or name another --port (0 takes a free one)")

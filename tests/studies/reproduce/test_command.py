@@ -103,7 +103,7 @@ def test_table1_from_nothing_and_again(place: Path, at_once: list, capsys: pytes
     at_once.clear()
     reproduce(place, "table1")  # all runs are there
     assert at_once == [] and (out / "table1.csv").read_bytes() == before
-    assert "there already" in capsys.readouterr().err
+    assert "finished already" in capsys.readouterr().err
     reproduce(place, "fig3")  # of the same runs
     assert at_once == []
     demand_figure(out, "fig3")

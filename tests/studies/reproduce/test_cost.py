@@ -8,7 +8,7 @@ import pytest
 
 from autosam3d.studies.reproduce import cost as cost_module
 from autosam3d.studies.reproduce.cost import TrainingCost, measure_training
-from autosam3d.studies.reproduce.workers import find_workers
+from autosam3d.studies.slots import find_slots
 from mini_run import mini_recipe
 
 
@@ -37,6 +37,6 @@ def test_epochs_of_a_budget() -> None:
     assert [cost.epochs_in(minutes, 12) for minutes in (0.01, 0.1, 0.2, 1)] == [1, 1, 2, 10]
 
 
-def test_a_machine_without_gpus_has_one_place() -> None:
-    (worker,) = find_workers("cpu", 3)
-    assert (worker.device, worker.threads, worker.visible_gpu) == ("cpu", 3, None)
+def test_a_machine_without_gpus_has_one_slot() -> None:
+    (slot,) = find_slots("cpu", 3)
+    assert (slot.device, slot.threads, slot.visible_gpu) == ("cpu", 3, None)

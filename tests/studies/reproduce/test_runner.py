@@ -18,13 +18,15 @@ from autosam3d.studies.reproduce import runner, study
 from autosam3d.studies.reproduce.cost import TrainingCost
 from autosam3d.studies.reproduce.guard import demand_own_runs, keep_cases
 from autosam3d.studies.reproduce.plan import RunSpec
-from autosam3d.studies.reproduce.runner import Given, Worker, run_study
+from autosam3d.studies.reproduce.runner import run_study
+from autosam3d.studies.reproduce.stages import Given, stages
 from autosam3d.studies.reproduce.study import Study, plan_study
 from autosam3d.studies.reproduce.wish import demand_different_recipes
+from autosam3d.studies.slots import Slot
 from lock_holders import held_by_another, needs_locks
 from mini_run import mini_recipe, write_mini_dataset, write_recipe
 
-CPU = Worker("cpu", 1)
+CPU = Slot("cpu", 1)
 
 
 @pytest.fixture
@@ -40,8 +42,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., St
     write_recipe(tmp_path / "mini.yaml", mini_recipe())
 
     def plan(*specs: RunSpec, budget: float | None = None) -> Study:
-        return plan_study(str(tmp_path / "mini.yaml"), data, tmp_path / "out", specs, budget_minutes=budget,
-                          device="cpu", threads=1)
+        return plan_study(str(tmp_path / "mini.yaml"), data, tmp_path / "out", specs, budget_minutes=budget, slot=CPU)
 
     return plan
 
@@ -137,7 +138,7 @@ def test_a_recipe_that_changed_since_the_plan_is_not_written_over(planned: Calla
 @pytest.mark.usefixtures("plain_python")
 @pytest.mark.parametrize("code, said", [
     ("import os, signal; print('epoch 3', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
-     "it was killed by signal 9, behind 'epoch 3'"),
+     "it was killed by signal 9, after 'epoch 3'"),
     ("import sys; sys.exit(7)", "it ended with 7"),
     ("print('error[X] a: b; c'); print('more'); raise SystemExit(2)", "error[X] a: b; c"),
 ])
@@ -162,7 +163,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(
 
         def tell(text: str) -> None:
             said.append(text)
-            if "another process is at it" in text:
+            if "another process works on it" in text:
                 holder.kill()
 
         assert run_study(one, [CPU], tell=tell).finished == ["a_s0"]
@@ -200,14 +201,14 @@ def test_sam_weights_go_to_those_that_they_fit(planned: Callable[..., Study]) ->
                            spec("b_s0", row="autosam", model="autosam")).runs
     given = Given(sam="sam.pth")
     both = planned()
-    assert "--sam" not in runner.stages(small, both, CPU, given)[0][1]
-    assert runner.stages(paper, both, CPU, given)[0][1][-6:-4] == ["--sam", "sam.pth"]
+    assert "--sam" not in stages(small, both, CPU, given)[0][1]
+    assert stages(paper, both, CPU, given)[0][1][-6:-4] == ["--sam", "sam.pth"]
 
 
 def test_runs_are_not_put_into_the_dataset(tmp_path: Path, planned: Callable[..., Study]) -> None:
     data = planned().data.rename(tmp_path / "mini")
     with pytest.raises(AutoSam3dError, match="into the dataset") as caught:
-        plan_study(str(tmp_path / "mini.yaml"), data, tmp_path, [spec()], budget_minutes=None, device="cpu", threads=1)
+        plan_study(str(tmp_path / "mini.yaml"), data, tmp_path, [spec()], budget_minutes=None, slot=CPU)
     assert caught.value.code == "SAME_PATH" and not (data / "costs.json").exists()
 
 
@@ -253,7 +254,7 @@ def test_costs_that_another_process_measured_meanwhile_count(
 
     one = planned(spec())
     (one.folder / "costs.json").unlink()
-    costs = study._Costs(one.folder / "costs.json", "cpu", 1)
+    costs = study._Costs(one.folder / "costs.json", CPU)
     monkeypatch.setattr(study, "measure_training", measured)
     for _ in range(2):
         cost = costs.of(one.runs[0].recipe, lambda: None)
@@ -268,7 +269,7 @@ def test_students_of_a_teacher_that_is_trained_do_not_wait_for_its_scores(
     both = planned(spec("t_s0", row="autosam", model="autosam_2core"),
                    spec("s_s0", kind="distill", model="tiny", row="lambda_0.5", teacher="t_s0"))
     monkeypatch.setattr(runner, "stages", lambda *given: stage(""))
-    monkeypatch.setattr(runner, "_is_trained", lambda run: is_trained)
+    monkeypatch.setattr(runner, "is_trained", lambda run: is_trained)
     monkeypatch.setattr(runner, "_write_done", lambda *given: None)
     monkeypatch.setattr(runner._Work, "_call", lambda self, run, *rest: "no" if run.spec.name == "t_s0" else None)
     outcome = run_study(both, [CPU])

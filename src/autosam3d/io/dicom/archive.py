@@ -1,4 +1,4 @@
-"""A zip of DICOM slices as a folder for a while: unpacked with distrust, under names of our own."""
+"""Unpacks a zip of DICOM slices into a temporary folder: checked, within limits, under names of our own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _AGAIN = "pack the slices of one series again as a plain zip"
 
 @dataclass(frozen=True, kw_only=True)
 class ZipLimits:
-    """What an archive may hold at most."""
+    """Limits on an archive's content."""
 
     members: int = 20_000
     directory_bytes: int = 8 << 20
@@ -43,13 +43,13 @@ class ZipLimits:
     total_bytes: int = 4 << 30
     """Of all files, unpacked."""
     ratio: float = 100.0
-    """Unpacked to packed; a CT's slices shrink 2 to 20 times."""
+    """Largest unpacked size divided by packed size; a CT's slices reach 2 to 20."""
     ratio_from_bytes: int = 64 << 20
-    """What unpacks to less may shrink as it likes."""
+    """The ratio is not checked below this unpacked size."""
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as a zip does; False for what cannot be read, whose reader will say why."""
+    """Whether a file begins like a zip; False where it cannot be read, which its reader will report."""
     with contextlib.suppress(VolumeError, ResourceError), open_regular(path) as file:
         return file.read(4) in _MAGIC
     return False
@@ -57,12 +57,12 @@ def is_zip(path: Path) -> bool:
 
 @contextlib.contextmanager
 def unpacked_scan(path: Path, scratch: Path | None = None, limits: ZipLimits | None = None) -> Iterator[Path]:
-    """`path` itself, or where it is a zip what it holds: a folder of slices, or the one NIfTI file in it.
+    """Yields `path` itself, or for a zip its unpacked content: a folder of slices, or the one NIfTI file in it.
 
     Args:
         path: of a scan in any form.
-        scratch: the folder for the files, new, removed at the end; None takes one where the system has temporaries.
-            Nobody else may look into it.
+        scratch: a new folder for the files, removed at the end; None takes one in the system's folder for temporary
+            files. Only its owner can read it.
 
     Raises:
         VolumeError: ARCHIVE_DAMAGED, ARCHIVE_ENCRYPTED, ARCHIVE_LINK, ARCHIVE_PATH, ARCHIVE_SIZE; NO_SCANS.
@@ -86,8 +86,8 @@ def unpack_zip(path: Path, folder: Path, limits: ZipLimits) -> list[Path]:
     """Write the files of an archive into `folder`, one after the other as ``000001`` and so on, in the order of their
     names.
 
-    Names in the archive are looked at only to refuse bad ones, so none can lead anywhere. Sizes that the archive
-    claims are believed where they refuse it, and counted while it is unpacked.
+    Names in the archive are only checked, never used as paths. The sizes that it claims may refuse it; the real sizes
+    are counted while it is unpacked.
 
     Raises:
         As `unpacked_scan`.
@@ -107,7 +107,7 @@ def unpack_zip(path: Path, folder: Path, limits: ZipLimits) -> list[Path]:
 
 
 def _demand_small_directory(file: BinaryIO, size: int, path: Path, limits: ZipLimits) -> None:
-    """The list of members is counted before the zip module reads it all into memory."""
+    """Check the size of the list of members before the zip module reads all of it into memory."""
     tail_size = min(size, _END.size + 0xFFFF + _LOCATOR.size)
     file.seek(size - tail_size)
     tail = file.read(tail_size)
@@ -117,7 +117,7 @@ def _demand_small_directory(file: BinaryIO, size: int, path: Path, limits: ZipLi
     if at < 0 or at + _END.size > len(tail):
         raise damaged
     *_, count, directory_bytes, _, comment_bytes = _END.unpack_from(tail, at)
-    # Two readings of one archive are one too many.
+    # Refuse an archive that different programs could read differently.
     if at + _END.size + comment_bytes != len(tail):
         raise damaged
     if at >= _LOCATOR.size and tail[at - _LOCATOR.size :].startswith(b"PK\x06\x07"):
@@ -137,7 +137,7 @@ def _demand_small_directory(file: BinaryIO, size: int, path: Path, limits: ZipLi
 
 
 def _checked(members: list[zipfile.ZipInfo], path: Path, size: int, limits: ZipLimits) -> list[zipfile.ZipInfo]:
-    """The files among the members, sorted by name; what is hidden or an index (DICOMDIR) is passed over."""
+    """The files among the members, sorted by name, without hidden files and DICOMDIR."""
     if len(members) > limits.members:
         raise _too_large(path, f"{len(members)} files", f"{limits.members}")
     for member in members:
@@ -210,7 +210,7 @@ def _room(folder: Path) -> Iterator[None]:
 
 
 def _one_scan(files: list[Path], folder: Path) -> Path:
-    """The folder; where it holds one file that is no DICOM but NIfTI, plain or packed, that file, named so."""
+    """The folder, or where it holds one NIfTI file, that file under a name with its ending."""
     if not files:
         raise VolumeError("NO_SCANS", folder, "expected DICOM slices in the zip, got no file", _AGAIN)
     if len(files) > 1:

@@ -1,4 +1,4 @@
-"""What an organ is called in DICOM objects: coded concepts, labels, colours."""
+"""Organs in DICOM objects: coded concepts, labels, colours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WHITE_D50 = (0.96422, 1.0, 0.82521)
 
 
 def organ_text(name: str) -> str:
-    """The name of an organ as a person reads it, at most 64 characters, without what DICOM texts may not have."""
+    """An organ's name for people, at most 64 characters, without characters that DICOM texts may not have."""
     words = "".join(c if c.isprintable() and c not in "\\^=" else " " for c in name.replace("_", " ")).split()
     text = " ".join(words)[:_MAX_TEXT].strip()
     return text[:1].upper() + text[1:] or "Organ"

@@ -39,7 +39,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Folder:
-    """What `scan_folder` found: images, and how much of what else."""
+    """What `scan_folder` found: images, and the number of other files by kind."""
 
     slices: list[CtSlice]
     unfit: list[UnfitImage]
@@ -55,7 +55,7 @@ def count_text(count: int, kind: str) -> str:
 
 
 def scan_folder(folder: Path, force: bool) -> Folder:
-    """The headers of all CT images below `folder`; links are not followed and DICOMDIR is not believed.
+    """The headers of all CT images below `folder`; links are not followed and DICOMDIR is not read.
 
     Args:
         folder: that exists.
@@ -164,6 +164,6 @@ def _beginning(path: Path, where: str) -> tuple[bytes, int] | None:
                 return None
             num_bytes = os.fstat(file.fileno()).st_size
             content = start + file.read((MAX_HEADER_BYTES if num_bytes > MAX_FILE_BYTES else num_bytes) - len(start))
-    except (VolumeError, ResourceError) as error:  # whose place would be the file's own name
+    except (VolumeError, ResourceError) as error:  # its `where` is the file name, which may name a patient
         raise type(error)(error.code, where, error.fault, error.remedy) from None
     return content, num_bytes

@@ -1,4 +1,4 @@
-"""What one DICOM file is, by its header alone: which object, of which series and study, of what kind."""
+"""The identity of one DICOM file, from its header alone: its kind and the UIDs of object, series and study."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
          "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
-# Numbers with a dot between each two; zeros that lead one are wrong, and common.
+# Numbers separated by dots; leading zeros are invalid but common.
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _REMEDY = "send or export it again"
 # Headers of multi-frame images have a few kilobytes a frame.
@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES = 16 << 20
 # How much may follow the pixels, such as padding.
 _MAX_TRAILER_BYTES = 1 << 16
 _UNDEFINED_LENGTH = 0xFFFFFFFF
-# Neither a thickness in mm nor a number of frames; NaN and infinity are no numbers either.
+# Above any thickness in mm and any number of frames; also excludes NaN and infinity.
 _MAX_NUMBER = 1e6
 # (FFFE,E0DD) with its length of zero ends compressed pixels. *Source*: DICOM PS3.5 section A.4.
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
@@ -37,7 +37,7 @@ _SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
 
 @dataclass(frozen=True, kw_only=True)
 class DicomIdentity:
-    """UIDs and what a rule asks for; texts are the file's own and may name a patient."""
+    """UIDs, and the tags that a rule tests; texts are the file's own and may name a patient."""
 
     study: str
     series: str
@@ -56,11 +56,11 @@ def identify(path: Path, where: str) -> DicomIdentity:
 
     Args:
         path: of the file.
-        where: what messages call it.
+        where: its name in messages.
 
     Raises:
-        VolumeError: NOT_DICOM, SLICE_CORRUPT, NESTING, LENGTH, CODEC, UNREADABLE; TAG_INVALID where a UID is absent or
-            no UID.
+        VolumeError: NOT_DICOM, SLICE_CORRUPT, NESTING, LENGTH, CODEC, UNREADABLE; TAG_INVALID where a UID is missing or
+            invalid.
     """
     with quiet_pydicom():
         content = dicom_bytes(path, where)
@@ -70,7 +70,7 @@ def identify(path: Path, where: str) -> DicomIdentity:
 
 
 def identify_image(path: Path, where: str) -> DicomIdentity:
-    """As `identify`, of an image of any size without reading all of it; demands that it reaches to its pixels' end.
+    """As `identify`, for an image of any size without reading all of it; it must be complete to the end of its pixels.
 
     Raises:
         VolumeError: as `identify`.
@@ -125,7 +125,7 @@ def _identity(header: Any, where: str) -> DicomIdentity:
 
 
 def _image_type(text: str) -> list[str]:
-    """pydicom shows several values as a list in Python's writing."""
+    """The words of an ImageType, whose values `tag_text` shows as a Python list."""
     return [word.strip(" '\"") for word in text.strip("[]").split(",")]
 
 

@@ -1,8 +1,8 @@
-"""RTSTRUCT out: a segmentation as contours on the slices of its series, for planning systems.
+"""Writes RTSTRUCT: a segmentation as contours on the slices of its series, for planning systems.
 
-Contours run along the borders of voxels and holes are joined to their surroundings by keyholes (`io.outlines`), so
-readers that fill by parity, by winding or that unite contours get every voxel back. That is checked on the file before
-it is renamed into its place.
+Contours run along the borders of voxels, and holes are joined to their surroundings by keyholes
+(`io.dicom.outlines`), so readers that fill by parity, by winding or that unite contours get every voxel back. That is
+checked on the file before it is renamed to its final name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, log_warnings
 
 # isort: split
-# Below the tags, which say what to install where pydicom is absent.
+# After `tags`, whose import error says what to install where pydicom is absent.
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ImplicitVRLittleEndian, RTStructureSetStorage

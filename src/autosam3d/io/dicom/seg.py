@@ -1,7 +1,7 @@
-"""DICOM SEG out: a segmentation as an object beside its series, one coded segment an organ.
+"""Writes DICOM SEG: a segmentation as an object of its series' study, with a coded segment for each organ.
 
-The file is written beside its place, read back frame by frame without the library that wrote it, and renamed only
-where every voxel has its label and every organ lies where it was.
+The file is written under a temporary name, read back frame by frame without the library that wrote it, and renamed
+only where every voxel has its label and every organ its position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, log_warnings
 
 # isort: split
-# Below the tags, which say what to install where pydicom is absent.
+# After `tags`, whose import error says what to install where pydicom is absent.
 import pydicom
 from pydicom.pixels.utils import iter_pixels
 from pydicom.sr.coding import Code
@@ -49,7 +49,7 @@ except ImportError:
                             'pip install "autosam3d[dicom]"') from None
 
 SegKind = Literal["binary", "labelmap"]
-# How far a frame may lie from its place on the grid: a series' slices may be a little uneven and drift sideways.
+# How far a frame may lie from its position on the grid: slices may be a little uneven and drift sideways.
 _MAX_PLACE_VOX = (0.5, 0.5, 0.07)
 _MAX_TURN = 2e-3
 _LPS = np.array([-1.0, -1.0, 1.0])
@@ -66,14 +66,14 @@ def write_dicom_seg(
         segmentation: on the grid of `series`, as `segment` returns it.
         series: of `read_source_series`.
         labels: organs, codes and colours; segment numbers follow its order, organs without a voxel are left out.
-        kind: "binary" has a bit a voxel and organ, which every viewer reads; "labelmap" a byte a voxel, smaller and
-            known to new viewers alone.
+        kind: "binary" has a bit for each voxel and organ and is read by every viewer; "labelmap" has a byte for each
+            voxel, is smaller, and is read by new viewers alone.
 
     Returns:
         Warnings, one sentence each; they were logged.
 
     Raises:
-        VolumeError: NO_ORGANS, a segmentation without any; READ_BACK, the file was not what it was meant to be.
+        VolumeError: NO_ORGANS, no organ has a voxel; READ_BACK, the file differs from the segmentation.
         ResourceError, UsageError: as `io.files.atomic_write`. In every case no file is left.
     """
     path = Path(path)
@@ -126,7 +126,7 @@ def planes_of(segmentation: Segmentation) -> np.ndarray:
 
 
 def meant_centres(segmentation: Segmentation, planes: np.ndarray, present: list[int]) -> dict[int, np.ndarray]:
-    """Label to its centre in RAS+ mm: by the scan's own affine, but for labels that were laid on other slices."""
+    """Label to its centre in RAS+ mm: by the scan's affine, or by the slices where the scan was resampled from them."""
     source = segmentation.source
     if source is not None and source.acquired is not None:
         return slice_centres(planes, source, present)
@@ -187,7 +187,7 @@ def _tell_own_thickness(dataset: Any, series: SourceSeries) -> None:
 
 
 def series_number(series: SourceSeries) -> int:
-    """After the source's in a list that is sorted by number. Not unique by necessity: UIDs tell series apart."""
+    """A number that sorts after the source series. It need not be unique, since UIDs identify series."""
     return 100 * int(series.images[0].SeriesNumber) % 10**8 + 1
 
 
@@ -269,8 +269,8 @@ def _frame_affine(dataset: Any, index: int) -> np.ndarray:
 
 
 def _of_frame(dataset: Any, index: int, name: str) -> Any:
-    """The one item of a frame's functional group `name`, which stands among the shared ones where all frames have the
-    same: the segment, too, of a scan with one organ."""
+    """The one item of a frame's functional group `name`, which is shared where it is the same for all frames: the
+    segment, too, where there is one organ."""
     shared = dataset.SharedFunctionalGroupsSequence[0]
     return getattr(shared if name in shared else dataset.PerFrameFunctionalGroupsSequence[index], name)[0]
 

@@ -1,8 +1,8 @@
-"""A DICOM series in: the slices of one CT scan, put in order and into one `Volume`, or refused with the reason.
+"""Reads a DICOM series: the slices of one CT scan, sorted, as one `Volume`, or an error with the reason.
 
-What common readers pass over in silence is an error here: missing and cut slices, two series in one folder,
+What common readers ignore silently is an error here: missing and cut slices, two series in one folder,
 contradicting duplicates, missing tags. A series of a tilted gantry, or with uneven slices, is resampled to a straight
-and even grid (`io.acquired`), which remembers its slices.
+and even grid (`io.dicom.acquired`), which records the original slices.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
 
 
 def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[CtSlice]:
-    """The slices that `read_dicom_series` makes its volume of, along the normal, one a place; pixels are not read.
+    """The slices of `read_dicom_series`, sorted along the normal, one for each position; pixels are not read.
 
-    Raises as `read_dicom_series`, without what is found in pixels and gaps.
+    Raises as `read_dicom_series`, except for errors in pixels and gaps.
     """
     return [place[0] for place in _stack(Path(folder), options, [])[0]]
 

@@ -1,6 +1,6 @@
-"""What a DICOM object made from a series takes over from it: whose it is, and which images it speaks of.
+"""What a DICOM object takes over from its source series: patient, study, and references to its images.
 
-Only the tags of a list are carried, each checked; no text of a patient is repeated in any message.
+Only a fixed list of tags is copied, each checked; no message repeats a patient's text.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _MAX_SERIES_NUMBER = 10**9
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What made a segmentation, as it is named inside a DICOM object."""
+    """The program and model that made a segmentation, as a DICOM object names them."""
 
     name: str
     version: str
     """Of the program."""
     sha256: str
-    """Of the model: equal models, labels and scans make objects of equal UIDs."""
+    """Of the model: equal models, labels and scans give objects with equal UIDs."""
     settings: str | None = None
-    """Of the run. With it UIDs follow from scan, model and settings alone: who segments a scan twice has one object,
-    even where another machine's rounding gave one voxel another label."""
+    """Of the run. Where given, UIDs are derived from scan, model and settings instead of the labels: segmenting a scan
+    twice gives one object, even where another machine's rounding changes the label of a voxel."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class SourceSeries:
     where: str
     """The folder, for messages."""
     identity: Dataset
-    """Patient and study, from the tags of the list; what cannot be carried is empty."""
+    """Patient and study, from the list of tags; invalid values are empty."""
     images: tuple[Dataset, ...]
-    """One a slice, along the normal: UIDs and geometry. Where the slices lie unevenly, SliceThickness is each one's own
-    and there is no SpacingBetweenSlices."""
+    """One for each slice, along the normal: UIDs and geometry. Where the slices lie unevenly, SliceThickness is each
+    one's own and there is no SpacingBetweenSlices."""
     warnings: tuple[str, ...]
 
     @property
@@ -80,11 +80,11 @@ class SourceSeries:
 
 
 def read_source_series(folder: str | Path, grid: SourceGrid | None, options: ReadOptions = DEFAULTS) -> SourceSeries:
-    """The series that `read_dicom_series` read with these `options`, as far as an object made from it needs it.
+    """The series that `read_dicom_series` read with these `options`, with what an object made from it needs.
 
     Args:
         folder: the same that was read.
-        grid: of the volume or segmentation, `source`.
+        grid: `source` of the volume or segmentation.
 
     Raises:
         VolumeError: as `read_dicom_series`; NOT_DICOM, where `grid` is not of a DICOM series; SERIES_CHANGED;
@@ -122,16 +122,16 @@ def carry_identity(target: Dataset, source: SourceSeries) -> None:
 
 
 def derived_uid(kind: str, source: SourceSeries, algorithm: Algorithm, content: bytes) -> str:
-    """A UID that is the same for the same scan, model, program and labels, so that an archive that is sent a result
-    twice has it once. *Source* of the form: DICOM PS3.5 annex B.2, with a hash in the place of the UUID."""
-    told = [kind, *(str(image.SOPInstanceUID) for image in source.images), algorithm.name, algorithm.version,
+    """A UID that is the same for the same scan, model, program and labels, so that an archive that gets a result twice
+    keeps one. *Source* of the form: DICOM PS3.5 annex B.2, with a hash in the place of the UUID."""
+    parts = [kind, *(str(image.SOPInstanceUID) for image in source.images), algorithm.name, algorithm.version,
             algorithm.sha256, content.hex() if algorithm.settings is None else f"settings {algorithm.settings}"]
-    digest = hashlib.sha256("\n".join(told).encode()).digest()
+    digest = hashlib.sha256("\n".join(parts).encode()).digest()
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"
 
 
 def series_description(algorithm: Algorithm) -> str:
-    """At most 64 characters, as value representation LO has it."""
+    """The description of a result's series; at most 64 characters, the limit of value representation LO."""
     return f"{algorithm.name}, not reviewed"[:64]
 
 
@@ -142,10 +142,10 @@ def centroid_mm(sums: np.ndarray, count: int) -> np.ndarray:
 
 def demand_centroids(meant: dict[int, np.ndarray], found: dict[int, np.ndarray], limit_mm: float,
                      path: Path) -> None:
-    """Refuse what lies elsewhere than its organ: also where every voxel is right, an axis may be turned.
+    """Refuse an object whose organs lie elsewhere: where every voxel is right an axis may still be flipped.
 
     Args:
-        meant, found: label to its centre in RAS+ mm, along independent ways.
+        meant, found: label to its centre in RAS+ mm, each computed in its own way.
         limit_mm: half the shortest edge of a voxel.
 
     Raises:
@@ -160,7 +160,7 @@ def demand_centroids(meant: dict[int, np.ndarray], found: dict[int, np.ndarray],
 
 
 def read_back_error(path: Path, fault: str) -> VolumeError:
-    """For a file that does not say what it was meant to; it is not kept."""
+    """The error for a file that differs from the segmentation when it is read back; the file is not kept."""
     return VolumeError("READ_BACK", path, f"what was written differs from the segmentation: {fault}",
                        "write NIfTI, and report this as a bug")
 
@@ -179,7 +179,7 @@ def label_centres(labels: np.ndarray, affine: np.ndarray, values: Iterable[int])
 
 
 def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) -> None:
-    """Each slice must lie where the grid has it."""
+    """Refuse slices that lie elsewhere than on the grid."""
     expected = slice_shape(grid)
     if (len(slices), *slices[0].shape) != expected:
         raise VolumeError("SERIES_CHANGED", folder, f"expected {expected[0]} slices of {expected[1]} x {expected[2]} "
@@ -220,7 +220,7 @@ def _tags(ct_slice: CtSlice, folder: str | Path) -> Any:
 
 
 def _identity(tags: Any, warnings: list[str]) -> Dataset:
-    """Type 2 tags are there, empty where the source's value is no value of its kind."""
+    """The tags of patient and study; type 2 tags are always there, empty where the source's value is invalid."""
     identity = Dataset()
     dropped = []
     for keyword in (*_CARRIED, *_OPTIONAL):
@@ -288,7 +288,7 @@ def _image(ct_slice: CtSlice, folder: str | Path, thickness_mm: float) -> Datase
     image.SliceThickness = _decimals([thickness_mm])[0]
     image.ImagePositionPatient = _decimals(ct_slice.position_lps)
     image.ImageOrientationPatient = _decimals(ct_slice.orientation.ravel())
-    for keyword in _CARRIED:  # what makes the object is not told whose it is; `carry_identity` adds that
+    for keyword in _CARRIED:  # highdicom gets no patient's data; `carry_identity` adds it afterwards
         setattr(image, keyword, "")
     return image
 

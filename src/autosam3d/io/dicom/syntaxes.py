@@ -1,17 +1,17 @@
-"""Transfer syntaxes: in which forms pixels may stand in a DICOM file that is read here."""
+"""The transfer syntaxes that can be read here."""
 
 from __future__ import annotations
 
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-# From those without loss on. *Source*: DICOM PS3.5 annex A.4, PS3.6 annex A.
+# Lossless ones first. *Source*: DICOM PS3.5 annex A.4, PS3.6 annex A.
 _COMPRESSED = tuple(f"1.2.840.10008.1.2.{tail}" for tail in (
     "4.90", "4.70", "4.80", "5", "4.201", "4.202", "4.57", "4.91", "4.81", "4.203", "4.50", "4.51"))
 
 
 def readable_syntaxes() -> list[str]:
-    """UIDs of those that are read here; which compressed ones depends on what is installed."""
+    """UIDs of the transfer syntaxes that can be read; which compressed ones depends on the installed decoders."""
     plain = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian]
     return [*plain, *(syntax for syntax in _COMPRESSED if has_decoder(UID(syntax)))]
 

@@ -1,4 +1,4 @@
-"""Values of DICOM tags, read with distrust: a number is finite and there, or the slice is refused."""
+"""Values of DICOM tags, checked: a number is there and finite, or the slice is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError:
     raise MissingExtraError("MISSING_EXTRA", "DICOM", "reading DICOM needs pydicom, which is not installed",
                             'pip install "autosam3d[dicom]"') from None
 
-# What pydicom and its decoders raise on damaged bytes; it has no common base.
+# Errors that pydicom and its decoders raise on damaged bytes; they have no common base class.
 DAMAGE = (InvalidDicomError, AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OverflowError,
           RuntimeError, TypeError, UnicodeError, ValueError, struct.error)
 _LOGGERS = ("pydicom", "pylibjpeg", "openjpeg", "libjpeg", "highdicom")
@@ -55,7 +55,7 @@ def tag_integer(dataset: Any, keyword: str, where: str, default: int | None = No
 
 
 def tag_text(dataset: Any, keyword: str) -> str:
-    """Text of a tag that decides nothing about geometry: damaged text counts as none."""
+    """Text of a tag that geometry does not depend on: damaged text counts as empty."""
     try:
         value = dataset.get(keyword)
         return "" if value is None else str(value).strip()
@@ -64,14 +64,13 @@ def tag_text(dataset: Any, keyword: str) -> str:
 
 
 def hashed(identifier: str) -> str:
-    """A short stand-in for a UID or a patient number."""
+    """A short hash that stands for a UID or a patient number."""
     return hashlib.sha256(identifier.strip().encode(errors="replace")).hexdigest()[:8]
 
 
 @contextmanager
 def quiet_pydicom() -> Iterator[None]:
-    """pydicom repeats tag values, names of patients among them, in its warnings and logs, and its decoders log what
-    our own errors say: silence them while they read."""
+    """Silence pydicom and its decoders inside: their warnings and logs repeat tag values, which may name patients."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

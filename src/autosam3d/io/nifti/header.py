@@ -1,4 +1,4 @@
-"""The NIfTI header: read, distrusted, and turned into one affine in RAS+ millimetres.
+"""The NIfTI header: read, checked, and turned into one affine in RAS+ millimetres.
 
 nibabel and SimpleITK read the same odd header in different ways (units, missing codes, broken slopes, wrong magic);
 each such case is decided here, once, or refused. *Source*: nifti1.h and nifti2.h of the NIfTI data format group.
@@ -27,7 +27,7 @@ REAL_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2
 _OTHER_TYPES = {1: "1-bit", 32: "complex", 128: "RGB", 1536: "128-bit float", 1792: "complex", 2048: "complex",
                 2304: "RGBA"}
 _UNIT_MM = {1: (1000.0, "metres"), 2: (1.0, "millimetres"), 3: (0.001, "micrometres")}
-# Extensions in the wild are kilobytes; beyond this the offset is a forgery or a bit error.
+# Real extensions have kilobytes; a larger offset is forged or damaged.
 _MAX_OFFSET_BYTES = 1 << 26
 _MAX_SLOPE = 1e6
 _CONFLICT_VOX = 0.1
@@ -38,7 +38,7 @@ _KNOWN_FORMATS = {b"NRRD": "NRRD", b"\x89HDF": "HDF5", b"PK\x03\x04": "a zip arc
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What a sound header says.
+    """The content of a valid header.
 
     Attributes:
         shape: three axes in the file's order.
@@ -98,7 +98,7 @@ def parse_header(start: bytes, where: str | Path, max_bytes: int, options: ReadO
 
     Args:
         start: the first 540 bytes of the inflated file, or all of a shorter one.
-        max_bytes: more than this the file cannot hold.
+        max_bytes: the most bytes that the file can hold.
 
     Raises:
         VolumeError: EMPTY, NOT_NIFTI, TRUNCATED, HEADER, PAIR, MAGIC, DIMS, NDIM, DTYPE, OFFSET, SIZE, SCALE,
@@ -123,7 +123,7 @@ def parse_header(start: bytes, where: str | Path, max_bytes: int, options: ReadO
 
 
 def _without_free_text(fields: np.void) -> bytes:
-    """The header's bytes with its text fields blank: names and dates of patients stand there."""
+    """The header's bytes with its text fields blank, since these may hold names and dates of patients."""
     blank = np.empty((), fields.dtype)
     blank[...] = fields
     for name in set(_TEXT_FIELDS).intersection(blank.dtype.names or ()):
@@ -233,7 +233,7 @@ def _scaling(fields: Any, where: str | Path, warnings: list[str]) -> tuple[float
 
 def _affine(fields: Any, shape: tuple[int, int, int], where: str | Path, options: ReadOptions,
             warnings: list[str]) -> np.ndarray:
-    """The transform to believe, in millimetres and with axes at right angles."""
+    """The transform that is used, in millimetres and with axes at right angles."""
     unit_code = int(fields["xyzt_units"]) & 7
     unit_mm, unit = _UNIT_MM.get(unit_code, (1.0, "unknown"))
     if unit_code != 2:
@@ -294,8 +294,8 @@ def _transform(fields: Any, name: str, where: str | Path) -> np.ndarray:
         raise VolumeError("HEADER", where, "the qform is no rotation (quaternion longer than 1, or a spacing of 0)",
                           "repair the header; --prefer sform takes the other transform")
     qfac = -1.0 if float(fields["pixdim"][0]) == -1.0 else 1.0
-    # Of a half turn float32 leaves a rest near 0, on either side. *Source* of the limit: nifti1_io.c,
-    # nifti_quatern_to_mat44. quat2mat normalises, as that function does.
+    # For a rotation by 180 degrees the rest is 0, and float32 rounds it to either side. *Source* of the limit:
+    # nifti1_io.c, nifti_quatern_to_mat44. quat2mat normalises, as that function does.
     a = math.sqrt(rest) if rest >= 1e-7 else 0.0
     affine[:3, :3] = quat2mat([a, b, c, d]) * (spacing * (1, 1, qfac))
     affine[:3, 3] = offset
@@ -304,7 +304,7 @@ def _transform(fields: Any, name: str, where: str | Path) -> np.ndarray:
 
 def _check_agreement(sform: np.ndarray, qform: np.ndarray, shape: tuple[int, int, int], where: str | Path,
                      warnings: list[str]) -> None:
-    """Both transforms are declared: they must say the same, but for a shift of the origin."""
+    """Where both transforms are declared they must agree, except for a shift of the origin."""
     if corners_apart_vox(sform, qform, shape) <= _CONFLICT_VOX:
         return
     shifted = qform.copy()

@@ -1,4 +1,4 @@
-"""NIfTI files in: a CT as `Volume`, a label map as `Segmentation`. Every byte is read and checked before any counts."""
+"""Reads NIfTI files: a CT as `Volume`, a label map as `Segmentation`. A file is read and checked as a whole."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _FLOAT_ROUNDING = 1e-4
 def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
     """A CT from .nii or .nii.gz, NIfTI-1 or NIfTI-2, as float32 HU [z, y, x] nearest RAS+.
 
-    The whole file is read and its checksum compared; what the reader puts right stands in `Volume.warnings`, and
-    what has more than one meaning is refused.
+    The whole file is read and its checksum compared. What the reader corrects is listed in `Volume.warnings`; what has
+    more than one meaning is refused.
 
     Raises:
         VolumeError: the scan is broken or is not CT in Hounsfield units; the codes are those of `io.nifti.header`,
@@ -98,7 +98,7 @@ def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
         demand_ram(header.data_bytes + bytes_per_voxel * header.num_voxels, path, options.max_ram_bytes)
         before = (start + stream.read_upto(max(0, header.data_offset - len(start))))[len(header.raw) :]
         data = np.empty(header.data_bytes, np.uint8)
-        # The start was read for the larger header; of a NIfTI-1 file it may hold the first voxels.
+        # The start is as long as a NIfTI-2 header; of a NIfTI-1 file it may hold the first voxels.
         early = np.frombuffer(start[header.data_offset :][: data.size], np.uint8)
         data[: early.size] = early
         got = early.size + stream.read_into(data.data[early.size :])

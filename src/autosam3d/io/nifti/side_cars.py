@@ -1,4 +1,4 @@
-"""What stands beside a segmentation: names, colours and codes, for scripts, for ITK-SNAP and for 3D Slicer."""
+"""The files beside a segmentation with names, colours and codes: for scripts, ITK-SNAP and 3D Slicer."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def _slicer(label_map: LabelMap) -> str:
 
 
 def _one_word(name: str) -> str:
-    """A name that neither format can misread."""
+    """The name with characters that either format could misread replaced by `_`."""
     return "".join("_" if c.isspace() or c in "\"'#,;" or not c.isprintable() else c for c in name)

@@ -1,7 +1,7 @@
-"""A whole 2D SAM by its tensors: which of the two namings a file has, the way to transformers' names, and its sizes.
+"""The tensors of a whole 2D SAM: conversion of their names to transformers' names, and the sizes of the network.
 
 Original names (``image_encoder.blocks.0.attn.qkv.weight``; MedSAM's files too) become those of transformers'
-``SamModel``. Numbers are not changed. The 3D encoder takes its part by `sam_weights`.
+``SamModel``. Numbers are not changed. `sam_weights` converts the encoder's tensors for the 3D encoder.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _ORIGINAL_TO_HF = tuple((re.compile(pattern), name) for pattern, name in (
     (_HEAD + r"\.1\.", r"\1.layers.0."),
     (_HEAD + r"\.2\.", r"\1.proj_out."),
 ))
-"""*Source*: the parameter names of segment-anything's ``Sam`` and of transformers' ``SamModel``; first match counts."""
+"""The first match counts. *Source*: parameter names of segment-anything's ``Sam`` and transformers' ``SamModel``."""
 
 
 @dataclass(frozen=True)
 class SamSizes:
-    """The sizes that tell one SAM from another, as its tensors have them."""
+    """The sizes of a SAM, read from its tensors."""
 
     image_size: int
     """Pixels a side of what the encoder reads."""
@@ -87,7 +87,7 @@ class SamSizes:
 
 
 def refuse_strangers(names: Iterable[str], where: str) -> None:
-    """Say it plainly where a file is another network that goes by SAM's name.
+    """Refuse another network of the SAM family by its name.
 
     Raises:
         CheckpointError: MISMATCH.
@@ -99,7 +99,7 @@ def refuse_strangers(names: Iterable[str], where: str) -> None:
 
 
 def unwrap(name: str) -> str:
-    """Without what DataParallel and enclosing modules put in front."""
+    """The name without prefixes of DataParallel and enclosing modules."""
     while name.startswith(_WRAPPERS):
         name = name.split(".", 1)[1]
     return name
@@ -173,7 +173,7 @@ def _renamed(name: str) -> str:
 
 
 def _with_both_positions(found: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """safetensors keeps one name of a tensor that has two."""
+    """Add the second name of the position table: safetensors keeps only one name of a shared tensor."""
     tables = [found[name] for name in (POSITIONS, POSITIONS_TWIN) if name in found]
     if len(tables) == 2 and not torch.equal(*tables):
         raise _mismatch(where, "got two different position tables, one for prompts and one for the image")

@@ -1,4 +1,4 @@
-"""2D SAM weights into the 3D encoder: names, shapes and the few tables that must be resized. No files here.
+"""Converts 2D SAM weights for the 3D encoder: names, shapes and the tables that must be resized. No files here.
 
 Accepts the original names (``image_encoder.blocks.0.attn.qkv.weight``, also MedSAM's files, also behind ``module.``)
 and those of transformers' ``SamModel`` (``vision_encoder.layers.0.attn.qkv.weight``). Everything is checked: a
@@ -33,7 +33,8 @@ _FROZEN = re.compile(
     r"image_encoder\.(pos_embed|patch_embed\.proj\.(weight|bias)"
     r"|blocks\.\d+\.(attn\.((qkv|proj)\.(weight|bias)|rel_pos_[hw])|mlp\.lin[12]\.(weight|bias)))"
 )
-"""What stays as SAM has it. *Source*: paper section 3.2; tuned are convolutions, adapters, norms and depth tables."""
+"""Parameters that keep SAM's values. *Source*: paper section 3.2, which tunes convolutions, adapters, norms and depth
+tables."""
 
 def convert_sam_state(
     state: Mapping[str, Tensor], spec: AutoSamSpec, where: str = "SAM weights"
@@ -44,7 +45,7 @@ def convert_sam_state(
     prompt encoder and mask decoder are not used.
 
     Args:
-        where: what an error calls the state, for example its file.
+        where: the name of the state in errors, for example its file.
 
     Raises:
         CheckpointError: code MISMATCH; another architecture or size, or tensors missing, unexpected, of wrong shape.
@@ -89,7 +90,7 @@ def load_sam(model: nn.Module, state: Mapping[str, Tensor], where: str = "SAM we
     assert isinstance(spec, AutoSamSpec)
     converted = convert_sam_state(state, spec, where)
     parameters = dict(model.named_parameters())
-    # Our own invariants: every converted tensor has its place, and no frozen one is left at random.
+    # Invariants: every converted tensor has a parameter, and no frozen parameter keeps random values.
     assert set(frozen_names(model)) <= converted.keys() <= parameters.keys()
     assert all(parameters[name].shape == tensor.shape for name, tensor in converted.items())
     for name, tensor in converted.items():
@@ -100,7 +101,7 @@ def load_sam(model: nn.Module, state: Mapping[str, Tensor], where: str = "SAM we
 
 
 def freeze_sam(model: nn.Module) -> None:
-    """Stop the gradient of every tensor that SAM's 2D encoder brought, except its norms (they are tuned)."""
+    """Freeze every parameter that holds a tensor of SAM's 2D encoder, except its norms, which are tuned."""
     frozen = set(frozen_names(model))
     for name, parameter in model.named_parameters():
         if name in frozen:
@@ -146,7 +147,7 @@ def _from_hf(name: str) -> str:
 
 
 def _refuse_other_size(found: Mapping[str, Tensor], spec: AutoSamSpec, where: str) -> None:
-    """Say it plainly where the file is a whole SAM of another size, rather than list hundreds of tensors."""
+    """Refuse a whole SAM of another size by its name, instead of listing hundreds of tensors."""
     if "pos_embed" not in found:
         return
     dim = found["pos_embed"].shape[-1]

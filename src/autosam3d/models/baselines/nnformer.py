@@ -1,4 +1,4 @@
-"""nnFormer, a baseline that no package carries: attention inside windows on the way down and on the way up.
+"""nnFormer, a baseline that is in no package: attention inside windows on the way down and on the way up.
 
     ct ── stem ── stage 1 ─────────────────────────── skip attention, stage ── out ── logits       1/token
                     └ down, stage 2 ───────────── skip attention, stage ┘                          half of it
@@ -128,7 +128,7 @@ class Stage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Double the grid, ask the skip inside windows, then attend inside shifted windows."""
+    """Double the grid, attend to the skip inside windows, then attend inside shifted windows."""
 
     def __init__(self, dim: int, num_heads: int, attn_window: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class UpStage(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised first and added to what came in."""
+    """Attention and MLP, each normalised first and added to its input."""
 
     def __init__(self, dim: int, attn: SelfAttention | SkipAttention) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Block(nn.Module):
 
 
 class SkipBlock(Block):
-    """The same with queries from below and keys and values from the skip, both under one norm."""
+    """The same with queries from the coarser level and keys and values from the skip, both under one norm."""
 
     def forward(
         self, up: Float[Tensor, "B d h w C"], skip: Float[Tensor, "B d h w C"]
@@ -234,7 +234,7 @@ class SelfAttention(Windows):
 
 
 class SkipAttention(Windows):
-    """Queries are what comes from below, without a projection; keys and values come from the skip."""
+    """Queries come from the coarser level, without a projection; keys and values come from the skip."""
 
     def __init__(self, dim: int, num_heads: int, attn_window: int, shifted: bool) -> None:
         super().__init__(dim, num_heads, attn_window, shifted)

@@ -74,7 +74,7 @@ class ResUnet(nn.Module):
         """
         if ct.dim() != 5 or ct.shape[1] != 1 or any(n < 32 or n % 32 for n in ct.shape[2:]):
             raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of 32, got {tuple(ct.shape)}")
-        if not torch.compiler.is_exporting():  # ExecuTorch knows no such layout
+        if not torch.compiler.is_exporting():  # ExecuTorch does not support this layout
             ct = ct.to(memory_format=torch.channels_last_3d)
         full = self.stem(ct)
         half = self.block1(self.down1(full))
@@ -117,7 +117,7 @@ class ConvNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """What goes in plus what the layers make of it, then leaky ReLU; the last layer has none of its own."""
+    """The input plus the output of the layers, then leaky ReLU; the last layer has no activation of its own."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # A constant that the published state dicts carry, 7 MB of it: not kept in ours, and taken as read in theirs.
+        # A constant of 7 MB in the published state dicts: left out of ours, and ignored in theirs.
         state_dict.pop(f"{prefix}relative_position_index", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -77,10 +77,10 @@ class WindowAttention(nn.Module):
         return mixed.reshape(num_windows, n, heads * head_dim)
 
     def mix_sides(self, qkv: Tensor, cut: Cut) -> Tensor:
-        """What `mix` does, of the tokens of one grid, in their own order: (N, 3C) to (N, C).
+        """The same as `mix`, for the tokens of one grid in their own order: (N, 3C) to (N, C).
 
-        The form of ONNX files. As on a CPU in training only what is asked for is computed, each side of a seam by
-        itself: of a patch of 32x64x64 less than half of the maps. Rows are gathered, which phones are slow at.
+        The form for ONNX files. As in training on a CPU only the maps that are needed are computed, each side of a seam
+        by itself: for a patch of 32x64x64 less than half of them. Rows are gathered, which is slow on phones.
         """
         num_tokens, dim = len(qkv), qkv.shape[1] // 3
         qkv = torch.cat([qkv, self.qkv.bias[None]])  # a token of padding is 0 before the projection
@@ -128,9 +128,9 @@ def mix_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 class _MixOnCpu(torch.autograd.Function):
     """Attention inside windows for training on a CPU: the same numbers as `widen` and `mix_windows`.
 
-    * What a map of 343x343 costs is its way to memory and back, for head_dim 4 by far. A few maps at a time stay in
+    * The cost of a 343x343 map is its transfer to memory and back, by far for head_dim 4. A few maps at a time stay in
       the processor's cache, and the backward pass computes them again.
-    * No mask: a window that a seam cuts is as many small windows, and padding, which nobody reads, asks nothing.
+    * No mask: a window that a seam cuts is computed as several small windows, and padding has no queries.
       At 64^3 voxels that leaves little more than half of the entries.
     * Always in float32 or float64: in bfloat16 the exponential, the largest part, takes longer on a CPU.
     """
@@ -233,7 +233,7 @@ def widen(q: Tensor, k: Tensor, seams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split(x: Tensor, size: int, axis: int) -> Sequence[Tensor]:
-    """``x.split(size, axis)``; in an exported graph as slices, because converters for phones stumble over a split."""
+    """``x.split(size, axis)``; in an exported graph as slices, because converters for phones fail on a split."""
     if not torch.compiler.is_exporting():
         return x.split(size, axis)
     count = x.shape[axis]

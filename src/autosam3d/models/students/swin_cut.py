@@ -46,7 +46,7 @@ class Cut:
         """Cut a grid into windows: (B, d, h, w, C) to (V, n, C), V = B times the windows of one grid.
 
         The grid is padded with zeros at its far ends to whole windows, then rolled. No tensor has more than five
-        axes: phones know no more.
+        axes, the most that runtimes on phones support.
         """
         batch, *grid, dim = tokens.shape
         over = [-g % n for g, n in zip(grid, self.window, strict=True)]
@@ -88,7 +88,7 @@ class Cut:
         return seams.repeat(num_windows // len(seams), 1, 1)
 
     def sides(self) -> list[Side]:
-        """The parts of windows that attend among themselves, equal ones together; together all that is asked for."""
+        """The parts of windows whose tokens attend to each other; together they hold all queries except padding."""
         axes = [_axis_sides(*axis) for axis in zip(self.grid, self.window, self.shift, strict=True)]
         return [Side(self, *cast(tuple[Slices, Slices, Slices], tuple(zip(*parts, strict=True))))
                 for parts in itertools.product(*axes)]
@@ -118,9 +118,9 @@ class Side:
         return self._view(x, self.seen).flatten(6).flatten(1, 4)
 
     def rows(self, tokens: Slices) -> list[list[int]]:
-        """Of these tokens of each window the rows of the flattened grid, V' lists; padding has the row after the last.
+        """The rows of these tokens in the flattened grid, a list for each of V' windows; padding has the row after all.
 
-        Numbers and no tensors: an exporter keeps them as constants and does not follow how they came about.
+        Lists, not tensors, so that an exporter stores them as constants and does not trace their computation.
         """
         d, h, w = self.cut.grid
         axes = zip(self.cut.grid, self.cut.window, self.cut.shift, self.windows, tokens, strict=True)
@@ -131,7 +131,7 @@ class Side:
         ]
 
     def places(self, tokens: Slices) -> list[int]:
-        """Where in a flattened window these tokens lie."""
+        """The positions of these tokens in a flattened window."""
         (_, h, w), (z, y, x) = self.cut.window, (range(s.start, s.stop) for s in tokens)
         return [(k * h + j) * w + i for k in z for j in y for i in x]
 

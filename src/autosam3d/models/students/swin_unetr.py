@@ -67,7 +67,7 @@ class SwinUnetr(nn.Module):
         """
         if ct.dim() != 5 or ct.shape[1] != 1 or any(n < 32 or n % 32 for n in ct.shape[2:]):
             raise ValueError(f"expected (B, 1, D, H, W) with D, H, W multiples of 32, got {tuple(ct.shape)}")
-        if not torch.compiler.is_exporting():  # ExecuTorch knows no such layout
+        if not torch.compiler.is_exporting():  # ExecuTorch does not support this layout
             ct = ct.to(memory_format=torch.channels_last_3d)
         half, quarter, eighth, sixteenth, deepest = self.swinViT(ct)
         x = self.decoder5(self.encoder10(deepest), sixteenth)
@@ -107,8 +107,8 @@ class Tokens(nn.Conv3d):
     def forward(self, input: Float[Tensor, "B 1 D H W"]) -> Float[Tensor, "B C D/2 H/2 W/2"]:
         if not torch.compiler.is_exporting():
             return super().forward(input)
-        # As the product that it is. OpenVINO would keep a convolution's layout in all token grids after it, and
-        # turn each of them round wherever channels are to lie together.
+        # Written as a matrix product: OpenVINO would keep a convolution's layout in all token grids after it, and
+        # transpose each of them wherever channels must be contiguous.
         batch, _, d, h, w = input.shape
         x = input.reshape(batch * d * h // 2, 2, w // 2, 2).transpose(1, 2)  # (B D h) w y x
         x = x.reshape(batch * d // 2, 2, h * w // 4, 4).transpose(1, 2)  # (B d) (h w) z (y x)
@@ -135,7 +135,7 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Window attention and MLP, each normalised first and added to what came in."""
+    """Window attention and MLP, each normalised first and added to its input."""
 
     def __init__(self, dim: int, num_heads: int, shifted: bool) -> None:
         super().__init__()
@@ -205,5 +205,5 @@ class UpBlock(nn.Module):
 
 
 def _named(**part: nn.Module) -> nn.Sequential:
-    """One module under the name that the published weights have for it."""
+    """One module under its name in the published weights."""
     return nn.Sequential(OrderedDict(part))

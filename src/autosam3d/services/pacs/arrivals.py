@@ -1,4 +1,4 @@
-"""Series that were sent to us: which are whole, which a rule takes, and what is forgotten when."""
+"""Series that were sent to us: which are complete, which a rule takes, and when their files are deleted."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _DAY_SECONDS = 86_400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Arrivals:
-    """How series that come are taken up."""
+    """When received series become jobs, and how long their files are kept."""
 
     rule: Rule
     model: str
     """SHA-256."""
     settings: str
     settle_seconds: float = 60.0
-    """A series that has not grown for so long is taken for whole."""
+    """A series that has not grown for so long counts as complete."""
     keep_seconds: float = 3600.0
-    """Its files are kept for so long after it has grown last, so that slices which come late find the others."""
+    """Files are kept for so long after the series last grew, so that slices that come late join the others."""
     keep_failed_days: float = 7.0
-    """Files of a series that was given up are kept for so long: nobody can fetch them again."""
+    """Files of a series whose job is dead are kept for so long, since they cannot be fetched again."""
 
 
 def look(service: ArchiveService, incoming: Incoming, how: Arrivals) -> int:
-    """Take up what is whole and meets the rule, forget what is old; the number of series taken up."""
+    """Make jobs for series that are complete and meet the rule, delete old files; returns the number of new jobs."""
     with named_faults():
         num_new = sum(_take_up(key, service, incoming, how) for key in incoming.due(how.settle_seconds))
         for key in incoming.old(max(how.keep_seconds, how.settle_seconds)):
-            # A job that waits has not taken its files yet.
+            # A waiting job has not linked its files yet.
             job = _job_of(key, service, incoming, how)
             if job is None or job.state != WAITING:
                 incoming.drop(key)
@@ -51,7 +51,7 @@ def look(service: ArchiveService, incoming: Incoming, how: Arrivals) -> int:
 
 
 def forget_failed(service: ArchiveService, how: Arrivals) -> None:
-    """Take away images of series that were given up long ago."""
+    """Delete the images of jobs that have been dead for `keep_failed_days`."""
     for job in service.ledger.jobs():
         if job.state == DEAD and job.received and service.now() - job.changed > how.keep_failed_days * _DAY_SECONDS:
             service.state.forget(job.id)
@@ -60,7 +60,7 @@ def forget_failed(service: ArchiveService, how: Arrivals) -> None:
 def run_forever(
     service: ArchiveService, incoming: Incoming, how: Arrivals, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Take up and work until the process is told to stop; a disk that is full is waited for, and told of once."""
+    """Make jobs and work on them until the process is stopped; a full disk is waited for, and logged once."""
     kept_house, is_faulty = float("-inf"), False
     while True:
         try:
@@ -80,14 +80,14 @@ def run_forever(
 
 def _take_up(key: str, service: ArchiveService, incoming: Incoming, how: Arrivals) -> bool:
     names = incoming.objects(key)
-    if not names:  # a process was killed between making the folder and putting the first object there
+    if not names:  # a process was killed after it made the folder and before it put the first object there
         incoming.drop(key)
         return False
     job = _job_of(key, service, incoming, how)
     if job is not None and job.is_open:
-        return False  # looked at again when it has ended
+        return False  # looked at again when that job has ended
     incoming.looked(key, len(names))
-    # Given up, and its images are gone: it was sent again as it was asked for.
+    # The job is dead and its images are deleted: the series was sent again on purpose.
     is_anew = job is not None and job.state == DEAD and not service.state.series(job.id).is_dir()
     if job is not None and not is_anew and not _is_more(job, names, service):
         return False
@@ -105,14 +105,14 @@ def _take_up(key: str, service: ArchiveService, incoming: Incoming, how: Arrival
 
 
 def _is_more(job: SeriesJob, names: frozenset[str], service: ArchiveService) -> bool:
-    """Whether a series that has been dealt with has come again with more than before, and whole."""
+    """Whether a series whose job has ended has new objects, and all objects that it had before."""
     known = service.ledger.received(job.id)
     num_new = len(names - known)
     if num_new == 0:
-        _log.info("%s: nothing in it is new, it is %s", job.id, job.state)
+        _log.info("%s: it has no new objects, its job is %s", job.id, job.state)
         return False
     if not known <= names:
-        late = VolumeError("LATE", job.id, f"{num_new} more objects came when its images had been deleted",
+        late = VolumeError("LATE", job.id, f"{num_new} more objects came after its images had been deleted",
                            "send the whole series again")
         service.ledger.note(job.id, late.code, late.fault)
         _log.warning("%s: %s: %s; %s", late.where, late.code, late.fault, late.remedy)
@@ -124,7 +124,7 @@ def _missed(images: list[DicomIdentity], rule: Rule) -> str:
     first = images[0]
     if any(image.study != first.study for image in images):
         return "its objects name several studies"
-    # A frame is a slice; more than the rule allows need not be counted.
+    # A frame is a slice; slices beyond what the rule allows need not be counted.
     slices = {f"{image.instance}/{frame}": (image.image_type, image.thickness_mm)
               for image in images for frame in range(min(image.num_frames, rule.max_slices + 1))}
     facts = SeriesFacts(modality=first.modality, body_part=first.body_part, description=first.description,
@@ -133,7 +133,7 @@ def _missed(images: list[DicomIdentity], rule: Rule) -> str:
 
 
 def _job_of(key: str, service: ArchiveService, incoming: Incoming, how: Arrivals) -> SeriesJob | None:
-    """The job that a series has by now; its UID stands in its objects alone."""
+    """The job of a received series, if there is one; its UID is read from its objects."""
     for name in sorted(incoming.objects(key)):
         try:
             series = identify_image(incoming.folder / key / name, key).series

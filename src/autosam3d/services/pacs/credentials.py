@@ -1,4 +1,4 @@
-"""What an archive is told to let us in: from a file that others cannot read, or from the environment."""
+"""The credentials for an archive: from a file that others cannot read, or from the environment."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MAX_BYTES = 16384
 
 @dataclass(frozen=True)
 class Credentials:
-    """The value of the header Authorization; it is not shown where this object is printed."""
+    """The value of the header Authorization; `repr` does not show it."""
 
     header: str = field(repr=False)
 
 
 def read_credentials(path: Path | None, environment: Mapping[str, str] = os.environ) -> Credentials | None:
-    """From the file, else from the variable AUTOSAM3D_PACS_AUTH, else None.
+    """Read credentials from the file, else from the variable AUTOSAM3D_PACS_AUTH, else return None.
 
     Either holds one line: ``USER:PASSWORD``, or ``Bearer TOKEN``.
 
@@ -44,7 +44,7 @@ def read_credentials(path: Path | None, environment: Mapping[str, str] = os.envi
 
 
 def demand_safe_transport(url: str, credentials: Credentials | None, insecure: bool) -> None:
-    """Refuse to send credentials where the network can read them.
+    """Refuse a URL that is wrong or shows credentials, and to send credentials where the network can read them.
 
     Raises:
         UsageError: INSECURE, URL.

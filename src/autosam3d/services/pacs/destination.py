@@ -1,4 +1,4 @@
-"""An application entity of DICOM: its title, and where it listens."""
+"""A DICOM application entity: its title, host and port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLACE = re.compile(r"(?P<title>.*)@(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)
 
 @dataclass(frozen=True)
 class Destination:
-    """Whom results are sent to."""
+    """The application entity that results are sent to."""
 
     title: str
     host: str
@@ -26,7 +26,7 @@ class Destination:
 
 
 def demand_title(title: str) -> None:
-    """An AE title as DICOM has it.
+    """Check that a text is a valid AE title.
 
     Raises:
         UsageError: AE_TITLE.
@@ -39,7 +39,7 @@ def demand_title(title: str) -> None:
 
 
 def parse_destination(text: str) -> Destination:
-    """``AE@HOST:PORT``.
+    """Parse ``AE@HOST:PORT``.
 
     Raises:
         UsageError: SEND_TO, AE_TITLE.

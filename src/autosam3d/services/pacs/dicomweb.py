@@ -1,7 +1,7 @@
-"""An archive by DICOMweb: what is there (QIDO-RS), whole series onto the disk (WADO-RS), results back (STOW-RS).
+"""A DICOMweb client of an archive: search (QIDO-RS), fetch whole series (WADO-RS), store results (STOW-RS).
 
-Every answer is distrusted: sizes are capped while they stream, times are bounded, redirects are not followed, and
-what comes is what was asked for or nothing. No message repeats a name, a number or a URL below the root.
+Answers are not trusted: sizes and times are limited while they stream, redirects are not followed, and an answer that
+is not what was asked for is an error. No message repeats a name, a number or a URL below the root.
 
 *Source*: DICOM PS3.18, sections 10.4 (retrieve), 10.5 (store) and 10.6 (search).
 """
@@ -34,7 +34,7 @@ except ImportError:
 
 _JSON = "application/dicom+json"
 _FILES = 'multipart/related; type="application/dicom"; transfer-syntax=*'
-# It becomes a part of an address, so it may be no "..".
+# A UID becomes a part of a URL, so it must not be "..".
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _PAGE = 100
 _MAX_PAGES = 10_000
@@ -48,13 +48,13 @@ _FAILED, _STORED, _REFERENCED = "00081198", "00081199", "00081155"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an archive may take of our time and disk."""
+    """Limits on the time and size of an archive's answers."""
 
     connect_seconds: float = 10.0
     read_seconds: float = 30.0
-    """Without a byte."""
+    """Longest wait for the next byte."""
     answer_seconds: float = 120.0
-    """For all of an answer that is no image data."""
+    """For a whole answer other than image data."""
     fetch_seconds: float = 3600.0
     max_json_bytes: int = 64 << 20
     max_file_bytes: int = 512 << 20
@@ -68,12 +68,12 @@ class FoundStudy:
 
     uid: str
     num_instances: int | None
-    """None where the archive does not count."""
+    """None where the archive does not say."""
 
 
 @dataclass(frozen=True)
 class FoundSeries:
-    """One series, as far as the archive's index tells of it."""
+    """One series, as the archive's index describes it."""
 
     study: str
     uid: str
@@ -86,7 +86,7 @@ class DicomWeb:
     Args:
         url: of the root, checked by `credentials.demand_safe_transport`.
         credentials: sent with every request to it, and nowhere else.
-        verify: False takes any certificate; a path names the authorities to believe.
+        verify: False accepts any certificate; a path names a file of trusted authorities.
         limits: see `Limits`.
     """
 
@@ -97,7 +97,7 @@ class DicomWeb:
         """Host and port, for messages."""
         self._limits = limits or Limits()
         self._session = requests.Session()
-        # Neither proxies nor a .netrc of the environment: what goes where is said on the command line alone.
+        # No proxies and no .netrc of the environment: the options alone say what is sent where.
         self._session.trust_env = False
         self._session.verify = verify
         if credentials is not None:
@@ -136,15 +136,15 @@ class DicomWeb:
         return found
 
     def has(self, study: str, series: str, instance: str) -> bool:
-        """Whether the archive has that very object."""
+        """Whether the archive has this object."""
         items = self._page(f"studies/{study}/instances", {"SOPInstanceUID": instance, "SeriesInstanceUID": series})
         return any(_values(item, _INSTANCE) == [instance] for item in items)
 
     def fetch(self, study: str, series: str, folder: Path) -> int:
-        """All objects of a series as files 000000.dcm and so on in `folder`, which is there; their number.
+        """Write all objects of a series as 000000.dcm and so on into `folder`, which exists; returns their number.
 
         Raises:
-            ArchiveError: also where the answer is cut or holds what is no DICOM file.
+            ArchiveError: also where the answer is incomplete.
         """
         limits = self._limits
         deadline = time.monotonic() + limits.fetch_seconds
@@ -167,10 +167,10 @@ class DicomWeb:
         return num_files
 
     def store(self, study: str, path: Path, instance: str) -> None:
-        """One DICOM file into a study.
+        """Store one DICOM file in a study.
 
         Raises:
-            ArchiveError: NOT_STORED, also where the answer does not name it as stored.
+            ArchiveError: NOT_STORED, also where the answer does not list it as stored.
         """
         boundary = f"autosam3d-{os.urandom(16).hex()}"
         body, length = body_of([path], boundary)
@@ -178,16 +178,16 @@ class DicomWeb:
                    "Content-Length": str(length), "Accept": _JSON}
         with self._answer("POST", f"studies/{study}", headers=headers, data=_Sized(body, length)) as answer:
             self._demand_status(answer, (200, 202, 409))
-            told = self._json(answer)
-        told = told[0] if isinstance(told, list) and len(told) == 1 else told
-        if not isinstance(told, dict):
+            response = self._json(answer)
+        response = response[0] if isinstance(response, list) and len(response) == 1 else response
+        if not isinstance(response, dict):
             raise self._fault("BROKEN_ANSWER", "expected a store response, got something else")
-        stored = [value for item in _values(told, _STORED) for value in _values(item, _REFERENCED)]
-        if instance not in stored or _values(told, _FAILED):
+        stored = [value for item in _values(response, _STORED) for value in _values(item, _REFERENCED)]
+        if instance not in stored or _values(response, _FAILED):
             raise self._fault("NOT_STORED", "it does not name the result as stored")
 
     def _search(self, path: str, wish: Mapping[str, Any], identity: str) -> Iterator[Mapping[str, Any]]:
-        """Pages until one brings nothing new: some archives ignore the offset, some give short pages."""
+        """Ask for pages until one has nothing new: some archives ignore the offset, some give short pages."""
         seen: set[str] = set()
         for _ in range(_MAX_PAGES):
             items = self._page(path, {**wish, "limit": str(_PAGE), "offset": str(len(seen))})
@@ -229,7 +229,7 @@ class DicomWeb:
         if status in good:
             return
         if status in (401, 403):
-            raise self._fault("AUTH", f"it answers {status}: we are not let in", "check --auth-file")
+            raise self._fault("AUTH", f"it answers {status}: access is denied", "check --auth-file")
         if status == 404:
             raise self._fault("SERVER_NOT_FOUND", "it answers 404: no such thing, or no DICOMweb service at this root",
                               "check the URL, and whether the series is still there")
@@ -248,7 +248,7 @@ class DicomWeb:
             raise self._fault("BROKEN_ANSWER", "expected JSON, got something else or a part of it") from None
 
     def _chunks(self, answer: Any, deadline: float) -> Iterator[bytes]:
-        """Bytes as they come, not waiting for a full chunk, so that a trickle meets the deadline."""
+        """Bytes as they come, without waiting for a full chunk, so that a slow answer meets the deadline."""
         while True:
             chunk = answer.raw.read1(_CHUNK_BYTES, decode_content=True)
             if not chunk:
@@ -262,7 +262,7 @@ class DicomWeb:
 
 
 class _Sized:
-    """A body of known length that is sent as it is made; requests asks for `__len__` and iterates."""
+    """A request body of known length that is made while it is sent; requests calls `__len__` and iterates."""
 
     def __init__(self, chunks: Iterator[bytes], length: int) -> None:
         self._chunks, self._length = chunks, length
@@ -291,14 +291,14 @@ def _integer(item: Mapping[str, Any], tag: str) -> int | None:
 
 def _number(item: Mapping[str, Any], tag: str) -> float | None:
     value = next(iter(_values(item, tag)), None)
-    try:  # numbers come as text from some archives
+    try:  # some archives send numbers as text
         return float(value) if isinstance(value, (int, float, str)) else None
     except ValueError:
         return None
 
 
 def _uid(item: Mapping[str, Any], tag: str, where: str) -> str:
-    """Nothing but digits and dots goes into a URL or a ledger."""
+    """A UID of an answer; only digits and dots go into a URL or the ledger."""
     values = _values(item, tag)
     if len(values) == 1 and isinstance(values[0], str) and _UID.fullmatch(values[0].strip()):
         return values[0].strip()

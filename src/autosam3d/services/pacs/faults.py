@@ -1,4 +1,4 @@
-"""What can go wrong between us and an archive, and whether it is worth another try."""
+"""Failures of an archive, and whether another try may succeed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from autosam3d.errors import ResourceError
 
 
 class ArchiveError(ResourceError):
-    """The archive did not do what it was asked; `where` names it by host and port, never by a patient's numbers."""
+    """The archive did not do what it was asked to. `where` is its host and port and never names a patient."""
 
     def __init__(self, code: str, where: str | Path, fault: str, remedy: str, *, retry: bool = True) -> None:
         super().__init__(code, where, fault, remedy)

@@ -1,10 +1,10 @@
-"""Series that are being sent to us: each object whole on disk or not there, under names of our own.
+"""Series that others send to us: each object is whole on disk or absent, under a name made here.
 
-    incoming/receiving/...       what is coming in now; emptied at the start
-    incoming/SERIES/OBJECT.dcm   hashes of their UIDs
+    incoming/receiving/...       objects that are being received; emptied at the start
+    incoming/SERIES/OBJECT.dcm   named by hashes of their UIDs
 
-Files are put by the threads of connections; all else is asked by the one thread that works. When a series last grew is
-known to this process alone: after a restart each counts as having grown just now, whatever the clocks say.
+The threads of connections put files; only the one thread that works on jobs calls the other methods. The time when a
+series last grew is kept in memory: after a restart each series counts as having grown just now.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class OutOfRoomError(Exception):
-    """There is no room, or there is more than there may be; the text says of what."""
+    """The disk is full or a limit is reached; the text says which."""
 
 
 class OtherObjectError(Exception):
-    """An object of this UID was received before, and it was another one."""
+    """Another object with the same UID was received before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoomLimits:
-    """What others may take of our disk."""
+    """How much of the disk senders may use."""
 
     max_object_bytes: int = 512 << 20
     max_objects: int = 20_000
@@ -53,21 +53,21 @@ class _Series:
     objects: set[str]
     grew: float
     looked_at: int = -1
-    """Objects at the last look."""
+    """Number of objects when the series was last looked at; -1 before that."""
 
 
 def hash_of(uid: str) -> str:
-    """What a series or an object is called here: nothing of a patient can be read from it."""
+    """The name of a series or an object here; it identifies no patient."""
     return hashlib.sha256(uid.encode()).hexdigest()[:32]
 
 
 class Incoming:
-    """What lies in one folder.
+    """The received series in one folder.
 
     Args:
-        folder: that exists; nobody else works there.
+        folder: that exists; no other process works there.
         limits: see `RoomLimits`.
-        clock: seconds, steady.
+        clock: monotonic seconds.
     """
 
     def __init__(self, folder: Path, limits: RoomLimits | None = None, clock: Callable[[], float] = time.monotonic
@@ -81,7 +81,7 @@ class Incoming:
                         for path in _series_folders(folder)}
 
     def open(self) -> tuple[Path, BinaryIO]:
-        """A new file for an object that is coming in.
+        """Open a new file for an object that is being received.
 
         Raises:
             OutOfRoomError
@@ -93,10 +93,10 @@ class Incoming:
         return path, os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
     def put(self, path: Path, series: str, instance: str) -> bool:
-        """Take up a file that `open` gave and that is on disk to its end; False where that very object was there.
+        """Put a complete file that `open` made into its series; False where the same object was there already.
 
         Args:
-            path: is gone afterwards, however this ends.
+            path: of the file; it is moved or deleted, however this ends.
             series: SeriesInstanceUID.
             instance: SOPInstanceUID.
 
@@ -132,7 +132,7 @@ class Incoming:
                 path.unlink(missing_ok=True)
 
     def due(self, settle_seconds: float) -> list[str]:
-        """Series, by their hashes, that have not grown for so long and have not been looked at as they are."""
+        """Hashes of the series that have not grown for so long and have grown since they were last looked at."""
         with self._lock:
             now = self._clock()
             return sorted(key for key, series in self._series.items()
@@ -145,37 +145,37 @@ class Incoming:
             return frozenset(found.objects) if found is not None else frozenset()
 
     def looked(self, key: str, num_objects: int) -> None:
-        """What is to be done with a series of so many objects has been decided."""
+        """Record that a series was looked at when it had so many objects."""
         with self._lock:
             if key in self._series:
                 self._series[key].looked_at = num_objects
 
     def old(self, keep_seconds: float) -> list[str]:
-        """Series that were looked at as they are and have not grown for so long."""
+        """Hashes of the series that have not grown since they were last looked at, nor for so long."""
         with self._lock:
             now = self._clock()
             return sorted(key for key, series in self._series.items()
                           if series.looked_at == len(series.objects) and now - series.grew >= keep_seconds)
 
     def drop(self, key: str) -> None:
-        """Forget a series and its files."""
+        """Delete a series and its files."""
         with self._lock:
             self._series.pop(key, None)
             shutil.rmtree(self.folder / key, ignore_errors=True)
 
 
 def is_no_room(error: OSError) -> bool:
-    """Whether the operating system has no room, rather than another fault."""
+    """Whether an error of the operating system means that the disk is full, or a quota or size limit is reached."""
     return error.errno in _NO_ROOM
 
 
 def num_series(folder: Path) -> int:
-    """Series on disk, for those who look from outside."""
+    """Number of received series on disk, for processes that only read."""
     with contextlib.suppress(OSError):
         return len(_series_folders(folder))
     return 0
 
 
 def _series_folders(folder: Path) -> list[Path]:
-    """Of all series; what else lies there, a file of the desktop's or an editor's, is left alone."""
+    """The folders of all series; other files, such as those of a desktop or an editor, are left alone."""
     return [path for path in folder.iterdir() if path.is_dir() and path.name != _RECEIVING]

@@ -1,11 +1,11 @@
-"""What was seen and what became of it, in SQLite: the memory that makes each series be done once.
+"""The record, in SQLite, of the series that were seen and of their jobs, so that each series is segmented once.
 
-A job is a series with a model and settings. Its state is written before and after each step, and a step that was cut
-off is done again, so at every moment a killed process can go on:
+A job is a series with a model and settings. Its state is written before and after each step, and a step that was
+interrupted is repeated, so a process that was killed at any moment can continue:
 
     waiting -> fetched -> segmented -> done
        |          |           |
-       +----------+-----------+------> dead (with the reason; `requeue` begins anew)
+       +----------+-----------+------> dead (with the reason; `requeue` starts again)
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ _COLUMNS = "id, study, series, model, settings, received, num, state, attempts, 
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """When a step that failed is tried again."""
+    """When a failed step is repeated."""
 
     tries: int = 10
-    """Of all steps of a job together; after that many it is dead."""
+    """Failures of all steps of a job together after which it is dead."""
     first_seconds: float = 10.0
     most_seconds: float = 3600.0
     random: random.Random = field(default_factory=random.Random)
 
     def delay(self, attempts: int) -> float:
-        """Seconds after failure number `attempts`: doubled each time, and spread, so that an archive that comes back is
-        not met by all at once."""
+        """Seconds to wait after failure number `attempts`: doubled each time, and randomised, so that an archive that
+        is available again does not get all requests at once."""
         return min(self.most_seconds, self.first_seconds * 2.0 ** (attempts - 1)) * self.random.uniform(0.5, 1.0)
 
 
@@ -64,32 +64,32 @@ class SeriesJob:
     model: str
     settings: str
     received: bool
-    """It was sent to us, so it cannot be fetched again."""
+    """Whether it was sent to us; then it cannot be fetched again."""
     num: int
-    """Objects in the series when it was taken up."""
+    """Number of objects in the series when the job was made."""
     state: str
     attempts: int
     not_before: float
     code: str
     fault: str
     files: Mapping[str, str]
-    """Names in the job's folder to SHA-256, once it is segmented."""
+    """File name in the job's folder to SHA-256; empty until it is segmented."""
     changed: float
 
     @property
     def is_open(self) -> bool:
-        """Whether there is work to be done."""
+        """Whether the job is neither done nor dead."""
         return self.state in _OPEN
 
     def as_dict(self) -> dict[str, Any]:
-        """What may be told: no UID, since a UID leads to a patient. Times are seconds since 1970."""
+        """What may be shown: no UID, since a UID identifies a patient. Times are seconds since 1970."""
         return {"series": self.id, "state": self.state, "slices": self.num, "tries": self.attempts,
                 "received": self.received, "code": self.code, "reason": self.fault, "changed": self.changed,
                 "next_try": self.not_before or None, "results": len(self.files) if self.state == DONE else 0}
 
 
 def job_id(series: str, model: str, settings: str) -> str:
-    """A name for a folder and for the eyes of others: no number of a patient can be read from it."""
+    """A name for folders and messages that identifies no patient: a hash of series UID, model and settings."""
     return hashlib.sha256("\n".join((series, model, settings)).encode()).hexdigest()[:16]
 
 
@@ -97,8 +97,8 @@ class Ledger:
     """One SQLite file; every method is one transaction.
 
     Args:
-        path: of the file, made where it is absent.
-        read_only: for those who only look, beside the process that writes.
+        path: of the file; created where it is absent.
+        read_only: for processes that only read, beside the one that writes.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
@@ -126,29 +126,29 @@ class Ledger:
         self._db.close()
 
     def saw_study(self, uid: str, num: int, now: float, settle_seconds: float) -> bool:
-        """Note how many objects a study has now; True where it has stood still long enough and is to be looked into."""
+        """Record how many objects a study has; True where it has not grown for so long and is not settled yet."""
         with self._explained(), self._db:
             row = self._db.execute("SELECT num, since, settled FROM studies WHERE uid = ?", (uid,)).fetchone()
-            if row is None or row[0] != num or row[1] > now:  # a clock that was set back
+            if row is None or row[0] != num or row[1] > now:  # the clock was set back
                 self._db.execute("INSERT OR REPLACE INTO studies VALUES (?, ?, ?, 0)", (uid, num, now))
                 return settle_seconds <= 0
             return not row[2] and now - row[1] >= settle_seconds
 
     def settle(self, uid: str) -> None:
-        """All series of the study have been taken up or passed over."""
+        """Record that a job was made for each series of the study that the rule takes."""
         with self._explained(), self._db:
             self._db.execute("UPDATE studies SET settled = 1 WHERE uid = ?", (uid,))
 
     def unsettled(self) -> int:
-        """Studies that may still grow."""
+        """Number of studies that may still grow."""
         with self._explained():
             return self._db.execute("SELECT COUNT(*) FROM studies WHERE settled = 0").fetchone()[0]
 
     def add(self, study: str, series: str, model: str, settings: str, num: int, now: float, *,
             received: Collection[str] = (), anew: bool = False) -> bool:
-        """Take up a series; False where that was done before.
+        """Make a job for a series; False where there is one already.
 
-        One that has grown since it was finished or given up is another scan, and is done again: the objects of its
+        A series that has grown since its job was done or dead is another scan and gets a new job: the objects of its
         result name other images and have other UIDs.
 
         Args:
@@ -158,8 +158,8 @@ class Ledger:
             settings: of the model's run.
             num: objects in the series.
             now: seconds since 1970.
-            received: names of its files, where it was sent to us.
-            anew: also where it has not grown since it was given up.
+            received: names of its files where it was sent to us.
+            anew: make a job also where the series has not grown.
         """
         key = job_id(series, model, settings)
         with self._explained(), self._db:
@@ -174,13 +174,13 @@ class Ledger:
         return True
 
     def received(self, key: str) -> frozenset[str]:
-        """Names of the files of a series that was sent to us, from when it was taken up."""
+        """Names of the files of a series that was sent to us, as they were when its job was made."""
         with self._explained():
             row = self._db.execute("SELECT objects FROM received WHERE job = ?", (key,)).fetchone()
         return frozenset(row[0].split()) if row is not None else frozenset()
 
     def note(self, key: str, code: str, fault: str) -> None:
-        """Say something of a job, whatever its state."""
+        """Record a code and a reason for a job, whatever its state."""
         with self._explained(), self._db:
             self._db.execute("UPDATE jobs SET code = ?, fault = ? WHERE id = ?", (code, fault, key))
 
@@ -190,7 +190,7 @@ class Ledger:
         return found is not None and (found.state in _OPEN or num <= found.num)
 
     def move(self, job: SeriesJob, state: str, now: float, files: Mapping[str, str] | None = None) -> SeriesJob:
-        """A step is done."""
+        """Record that a step is done: the job's new state, and its files where they change."""
         with self._explained(), self._db:
             self._db.execute("UPDATE jobs SET state = ?, not_before = 0, code = '', fault = '', files = ?, changed = ? "
                              "WHERE id = ?", (state, json.dumps(dict(job.files if files is None else files)), now,
@@ -198,7 +198,7 @@ class Ledger:
         return self._known(job.id)
 
     def fail(self, job: SeriesJob, error: AutoSam3dError, retry: Retry | None, now: float) -> SeriesJob:
-        """A step has failed; without `retry`, or after too many tries, the job is dead."""
+        """Record that a step has failed; without `retry`, or after too many tries, the job is dead."""
         attempts = job.attempts + 1
         dead = retry is None or attempts >= retry.tries
         not_before = 0.0 if dead or retry is None else now + retry.delay(attempts)
@@ -211,7 +211,7 @@ class Ledger:
     def due(self, now: float, most_seconds: float) -> SeriesJob | None:
         """The open job that has waited longest and may be tried now."""
         with self._explained():
-            row = self._db.execute(  # beyond the longest delay a time was written by a clock that has been set back
+            row = self._db.execute(  # a time later than the longest delay was written before the clock was set back
                 f"SELECT {_COLUMNS} FROM jobs WHERE state IN (?, ?, ?) AND (not_before <= ? OR not_before > ?) "
                 "ORDER BY not_before, changed, id LIMIT 1", (*_OPEN, now, now + most_seconds)).fetchone()
         return None if row is None else _job(row)
@@ -222,15 +222,15 @@ class Ledger:
         return None if row is None else _job(row)
 
     def jobs(self) -> list[SeriesJob]:
-        """All, the last changed first."""
+        """All jobs, the last changed first."""
         with self._explained():
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY changed DESC, id").fetchall()
         return [_job(row) for row in rows]
 
     def requeue(self, key: str | None, now: float) -> int:
-        """Begin dead jobs anew, all or the named one; those that were sent to us go on where their files are."""
+        """Start dead jobs again, all or the named one; returns their number. Received series keep their files."""
         with self._explained(), self._db:
-            # Files of a dead job are gone, but for those that cannot be fetched again.
+            # The files of a dead job were deleted, except those that were sent to us and cannot be fetched again.
             return self._db.execute(
                 "UPDATE jobs SET state = CASE received WHEN 1 THEN ? ELSE ? END, attempts = 0, not_before = 0, "
                 "changed = ? WHERE state = ? AND (? IS NULL OR id = ?)",

@@ -1,4 +1,4 @@
-"""A storage SCP: CT images that others send by C-STORE, on disk before they are told so.
+"""A storage SCP: takes CT images by C-STORE and answers success only when they are on disk.
 
 *Source*: DICOM PS3.4 annex B (storage, its statuses in B.2.3) and annex A (verification).
 """
@@ -25,7 +25,7 @@ from autosam3d.services.pacs.incoming import Incoming, OtherObjectError, OutOfRo
 from autosam3d.services.pacs.receiving import MAX_PDU_BYTES, ConnectionLimits, Received, Server, quiet_network
 
 # isort: split
-# Below the connections, which say what to install where pynetdicom is absent.
+# After `receiving`, whose import error says what to install where pynetdicom is absent.
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
@@ -40,13 +40,13 @@ _STOP_SECONDS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class ListenSettings:
-    """Where we listen, and to whom."""
+    """The address to listen on, and who may send."""
 
     ae_title: str
     host: str = "127.0.0.1"
     port: int = 11112
     allow_ae: tuple[str, ...] = ()
-    """Calling AE titles that are answered; empty: all, on this machine alone."""
+    """Calling AE titles that are accepted; empty accepts all, and needs a loopback address."""
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class ListenSettings:
 
 @contextlib.contextmanager
 def listening(settings: ListenSettings, incoming: Incoming) -> Iterator[tuple[str, int]]:
-    """Take images into `incoming` while inside; gives the address.
+    """Inside, images that are sent go into `incoming`; yields (host, port).
 
     Raises:
         UsageError: PORT_IN_USE, ADDRESS.
@@ -92,13 +92,13 @@ def _server(entity: AE, settings: ListenSettings, incoming: Incoming) -> Server:
         return entity.make_server(address, server_class=Server, incoming=incoming, limits=settings.limits,
                                   evt_handlers=[(evt.EVT_C_STORE, _store, [incoming])])  # type: ignore[return-value]
     except OSError as error:
-        if error.errno is None or error.errno < 0:  # a name that is not known
+        if error.errno is None or error.errno < 0:  # the host name is not known
             raise no_such_address(settings.host, error) from None
         raise cannot_listen(settings.host, settings.port, error) from None
 
 
 def _stop(server: Server) -> None:
-    """No more connections; objects that are half here are given up, and their senders are told."""
+    """Take no more connections and abort the open ones, which tells their senders that objects were not stored."""
     socketserver.BaseServer.shutdown(server)
     server.server_close()
     ends = [threading.Thread(target=assoc.abort, daemon=True) for assoc in server.active_associations]
@@ -110,7 +110,7 @@ def _stop(server: Server) -> None:
 
 
 def _store(event: Any, incoming: Incoming) -> Dataset:
-    """The answer to one C-STORE request, when its object is on disk or is not kept."""
+    """Answer one C-STORE request, after its object is on disk or was refused."""
     status, comment = _take(event, incoming)
     answer = Dataset()
     answer.Status = status
@@ -130,12 +130,12 @@ def _take(event: Any, incoming: Incoming) -> tuple[int, str]:
             return NO_ROOM, f"too much, or no room: {received.no_room}"
         return NOT_UNDERSTOOD, "it could not be written"
     try:
-        who = identify_image(path, "an object")
-        fault = _mismatch(who, event)
+        image = identify_image(path, "an object")
+        fault = _mismatch(image, event)
         if fault:
             path.unlink(missing_ok=True)
             return NOT_OF_CLASS, fault
-        incoming.put(path, who.series, who.instance)
+        incoming.put(path, image.series, image.instance)
     except VolumeError as error:
         path.unlink(missing_ok=True)
         return NOT_UNDERSTOOD, f"{error.code}: {error.fault}"
@@ -148,12 +148,12 @@ def _take(event: Any, incoming: Incoming) -> tuple[int, str]:
     return SUCCESS, ""
 
 
-def _mismatch(who: DicomIdentity, event: Any) -> str:
+def _mismatch(image: DicomIdentity, event: Any) -> str:
     request = event.request
-    if who.sop_class != event.context.abstract_syntax or who.sop_class != request.AffectedSOPClassUID:
-        return "the data set is of another SOP class than was said"
-    if who.instance != request.AffectedSOPInstanceUID:
-        return "the data set is of another instance than was said"
-    if who.modality != "CT":
+    if image.sop_class != event.context.abstract_syntax or image.sop_class != request.AffectedSOPClassUID:
+        return "the data set is of another SOP class than the request says"
+    if image.instance != request.AffectedSOPInstanceUID:
+        return "the data set is of another instance than the request says"
+    if image.modality != "CT":
         return "its modality is not CT"
     return ""

@@ -1,6 +1,6 @@
-"""multipart/related, as DICOMweb carries files: read from a stream into files with caps, written without a copy.
+"""multipart/related, in which DICOMweb carries files: parts are written to files as they come, within limits.
 
-*Source* of the form: RFC 2046 section 5.1 and RFC 2387.
+*Source* of the format: RFC 2046 section 5.1 and RFC 2387.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BOUNDARY = re.compile(r"""boundary="?([0-9A-Za-z'()+_,\-./:=? ]{1,70}?)"?\s*(;|
 
 
 class BrokenMultipartError(ValueError):
-    """A body that is not what its headers say; the text names no content."""
+    """A body that is not as its headers say; the message quotes nothing of it."""
 
 
 class TooLargeError(ValueError):
@@ -24,7 +24,7 @@ class TooLargeError(ValueError):
 
 
 def boundary_of(content_type: str) -> bytes:
-    """The delimiter that a Content-Type names.
+    """The boundary in a Content-Type.
 
     Raises:
         BrokenMultipartError
@@ -44,14 +44,14 @@ def write_parts(chunks: Iterable[bytes], boundary: bytes, open_part: Callable[[i
     Args:
         chunks: of the body, in any sizes.
         boundary: of `boundary_of`.
-        open_part: gives the file for part number n, from 0; it is closed here.
-        max_bytes, max_part_bytes, max_parts: caps.
+        open_part: opens the file for part number n, from 0; it is closed here.
+        max_bytes, max_part_bytes, max_parts: limits.
 
     Returns:
         The number of parts.
 
     Raises:
-        BrokenMultipartError: also where the body ends before its last delimiter: nothing of it is to be believed.
+        BrokenMultipartError: also where the body ends before its last delimiter; then no part can be trusted.
         TooLargeError
     """
     reader = _Reader(chunks, max_bytes)
@@ -70,7 +70,7 @@ def write_parts(chunks: Iterable[bytes], boundary: bytes, open_part: Callable[[i
 
 
 def body_of(paths: Iterable[Path], boundary: str) -> tuple[Iterator[bytes], int]:
-    """(a body of DICOM files in chunks, its length); files are read when their turn comes."""
+    """(a body of DICOM files in chunks, its length in bytes); each file is read when it is sent."""
     paths = list(paths)
     head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode("ascii")
     end = f"--{boundary}--\r\n".encode("ascii")
@@ -89,7 +89,7 @@ def body_of(paths: Iterable[Path], boundary: str) -> tuple[Iterator[bytes], int]
 
 
 class _Reader:
-    """A stream of chunks with a buffer in front."""
+    """A stream of chunks with a buffer of what was read ahead."""
 
     def __init__(self, chunks: Iterable[bytes], max_bytes: int) -> None:
         self._chunks, self._left = iter(chunks), max_bytes
@@ -105,11 +105,11 @@ class _Reader:
         self.buffer += chunk
 
     def copy_until(self, delimiter: bytes, file: BinaryIO | None, max_bytes: int) -> None:
-        """Bytes before `delimiter` into `file`; the delimiter is consumed."""
+        """Copy the bytes before `delimiter` into `file` and consume the delimiter."""
         num_copied = 0
         while True:
             at = self.buffer.find(delimiter)
-            # What may be the beginning of a delimiter stays.
+            # Bytes that may be the beginning of a delimiter stay in the buffer.
             num_sure = at if at >= 0 else max(0, len(self.buffer) - len(delimiter) + 1)
             num_copied += num_sure
             if num_copied > max_bytes:
@@ -122,7 +122,7 @@ class _Reader:
             self._more()
 
     def is_last_delimiter(self) -> bool:
-        """What follows a delimiter: two dashes end the body; else blanks and a line end, which are consumed."""
+        """Read what follows a delimiter: two dashes end the body; else blanks, which are consumed, and a line end."""
         while len(self.buffer) < 2:
             self._more()
         if self.buffer[:2] == b"--":
@@ -134,11 +134,11 @@ class _Reader:
         line, _, _ = bytes(self.buffer).partition(b"\r\n")
         if line.strip(b" \t"):
             raise BrokenMultipartError("something else follows a delimiter")
-        del self.buffer[: len(line)]  # its line end begins the head of the part
+        del self.buffer[: len(line)]  # the line end stays: the headers of the part begin with it
         return False
 
     def skip_head(self) -> None:
-        """Headers up to the blank line."""
+        """Consume the headers of a part, up to the blank line."""
         while b"\r\n\r\n" not in self.buffer:
             if len(self.buffer) > _MAX_HEAD_BYTES:
                 raise BrokenMultipartError("the headers of a part have no end")

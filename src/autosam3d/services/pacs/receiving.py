@@ -1,8 +1,8 @@
-"""One connection to our C-STORE listener: what comes is counted, timed, and streamed to disk.
+"""One connection to the C-STORE listener: received bytes are counted, timed, and streamed to disk.
 
-pynetdicom keeps the state machine of DICOM PS3.8 and knows the messages of PS3.7. Its own way of taking data has no
-caps, holds objects in memory and leaves files behind where a connection breaks, so bytes of objects are taken out of
-the stream here, before it sees them.
+pynetdicom implements the state machine of DICOM PS3.8 and the messages of PS3.7. Its own reception of data has no
+limits, holds objects in memory and leaves files behind where a connection breaks, so the bytes of objects are taken out
+of the stream here, before pynetdicom sees them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
 MAX_PDU_BYTES = 1 << 17
-"""What senders are told to send at most at once; a request for an association may be longer."""
+"""Maximum PDU length that senders are told; a request for an association may be longer."""
 _MOST_PDU_BYTES = 2 * MAX_PDU_BYTES
 _MAX_COMMAND_BYTES = 1 << 14
 _MAX_WAITING_MESSAGES = 4
@@ -48,13 +48,13 @@ _CHUNK_BYTES = 1 << 16
 _PREAMBLE = bytes(128) + b"DICM"
 # Control header of a fragment. *Source*: DICOM PS3.8 annex E.2.
 _IS_COMMAND, _IS_LAST = 1, 2
-# The state machine's word for a broken PDU, which ends the association. *Source*: DICOM PS3.8 section 9.2.
+# The state machine's event for an invalid PDU, which ends the association. *Source*: DICOM PS3.8 section 9.2.
 _BROKEN = "Evt19"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What one sender, and all of them, may take of us."""
+    """Limits on one connection, and on all of them together."""
 
     max_associations: int = 8
     idle_seconds: float = 60.0
@@ -62,22 +62,22 @@ class ConnectionLimits:
     """From a PDU's first byte to its last."""
     object_seconds: float = 600.0
     allow_from: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
-    """Networks whose machines are answered; empty: all."""
+    """Networks whose machines may connect; empty allows all."""
 
 
 @dataclass
 class Received:
-    """One object, as far as it has come."""
+    """One object that is being received."""
 
     path: Path | None
-    """None where it could not be kept."""
+    """None where it could not be written."""
     file: BinaryIO | None
     since: float
     num_bytes: int = 0
     no_room: str = ""
-    """Of what there is no room."""
+    """What is full or over its limit; empty where nothing is."""
     fault: str = ""
-    """Another reason why it was not kept."""
+    """Another reason why it was not written; empty where there is none."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, data: bytes, max_bytes: int) -> None:
@@ -95,7 +95,7 @@ class Received:
                 self._give_up(no_room="disk" if is_no_room(error) else "", fault="disk")
 
     def finish(self) -> Path | None:
-        """The file, on disk to its end; ours to remove no more."""
+        """Flush the file to disk and hand it over; None where that failed."""
         with self.lock:
             if self.file is not None:
                 try:
@@ -124,7 +124,7 @@ class Received:
 
 
 class Intake(DIMSEServiceProvider):
-    """Messages of one association; an object's bytes go to disk and leave an empty data set behind."""
+    """Messages of one association; the bytes of objects go to disk, and pynetdicom sees an empty data set."""
 
     def __init__(self, assoc: Association, incoming: Incoming, limits: ConnectionLimits) -> None:
         super().__init__(assoc)
@@ -140,11 +140,11 @@ class Intake(DIMSEServiceProvider):
                 one.presentation_data_value_list.append((context_id, self._without_object(context_id, data)))
                 super().receive_primitive(one)
         except DAMAGE:
-            # Raised on, it would end the connection's thread with a trace of what was sent.
+            # Not raised: that would end the connection's thread with a traceback that shows what was sent.
             self.dul.event_queue.put(_BROKEN)
 
     def discard(self) -> None:
-        """The association has ended; what was not taken up is not kept."""
+        """After the association has ended: delete the objects that were not put into a series."""
         for received in self._objects:
             received.discard()
         self._objects.clear()
@@ -181,7 +181,7 @@ class Intake(DIMSEServiceProvider):
         return received
 
     def _write_head(self, file: BinaryIO, context_id: int) -> None:
-        """What a file has before its data set. *Source*: DICOM PS3.10 section 7.1."""
+        """Write the part of a DICOM file before its data set. *Source*: DICOM PS3.10 section 7.1."""
         assert self.message is not None
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID = self.message.command_set.AffectedSOPClassUID
@@ -195,7 +195,7 @@ class Intake(DIMSEServiceProvider):
 
 
 class Server(ThreadedAssociationServer):
-    """Connections up to a number, from the networks that are allowed; no tracebacks."""
+    """Accepts a limited number of connections from the allowed networks; prints no tracebacks."""
 
     daemon_threads = True
 
@@ -204,7 +204,7 @@ class Server(ThreadedAssociationServer):
         super().__init__(*args, request_handler=_Handler, **how)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        # Those without an association yet count, too: a connection costs threads.
+        # Connections without an association count, too: each has threads.
         if len(self.active_associations) >= 2 * self.limits.max_associations:
             return False
         allowed = self.limits.allow_from
@@ -238,7 +238,7 @@ class _Handler(RequestHandler):
 
 
 def _capped(sock: Any, seconds: float) -> Callable[[int], bytearray]:
-    """Read exactly so many bytes, fewer where the connection ends; in time, and no more than a PDU may have."""
+    """A `recv` that reads exactly so many bytes, fewer where the connection ends; limited in time and length."""
 
     def receive(num_bytes: int) -> bytearray:
         if num_bytes > _MOST_PDU_BYTES:
@@ -258,13 +258,13 @@ def _capped(sock: Any, seconds: float) -> Callable[[int], bytearray]:
 
 @contextlib.contextmanager
 def quiet_network() -> Iterator[None]:
-    """pynetdicom logs what passes, UIDs and tracebacks among it: silence it, and threads of it that end badly."""
+    """Silence pynetdicom, which logs UIDs and tracebacks, and those of its threads that end with an exception."""
     logger, hook = logging.getLogger("pynetdicom"), threading.excepthook
     level, _config.LOG_HANDLER_LEVEL = logger.level, "none"
     logger.setLevel(logging.CRITICAL + 1)
 
     def ended(args: Any) -> None:
-        # Its threads have its classes, or names that it gave.
+        # Its threads are known by their classes or by their names.
         if not _is_of_network(args.thread):
             hook(args)
 
@@ -277,7 +277,7 @@ def quiet_network() -> Iterator[None]:
 
 
 def networks(texts: Sequence[str]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    """Addresses and networks such as 10.1.2.3 and 10.1.0.0/16.
+    """Parse addresses and networks such as 10.1.2.3 and 10.1.0.0/16.
 
     Raises:
         UsageError: ADDRESS.

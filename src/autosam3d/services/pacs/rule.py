@@ -13,13 +13,13 @@ from autosam3d.recipes.typed_tree import demand
 
 _MAX_TEXT = 256
 _MIN_SLICES = 8
-# What we write ourselves, and what else is never a scan.
+# Modalities that this service writes itself, which are never scans.
 _OWN = ("SEG", "RTSTRUCT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesFacts:
-    """What is known of a series before its images are looked at; texts are never logged."""
+    """What the archive's index says of a series; these texts are never logged."""
 
     modality: str
     body_part: str = ""
@@ -29,7 +29,7 @@ class SeriesFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a series must be; what is left empty is not asked."""
+    """What a series must be to be segmented; an empty key is not tested."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     modality: Words = ("CT",)
@@ -85,7 +85,7 @@ class Rule:
         return ""
 
     def misses_images(self, images: dict[str, tuple[str, float | None]]) -> str:
-        """As `misses`, of (ImageType, SliceThickness) of the images: localizers do not count as slices."""
+        """As `misses`, for the images: UID to (ImageType, SliceThickness in mm). Localizers do not count as slices."""
         slices = [thickness for image_type, thickness in images.values() if "LOCALIZER" not in image_type.upper()]
         if len(slices) < self.min_slices:
             return "min_slices"

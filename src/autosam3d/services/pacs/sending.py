@@ -16,7 +16,7 @@ from autosam3d.services.pacs.faults import ArchiveError
 from autosam3d.services.pacs.receiving import quiet_network
 
 # isort: split
-# Below the connections, which say what to install where pynetdicom is absent.
+# After `receiving`, whose import error says what to install where pynetdicom is absent.
 import pydicom
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 _SUCCESS, _DUPLICATE, _NO_ROOM = 0x0000, 0x0111, 0xA7
-# Stored, but not all of it or not as it was. *Source*: DICOM PS3.4 section B.2.3.
+# Stored, but incomplete or changed. *Source*: DICOM PS3.4 section B.2.3.
 _WARNINGS = (0xB000, 0xB006, 0xB007)
 
 
@@ -40,12 +40,12 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
         calling: our AE title.
 
     Raises:
-        ArchiveError: SERVER_DOWN, SERVER_REFUSED, NOT_STORED, SERVER_FULL; all worth another try.
+        ArchiveError: SERVER_DOWN, SERVER_REFUSED, NOT_STORED, SERVER_FULL; all may succeed later.
     """
     entity = AE(ae_title=calling)
     entity.connection_timeout = _CONNECT_SECONDS
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = _ANSWER_SECONDS
-    # One context each: an archive that takes one of them alone says which.
+    # A context for each syntax, so that an archive that accepts only one of them can say which.
     for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
         entity.add_requested_context(who.sop_class, syntax)
     with quiet_network(), quiet_pydicom():
@@ -54,14 +54,14 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
             _demand_association(association, destination)
             status = _status(association, path, destination)
             association.release()
-        except OSError:  # a name that is not known
+        except OSError:  # the host name is not known
             raise _down(destination) from None
         finally:
-            # Its threads would keep a process alive that is told to stop.
+            # Its threads would keep a process alive that was asked to stop.
             for left in entity.active_associations:
                 left.abort()
     if status in _WARNINGS:
-        _log.warning("%s: it took a result and says 0x%04X: it may have changed it", destination.name, status)
+        _log.warning("%s: it stored a result with warning 0x%04X: it may have changed it", destination.name, status)
     elif status >> 8 == _NO_ROOM:
         raise ArchiveError("SERVER_FULL", destination.name, f"it has no room for the result (0x{status:04X})",
                            "look at the archive; it will be tried again")
@@ -72,8 +72,8 @@ def send(path: Path, who: DicomIdentity, destination: Destination, calling: str)
 
 def _demand_association(association: Any, destination: Destination) -> None:
     if association.is_rejected:
-        raise ArchiveError("SERVER_REFUSED", destination.name, "it refuses us", "make our AE title and address known "
-                           "to it, and check the AE title that it has itself")
+        raise ArchiveError("SERVER_REFUSED", destination.name, "it refuses the association", "make our AE title and "
+                           "address known to it, and check its own AE title")
     if not association.is_established:
         if association.rejected_contexts:
             raise ArchiveError("SERVER_REFUSED", destination.name, "it does not take objects of this kind",
@@ -84,7 +84,7 @@ def _demand_association(association: Any, destination: Destination) -> None:
 def _status(association: Any, path: Path, destination: Destination) -> int:
     try:
         answer = association.send_c_store(pydicom.dcmread(path))
-    except (RuntimeError, *DAMAGE):  # the connection went, or no context was accepted
+    except (RuntimeError, *DAMAGE):  # the connection was lost, or no context was accepted
         answer = None
     status = None if answer is None else answer.get("Status")
     if not isinstance(status, int):

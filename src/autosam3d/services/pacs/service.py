@@ -1,8 +1,8 @@
-"""One series from the archive to its results in the archive, step by step, each step remembered.
+"""From one series in the archive to its results in the archive, in steps that the ledger records.
 
-Whatever happens in between, a kill included, the same job begun again ends with each result in the archive once: the
-ledger says which step is done, a step that was cut off is done again, results are kept on disk until they are stored,
-and their UIDs follow from the series, the model and the settings.
+Whatever happens in between, a kill included, repeating the job stores each result once: the ledger says which steps
+are done, a step that was interrupted is repeated, results are kept on disk until they are stored, and their UIDs are
+derived from the series, the model and the settings.
 """
 
 from __future__ import annotations
@@ -31,66 +31,66 @@ from autosam3d.services.workers.worker import Worker
 
 _log = logging.getLogger(__name__)
 
-# The scan, its results, and a reserve for the rest of the machine.
+# Room for a scan and its results, and a reserve for the rest of the machine.
 _MIN_FREE_BYTES = 1 << 30
 RESULTS = ("seg", "rtstruct")
-"""Forms of `workers.scan` that a series becomes."""
+"""The forms of `workers.scan` that are made from a series."""
 
 
 class Segmenter(Protocol):
-    """What makes results of a scan: a worker process, or a stub."""
+    """Makes the results of a scan: a worker process, or a stub in tests."""
 
     def segment(self, series: Path, folder: Path) -> list[Path]:
-        """Make DICOM objects of the series in `series`, whole and read back, in `folder`.
+        """Make the DICOM objects of the series in the folder `series` in `folder`, and check them by reading them back.
 
         Raises:
-            AutoSam3dError: what is no `ResourceError` will not go away by trying again.
+            AutoSam3dError: a `ResourceError` may be gone at the next try; any other error stays.
         """
         ...
 
 
 @dataclass(frozen=True)
 class WorkerSegmenter:
-    """SEG and RTSTRUCT by a process of its own, which may die of a scan without us."""
+    """Makes SEG and RTSTRUCT in a worker process, so that a crash does not end the service."""
 
     worker: Worker
     settings: str
-    """What the ledger has; UIDs follow from it."""
+    """The text that the ledger keeps; the UIDs of the results are derived from it."""
     overlap: float | None = None
 
     def segment(self, series: Path, folder: Path) -> list[Path]:
         job = ScanJob(source=series, folder=folder, forms=RESULTS, overlap=self.overlap, uid_settings=self.settings)
         result = self.worker.segment(job)
-        for error in result.refused.values():  # both or none: half a result looks like a whole one
+        for error in result.refused.values():  # both or none: one file alone would look like a complete result
             raise error
         return [result.files[form] for form in RESULTS]
 
 
 @dataclass
 class ArchiveService:
-    """The steps, and what they share."""
+    """The steps from a series to its stored results, and what they share."""
 
     state: StateFolder
     ledger: Ledger
     segmenter: Segmenter
     sink: Sink
     archive: DicomWeb | None
-    """Where series are fetched from; None where they are sent to us."""
+    """Where series are fetched from; None where others send them."""
     retry: Retry = field(default_factory=Retry)
     now: Callable[[], float] = time.time
     tell: Callable[[str], None] = lambda text: None
-    """Of each job that ends, a line."""
+    """Called with a line for each job that is done."""
     num_done: int = 0
     num_failed: int = 0
 
     def sweep(self) -> None:
-        """Forget the files of jobs that are done; at the start, when nobody is at work."""
+        """Delete the files of jobs that are done. Called at the start, before any job is worked on."""
         needed = {job.id for job in self.ledger.jobs() if job.state in (FETCHED, SEGMENTED) or job.received}
         finished = {job.id for job in self.ledger.jobs() if job.state == DONE}
         self.state.sweep(needed - finished)
 
     def work_once(self) -> bool:
-        """Bring one job that is due to its end, or as far as it comes; False where none is due."""
+        """Work on one job that is due until it is done or fails; False where none is due."""
         job = self.ledger.due(self.now(), self.retry.most_seconds)
         if job is None:
             return False
@@ -122,7 +122,7 @@ class ArchiveService:
 
     def _fetch(self, job: SeriesJob) -> None:
         if self.archive is None:
-            raise VolumeError("NO_SOURCE", job.id, "expected the archive that the series is in, none is named",
+            raise VolumeError("NO_SOURCE", job.id, "expected the archive that holds the series, got none",
                               "start with --dicomweb")
         images = self.archive.instances(job.study, job.series)
         self._demand_room()
@@ -132,7 +132,7 @@ class ArchiveService:
         for number, path in enumerate(sorted(stage.iterdir()), start=1):
             who = identify(path, f"{job.id}: file {number} of {num_files}")
             if (who.study, who.series) != (job.study, job.series):
-                raise ArchiveError("WRONG_SERIES", self.archive.name, "what came is of another study or series than "
+                raise ArchiveError("WRONG_SERIES", self.archive.name, "it sent objects of another study or series than "
                                    "was asked for", "look at the archive; it will be tried again")
             found.add(who.instance)
         if found != set(images):
@@ -142,7 +142,7 @@ class ArchiveService:
         self._install(stage, job)
 
     def _take_received(self, job: SeriesJob) -> None:
-        """The files of the job as they came: the same ones under other names, not copies."""
+        """Link the received files of the job under other names; they are copied only where links are not possible."""
         names = self.ledger.received(job.id)
         source, stage = self.state.arrived(job.series), self.state.fresh(self.state.job(job.id) / "fetching")
         self._demand_room()
@@ -198,12 +198,12 @@ class ArchiveService:
 
 
 def _received_files_missing() -> VolumeError:
-    return VolumeError("LOST", "state folder", "the series that was received is not here any more", "send it again")
+    return VolumeError("LOST", "state folder", "the received files of the series are gone", "send it again")
 
 
 @contextlib.contextmanager
 def named_faults() -> Iterator[None]:
-    """What the operating system refuses on the way is a fault of resources, and no path in it is told."""
+    """Turn errors of the operating system into a ResourceError that names no path."""
     try:
         yield
     except OSError as error:

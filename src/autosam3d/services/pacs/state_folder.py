@@ -1,4 +1,4 @@
-"""The folder that a service keeps its memory and its work in: for one process at a time, closed to all others."""
+"""The state folder of a service: its ledger and the files of its jobs, for one process at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REMEDY = "name another folder with --state"
 
 @dataclass(frozen=True)
 class StateFolder:
-    """Where what lies."""
+    """The paths in a state folder."""
 
     path: Path
 
@@ -29,11 +29,11 @@ class StateFolder:
 
     @property
     def incoming(self) -> Path:
-        """Series that are being sent to us; see `incoming.Incoming`."""
+        """Series that others send to us; see `incoming.Incoming`."""
         return self.path / "incoming"
 
     def arrived(self, series: str) -> Path:
-        """Objects of a series that was sent to us."""
+        """Folder with the objects of a series that was sent to us."""
         return self.incoming / hash_of(series)
 
     @property
@@ -44,21 +44,21 @@ class StateFolder:
         return self.path / "jobs" / key
 
     def series(self, key: str) -> Path:
-        """The scan of a job."""
+        """Folder with the scan of a job."""
         return self.job(key) / "series"
 
     def forget(self, key: str) -> None:
-        """Take a job's files away; they are images of a patient."""
+        """Delete a job's files, which are images of a patient."""
         shutil.rmtree(self.job(key), ignore_errors=True)
 
     def fresh(self, folder: Path) -> Path:
-        """`folder`, empty, for us alone."""
+        """Make `folder` anew: empty, and readable by its owner alone."""
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder, mode=_MODE, remedy=_REMEDY)
         return folder
 
     def sweep(self, keep: Container[str]) -> None:
-        """Remove what killed processes left: work of jobs that nobody needs any more, and temporaries."""
+        """Delete what killed processes left: temporary files, and files of jobs that are not in `keep`."""
         for folder in [*(self.path / "jobs").iterdir()]:
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Looking at an archive again and again: what is new, what stands still, what a rule takes."""
+"""Polling an archive: which series are new, which studies no longer grow, and what a rule takes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class Watch:
     settings: str
     poll_seconds: float = 60.0
     settle_seconds: float = 60.0
-    """A study that has not grown for so long is taken for whole."""
+    """A study that has not grown for so long counts as complete."""
     days: int | None = None
     """Studies whose StudyDate is older are not looked at; None looks at all."""
 
 
 def look(service: ArchiveService, archive: DicomWeb, watch: Watch) -> int:
-    """Take up what is new, is whole, and meets the rule; the number of series.
+    """Make jobs for series that are new, complete, and meet the rule; returns their number.
 
-    Studies are counted, page by page; only one whose number of objects has changed since the last look is looked into.
+    The archive is asked for the number of objects of each study, page by page; the series of a study are read only
+    where that number has changed since the last look.
 
     Raises:
         ArchiveError
@@ -64,12 +65,12 @@ def look(service: ArchiveService, archive: DicomWeb, watch: Watch) -> int:
 def run_once(
     service: ArchiveService, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """One look, a second one where something may still have been growing, and the work that is due."""
+    """Look once, a second time where a study may still have been growing, and work on the jobs that are due."""
     look(service, archive, watch)
     if service.ledger.unsettled():
         sleep(watch.settle_seconds)
         look(service, archive, watch)
-    # What fails is not tried again before its time, which is the next command's business.
+    # A job that fails is not due again before its delay; the next command repeats it.
     while service.work_once():
         pass
 
@@ -77,7 +78,7 @@ def run_once(
 def run_forever(
     service: ArchiveService, archive: DicomWeb, watch: Watch, sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """Look and work until the process is told to stop; an archive that is away is waited for, and told of once."""
+    """Look and work until the process is stopped; an archive that cannot be reached is waited for, and logged once."""
     num_failures = 0
     while True:
         try:
@@ -86,7 +87,7 @@ def run_forever(
                 _log.warning("%s: it answers again", archive.name)
             num_failures = 0
             looked = time.monotonic()
-            # Nothing is tried while the archive is away: that would use up the tries of every job.
+            # No job is worked on while the archive cannot be reached: that would use up its tries.
             while time.monotonic() - looked < watch.poll_seconds and service.work_once():
                 pass
         except ArchiveError as error:
@@ -112,7 +113,7 @@ def _take_up(found: FoundSeries, service: ArchiveService, archive: DicomWeb, wat
 
 
 def _counted(found: FoundSeries, archive: DicomWeb) -> FoundSeries:
-    """For archives that count nothing."""
+    """The series with its number of objects, also where the archive does not count them."""
     if found.facts.num_instances is not None:
         return found
     num = len(archive.instances(found.study, found.uid))

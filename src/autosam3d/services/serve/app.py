@@ -1,4 +1,4 @@
-"""The addresses of the service."""
+"""The HTTP routes of the service."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -42,7 +42,7 @@ def _faults(**said: str) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(service: ScanService) -> FastAPI:
-    """The application without the guard; its page for people comes without any script."""
+    """The application without the guard. Its documentation page needs no script."""
     app = FastAPI(title="autosam3d", version=__version__, docs_url=None, redoc_url=None,
                   description="Organs of a CT. Not a medical device.")
     app.state.service = service
@@ -63,24 +63,17 @@ def make_app(service: ScanService) -> FastAPI:
 
 def _add_jobs(app: FastAPI, service: ScanService) -> None:
     @app.post("/jobs", status_code=202, summary="Send a scan", openapi_extra=_BODY, responses=_faults(
-        _400="the body is broken", _408="it came too slowly", _409="sent before, by its Idempotency-Key",
+        _400="the body is broken", _408="the body came too slowly", _409="sent before, by its Idempotency-Key",
         _413="too large", _415="neither a form nor a scan", _429="the queue is full", _503="busy or stopping",
         _507="the disk is full"))
     async def send(
         request: Request,
+        read_options: Annotated[ReadOptions, Depends(_read_options)],
         formats: Annotated[str | None, Query(alias="format", description="What to make, with commas between; default "
                                              f"all: {', '.join(FORMS)}.")] = None,
         overlap: Annotated[float | None, Query(ge=0, le=0.9)] = None,
-        prefer: Annotated[Literal["sform", "qform"] | None, Query()] = None,
-        assume_ras: bool = False, force: bool = False,
-        intensity_offset: Annotated[float, Query(ge=-1e5, le=1e5)] = 0.0,
-        volume: Annotated[int | None, Query(ge=0, le=100_000)] = None,
-        series: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9A-Za-z.]+$")] = None,
-        acquisition: Annotated[int | None, Query(ge=-(10**9), le=10**9)] = None,
     ) -> JSONResponse:
-        read = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, intensity_offset=intensity_offset,
-                           volume_index=volume, series=series, acquisition=acquisition)
-        job_id, _ = await service.accept(request, _forms(formats), read, overlap=overlap)
+        job_id, _ = await service.accept(request, _forms(formats), read_options, overlap=overlap)
         return JSONResponse({"id": job_id, "state": QUEUED}, 202, {"Location": f"/jobs/{job_id}"})
 
     @app.get("/jobs/{job_id}", summary="State, progress, and what was found", responses=_faults(_404="no such job"))
@@ -102,28 +95,28 @@ def _add_jobs(app: FastAPI, service: ScanService) -> None:
 
 
 async def describe_job(service: ScanService, job: StoredJob) -> dict[str, Any]:
-    """What GET /jobs/{id} answers."""
-    told: dict[str, Any] = {"id": job.id, "state": job.state, "percent": 100.0 if job.state == DONE else 0.0}
+    """The answer to GET /jobs/{id}."""
+    answer: dict[str, Any] = {"id": job.id, "state": job.state, "percent": 100.0 if job.state == DONE else 0.0}
     status = service.runner.status(job.id)
     if job.state == QUEUED:
-        told["before"] = await service.on_disk(lambda: service.store.num_before(job))
+        answer["before"] = await service.on_disk(lambda: service.store.num_before(job))
     elif job.state == RUNNING and status is not None:
-        told |= {"stage": status.stage, "percent": status.percent, "seconds_left": status.seconds_left}
+        answer |= {"stage": status.stage, "percent": status.percent, "seconds_left": status.seconds_left}
     elif job.state == FAILED and job.outcome is not None:
-        told["error"] = {name: job.outcome[name] for name in ("status", "code", "message")}
+        answer["error"] = {name: job.outcome[name] for name in ("status", "code", "message")}
     elif job.state == DONE and job.outcome is not None:
         outcome = job.outcome
-        told |= {"formats": sorted(outcome["files"]), "organs": outcome["organs"], "warnings": outcome["warnings"],
+        answer |= {"formats": sorted(outcome["files"]), "organs": outcome["organs"], "warnings": outcome["warnings"],
                  "refused": {form: {"code": error["code"], "message": f"{error['fault']}; {error['remedy']}"}
                              for form, error in outcome["refused"].items()}}
-    return told
+    return answer
 
 
 async def result_file(service: ScanService, job: StoredJob, form: str) -> FileResponse:
-    """A finished job's file.
+    """The answer with one file of a finished job.
 
     Raises:
-        ServiceFault: what the job failed by; 409 NOT_READY; 422 for a form that the scan cannot have; 404 NOT_MADE.
+        ServiceFault: the error of a failed job; 409 NOT_READY; 422 for a form that the scan cannot have; 404 NOT_MADE.
     """
     if job.state == FAILED and job.outcome is not None:
         raise ServiceFault.from_dict(job.outcome)
@@ -135,9 +128,22 @@ async def result_file(service: ScanService, job: StoredJob, form: str) -> FileRe
     if form not in job.outcome["files"]:
         raise ServiceFault(404, "NOT_MADE", f"expected one of {', '.join(sorted(job.outcome['files']))}")
     path = service.runner.folder(job.id) / RESULT / FILE_OF[form]
-    if not await service.on_disk(path.is_file):  # deleted in this moment
+    if not await service.on_disk(path.is_file):  # deleted meanwhile
         raise ServiceFault(404, "NO_SUCH_JOB", "there is no such job, or it was deleted")
     return FileResponse(path, media_type=media_type(form), filename=FILE_OF[form])
+
+
+async def _read_options(  # async, so that it needs no thread
+    prefer: Annotated[Literal["sform", "qform"] | None, Query()] = None,
+    assume_ras: bool = False, force: bool = False,
+    intensity_offset: Annotated[float, Query(ge=-1e5, le=1e5)] = 0.0,
+    volume: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+    series: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9A-Za-z.]+$")] = None,
+    acquisition: Annotated[int | None, Query(ge=-(10**9), le=10**9)] = None,
+) -> ReadOptions:
+    """The options of reading, as query parameters."""
+    return ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, intensity_offset=intensity_offset,
+                       volume_index=volume, series=series, acquisition=acquisition)
 
 
 def _forms(wished: str | None) -> tuple[str, ...]:
@@ -150,7 +156,7 @@ def _forms(wished: str | None) -> tuple[str, ...]:
 
 
 def _answer_faults(app: FastAPI) -> None:
-    """Errors are JSON without anything of the request in it."""
+    """Answer errors with JSON that repeats nothing of the request."""
     places = asyncio.Semaphore(_DISCARDING)
 
     async def answer(request: Request, fault: ServiceFault) -> JSONResponse:
@@ -169,7 +175,7 @@ def _answer_faults(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Where it is wrong is a name of ours; what stands there may be anything.
+        # The name of a parameter is ours; its value may be anything and is not repeated.
         names = ", ".join(sorted({str(fault["loc"][-1])[:40] for fault in error.errors() if fault["loc"]}))
         return await answer(request, ServiceFault(400, "PARAMETER", f"expected another value of {names}; see /docs"))
 

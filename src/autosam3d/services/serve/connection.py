@@ -1,4 +1,4 @@
-"""One connection as uvicorn has it, and no longer than it takes to say what one wants."""
+"""uvicorn's connections with limits: on their number, and on the time until a request's headers are there."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_CONNECTIONS = 1000
 
 
 def patient_protocol(header_seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which by itself waits for a request's headers for ever.
+    """uvicorn's protocol class with a limit on the wait for headers; uvicorn itself waits for ever.
 
     Args:
-        header_seconds: from the first byte that is waited for to the end of the headers.
+        header_seconds: from the start of the wait to the end of the headers.
     """
 
     class PatientProtocol(H11Protocol):
@@ -48,7 +48,7 @@ def patient_protocol(header_seconds: float) -> type[H11Protocol]:
 
         def _give_up(self) -> None:
             self._due = None
-            # An answer may be on its way, to a request whose follower has not come: that is uvicorn's to end.
+            # While an answer is being sent the connection is kept; uvicorn closes it later.
             if self.conn.their_state is h11.IDLE and (self.cycle is None or self.cycle.response_complete):
                 self.transport.close()
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as the service says it: a status, a word for programs, a sentence, and no place or name."""
+"""Errors as the service answers them: an HTTP status, a code, a sentence, and no path or name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ServiceFault(Exception):
 
     Args:
         status: of HTTP.
-        code: stable upper-case word.
-        message: one sentence for people; it goes to the client, so it holds nothing of the scan.
-        retry_after: seconds, where trying again may help.
+        code: stable upper-case word for programs.
+        message: one sentence for people; it goes to the client, so it repeats nothing of the scan.
+        retry_after: seconds after which the same request may succeed; None where it will not.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None) -> None:
@@ -39,18 +39,18 @@ class ServiceFault(Exception):
         return {"status": self.status, "code": self.code, "message": self.message}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> ServiceFault:
-        return cls(told["status"], told["code"], told["message"], 30 if told["status"] == 503 else None)
+    def from_dict(cls, fault: Mapping[str, Any]) -> ServiceFault:
+        return cls(fault["status"], fault["code"], fault["message"], 30 if fault["status"] == 503 else None)
 
     @classmethod
     def of(cls, error: AutoSam3dError, retry_after: int = 30) -> ServiceFault:
-        """An error of the library; `where` stays behind. It asks for patience where the fault is the machine's."""
+        """The answer to an error of the library, without its `where`; Retry-After where the machine is at fault."""
         status = _STATUS_OF_CODE.get(error.code, _STATUS_OF_EXIT.get(error.exit_code, 500))
         return cls(status, error.code, f"{error.fault}; {error.remedy}", retry_after if status in (503, 507) else None)
 
     @classmethod
     def of_status(cls, status: int) -> ServiceFault:
-        """What the framework refused by itself."""
+        """The answer to a request that the framework refused."""
         words = {404: "there is nothing at this address", 405: "this address does not take this method"}
         return cls(status, _CODE_OF_STATUS.get(status, "REFUSED"), words.get(status, "the request was refused"))
 

@@ -1,4 +1,4 @@
-"""What every request passes first: whose it is, what it may ask, and what every answer says about the page."""
+"""The checks that every request passes first (Host, Origin, token), and the headers that every answer gets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autosam3d.services.serve.settings import ServeSettings
 _log = logging.getLogger(__name__)
 
 OPEN = ("/health", "/auth/", "/auth", "/auth/token")
-"""Asked without a token: by whoever watches the service, and by clients that want to know whether one is needed."""
+"""Paths that need no token: for monitoring, and for clients that ask whether a token is needed."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _MAX_RANGES = 8
 _PAGE = {
@@ -69,7 +69,7 @@ class Guard:
                     headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
                 if not body_is_whole:
-                    headers["connection"] = "close"  # uvicorn else goes on to take what is sent, for ever
+                    headers["connection"] = "close"  # otherwise uvicorn goes on to receive the body for ever
                 if self._settings.token is not None or not _is_static(scope):
                     headers["cache-control"] = "no-store"
             await send(message)
@@ -80,7 +80,7 @@ class Guard:
         else:
             _drop_many_ranges(scope)
             await self._app(scope, take, answer)
-        # Neither path nor query: a job's id in it is all that it takes to see its result.
+        # The route without path and query: who knows a job's id may see its result.
         route = getattr(scope.get("route"), "path", "-")
         _log.info("request %s: %s %s %d in %.0f ms", request_id, scope["method"], route, status,
                   1000 * (time.monotonic() - began))
@@ -98,7 +98,7 @@ class Guard:
         return None
 
     def _is_our_name(self, hosts: list[str], scope: Scope) -> bool:
-        """Against DNS rebinding: a page whose name was made to mean this machine sends that name."""
+        """Refuse DNS rebinding: a page whose host name was made to resolve to this machine sends that name."""
         if len(hosts) != 1:
             return False
         name = _without_port(hosts[0]).lower()
@@ -114,7 +114,7 @@ class Guard:
 
 
 async def refuse(fault: ServiceFault, request_id: str, send: Send, more: Sequence[tuple[str, str]] = ()) -> None:
-    """Answer with a fault, without an application."""
+    """Answer with an error, without the application."""
     body = json.dumps(fault.body(request_id)).encode()
     headers = [("content-type", "application/json"), ("content-length", str(len(body))), *fault.headers.items(), *more]
     raw = [(name.lower().encode(), value.encode()) for name, value in headers]
@@ -123,7 +123,7 @@ async def refuse(fault: ServiceFault, request_id: str, send: Send, more: Sequenc
 
 
 def shown_token(authorization: str) -> str:
-    """What a request shows: Bearer, or the password of Basic, which browsers ask people for."""
+    """The token in an Authorization header: of Bearer, or the password of Basic, which browsers ask for; else ""."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -136,12 +136,12 @@ def shown_token(authorization: str) -> str:
 
 
 def is_token(shown: str, token: str) -> bool:
-    """Compared in a time that says nothing of how much of it was right."""
+    """Whether a token is right, compared in a time that does not depend on how much of it is."""
     return secrets.compare_digest(shown.encode("utf-8", errors="replace"), token.encode())
 
 
 def _challenge(fault: ServiceFault) -> Sequence[tuple[str, str]]:
-    """Two headers: browsers do not find Basic in one that names other schemes, too."""
+    """The WWW-Authenticate headers, one a scheme: browsers do not find Basic in a header that names several."""
     if fault.status != 401:
         return ()
     return (("www-authenticate", 'Basic realm="autosam3d: any name, and the token as password"'),
@@ -149,7 +149,7 @@ def _challenge(fault: ServiceFault) -> Sequence[tuple[str, str]]:
 
 
 def _is_our_page(headers: Headers, method: str) -> bool:
-    """Against forms and scripts of other sites, which browsers send with an Origin that is not ours."""
+    """Refuse forms and scripts of other sites, which browsers send with another Origin."""
     origin = headers.get("origin")
     if origin is not None:
         scheme, _, place = origin.partition("://")
@@ -174,7 +174,7 @@ def _is_static(scope: Scope) -> bool:
 
 
 def _drop_many_ranges(scope: Scope) -> None:
-    """A request for thousands of parts of a file is answered with the file."""
+    """Drop a Range header with many ranges, so that the whole file is the answer."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     scope["headers"] = [(name, value) for name, value in headers
                         if name != b"range" or value.count(b",") < _MAX_RANGES]

@@ -1,4 +1,4 @@
-"""From a request with a scan to a job in the queue, or to a refusal that leaves nothing behind."""
+"""From a request with a scan to a job in the queue, or to a refusal after which no file is left."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _ONCE = re.compile(r"[A-Za-z0-9_-]{8,128}")
 _ID_BYTES = 16
-"""128 bits: who knows an id may see the job, and nobody guesses one."""
+"""128 bits, which nobody guesses: who knows an id may see the job."""
 BUSY_SECONDS = 10
 _SESSIONS_PER_PLACE = 2
 
 
 @dataclass
 class ScanService:
-    """What the routes work with; the event loop's thread alone changes it."""
+    """The service as the routes use it; only the event loop's thread changes it."""
 
     settings: ServeSettings
     store: JobStore
@@ -46,23 +46,23 @@ class ScanService:
     clock: SteadyClock
     facts: ModelFacts
     threads: Executor
-    """For the disk."""
+    """For work on the disk."""
     receiving: int = 0
     app_version: str = ""
     _receiving_once: set[str] = field(default_factory=set)
 
     async def on_disk(self, work: Callable[[], T]) -> T:
-        """`work` in a thread; a disk that fails is an answer."""
+        """Run `work` in a thread; a database error becomes a 503 answer."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.threads, work)
         except sqlite3.Error:
             raise ServiceFault(503, "STORE", "the table of jobs cannot be used right now; try again", 10) from None
 
     async def job(self, job_id: str) -> StoredJob:
-        """The job, if there is one.
+        """The job with this id.
 
         Raises:
-            ServiceFault: 404.
+            ServiceFault: 404, there is no such job.
         """
         job = await self.on_disk(lambda: self.store.get(job_id)) if _ID.fullmatch(job_id) else None
         if job is None or job.state == SESSION:
@@ -72,7 +72,7 @@ class ScanService:
     async def accept(self, request: Request, forms: Sequence[str], read_options: ReadOptions, *,
                      overlap: float | None = None, file_fields: tuple[str, ...] = ("file",), state: str = QUEUED
                      ) -> tuple[str, Upload]:
-        """Take the body in and queue it. Returns the new job's id.
+        """Receive the body and queue it as a job. Returns the new job's id and its upload.
 
         Raises:
             ServiceFault: as `demand_body` and `receive`; 429 QUEUE_FULL, 503 BUSY or STOPPING, 409 SENT_TWICE.
@@ -89,11 +89,11 @@ class ScanService:
             request.scope["state"]["body_begun"] = True
             upload = await receive(request, folder / UPLOAD, self.settings, self.threads, file_fields)
             name = await self.on_disk(lambda: _named(upload, folder))
-            told = {"upload": name, "forms": list(forms), "read": asdict(read_options), "overlap": overlap,
+            content = {"upload": name, "forms": list(forms), "read": asdict(read_options), "overlap": overlap,
                     "request_id": request_id_of(request)}
-            await self._add(job_id, state, told, once)
+            await self._add(job_id, state, content, once)
         except BaseException:
-            # Also where the client has gone and this task is cancelled, so nothing is waited for.
+            # Not awaited: this task may have been cancelled, because the client closed the connection.
             self.threads.submit(shutil.rmtree, folder, True)
             raise
         finally:
@@ -103,7 +103,7 @@ class ScanService:
         return job_id, upload
 
     async def again(self, session_id: str, request: Request, forms: Sequence[str]) -> str:
-        """A new job for the scan of a session.
+        """Queue a new job for the scan of a session. Returns its id.
 
         Raises:
             ServiceFault: 404, 429, 503.
@@ -123,7 +123,7 @@ class ScanService:
         return job_id
 
     async def session(self, session_id: str) -> StoredJob:
-        """A scan that was sent to be used several times.
+        """The session with this id: a scan that was sent to be used several times.
 
         Raises:
             ServiceFault: 404.
@@ -153,20 +153,20 @@ class ScanService:
         once = hashlib.sha256(key.encode()).hexdigest()
         if once in self._receiving_once or await self.on_disk(lambda: self.store.knows(once)):
             raise _twice()
-        # Another request may have come while the table was asked.
+        # Another request with the same key may have come while the table was read.
         if once in self._receiving_once:
             raise _twice()
         return once
 
-    async def _add(self, job_id: str, state: str, told: dict[str, Any], once: str | None) -> None:
+    async def _add(self, job_id: str, state: str, content: dict[str, Any], once: str | None) -> None:
         try:
-            await self.on_disk(lambda: self.store.add(job_id, state, told, self.clock.now(), once))
+            await self.on_disk(lambda: self.store.add(job_id, state, content, self.clock.now(), once))
         except SentTwice:
             raise _twice() from None
 
 
 def _named(upload: Upload, folder: Path) -> str:
-    """The upload under a name that says what it is; relative to the folder of uploads."""
+    """Rename the upload by its format; returns its name in the folder of uploads, "." for a folder."""
     if upload.source.is_dir():
         return "."
     ending = ".zip" if is_zip(upload.source) else ".nii.gz" if _is_gzip(upload.source) else ".nii"
@@ -180,7 +180,7 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _linked(source: Path, target: Path) -> None:
-    """The files once more, without their bytes once more: each is deleted with its own job."""
+    """Hard links to the files of a session, so that each job deletes its own."""
     target.mkdir(mode=0o700, parents=True)
     for file in source.iterdir():
         (target / file.name).hardlink_to(file)

@@ -1,7 +1,7 @@
 """The part of MONAI Label's REST interface that 3D Slicer's extension needs: info, sessions, infer.
 
-*Source*: MONAI Label's documentation of its REST API, and what its Slicer extension sends. Scans are sent; images that
-lie on a server, which OHIF's plug-in names by their UIDs, are for `autosam3d pacs`.
+*Source*: MONAI Label's documentation of its REST API, and the requests of its Slicer extension. Scans must be sent;
+images on a server, which OHIF's plug-in names by their UIDs, are the task of `autosam3d pacs`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_LOGIN = 4096
 
 
 def add_monai_label(app: FastAPI, service: ScanService) -> None:
-    """Add the addresses to an application."""
+    """Add these routes to an application."""
     _add_info(app, service)
     _add_sessions(app, service)
     _add_login(app, service)
@@ -130,12 +130,12 @@ def _add_login(app: FastAPI, service: ScanService) -> None:
 
     @app.get("/auth/token/valid", tags=["MONAI Label"], summary="Whether the token that was sent is right")
     async def valid(request: Request) -> dict[str, Any]:
-        token = service.settings.token  # the guard has let only the right one pass
+        token = service.settings.token  # the guard has refused wrong tokens already
         return {"valid": token is None or is_token(shown_token(request.headers.get("authorization", "")), token)}
 
 
 async def _answer(service: ScanService, request: Request, job_id: str, form: str) -> Response:
-    """Wait, then give the result out; the job goes with it, and goes, too, where nobody waits any more."""
+    """Wait for the job and answer with its result; the job is deleted afterwards, also where the client has gone."""
     while (job := await service.job(job_id)).state in (QUEUED, RUNNING):
         if await request.is_disconnected():
             raise ServiceFault(400, "GONE", "the client has gone")

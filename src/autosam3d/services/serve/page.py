@@ -1,4 +1,4 @@
-"""What browsers get: the browser app with the service's model, and a page about the API that needs no script."""
+"""Pages for browsers: the browser app with the service's model, and a page about the API that needs no script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from starlette.staticfiles import StaticFiles
 
 _MEDIA = {"nifti": "application/gzip", "json": "application/json", "csv": "text/csv"}
-# Browsers start workers and compile WebAssembly only by the kind that the server names; systems differ in theirs.
+# Browsers start workers and compile WebAssembly only with the right media type, which systems map differently.
 for _ending, _kind in ((".mjs", "text/javascript"), (".js", "text/javascript"), (".wasm", "application/wasm"),
                        (".webmanifest", "application/manifest+json"), (".onnx", "application/octet-stream")):
     mimetypes.add_type(_kind, _ending)
@@ -30,7 +30,7 @@ td:first-child { white-space: nowrap }
 
 
 def media_type(form: str) -> str:
-    """Of a result's file."""
+    """The media type of a result's file."""
     return _MEDIA.get(form, "application/dicom")
 
 
@@ -40,11 +40,11 @@ def static_app(folder: Path) -> StaticFiles:
 
 
 def api_page(openapi: Mapping[str, Any]) -> str:
-    """An OpenAPI description as a page to read."""
+    """An OpenAPI description as an HTML page."""
     parts = []
     for path, methods in openapi["paths"].items():
-        for method, told in methods.items():
-            parts.append(_article(method, path, told))
+        for method, operation in methods.items():
+            parts.append(_article(method, path, operation))
     info = openapi["info"]
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(info["title"])}: API</title>'
             f'<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="{_STYLE_NAME}">'
@@ -54,27 +54,27 @@ def api_page(openapi: Mapping[str, Any]) -> str:
 
 
 def no_app_page(reason: str) -> str:
-    """In the place of the browser app, where there is none."""
+    """The page that stands in for the browser app where there is none."""
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>autosam3d</title>'
             f'<link rel="stylesheet" href="{_STYLE_NAME}"><h1>autosam3d</h1><p>{html.escape(reason)}</p>'
             '<p><a href="/docs">The API</a></p></html>')
 
 
-def _article(method: str, path: str, told: Mapping[str, Any]) -> str:
-    rows = [(p["name"], _parameter(p)) for p in told.get("parameters", [])]
-    kinds = ", ".join(told.get("requestBody", {}).get("content", {}))
+def _article(method: str, path: str, operation: Mapping[str, Any]) -> str:
+    rows = [(p["name"], _parameter(p)) for p in operation.get("parameters", [])]
+    kinds = ", ".join(operation.get("requestBody", {}).get("content", {}))
     if kinds:
         rows.append(("body", kinds))
-    rows += [(status, answer.get("description", "")) for status, answer in told.get("responses", {}).items()]
+    rows += [(status, answer.get("description", "")) for status, answer in operation.get("responses", {}).items()]
     cells = "".join(f"<tr><td><code>{html.escape(str(name))}</code><td>{html.escape(str(text))}" for name, text in rows)
     return (f"<article><h2><code>{method.upper()} {html.escape(path)}</code></h2>"
-            f"<p>{html.escape(told.get('summary', ''))}</p><table>{cells}</table></article>")
+            f"<p>{html.escape(operation.get('summary', ''))}</p><table>{cells}</table></article>")
 
 
-def _parameter(told: Mapping[str, Any]) -> str:
-    schema = told.get("schema", {})
+def _parameter(parameter: Mapping[str, Any]) -> str:
+    schema = parameter.get("schema", {})
     kinds = [schema, *schema.get("anyOf", [])]
     choices = next((", ".join(map(str, kind["enum"])) for kind in kinds if "enum" in kind), "")
     kind = next((kind["type"] for kind in kinds if kind.get("type") not in (None, "null")), "")
     default = f"default {schema['default']}" if schema.get("default") is not None else ""
-    return "; ".join(filter(None, [told["in"], choices or kind, default, told.get("description", "")]))
+    return "; ".join(filter(None, [parameter["in"], choices or kind, default, parameter.get("description", "")]))

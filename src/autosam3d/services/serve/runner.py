@@ -1,4 +1,4 @@
-"""Who works off the queue: a thread a worker process, and one that deletes what is old."""
+"""The threads of the service: one for each worker process, which takes jobs from the queue, and one that deletes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autosam3d.services.workers.worker import JobCancelled, Worker
 _log = logging.getLogger(__name__)
 
 UPLOAD = "upload"
-"""Folder in a job's folder with what was sent."""
+"""Name of the folder in a job's folder with the files that were sent."""
 RESULT = "result"
 _SWEEP_SECONDS = 30.0
 _MAX_PAUSE_SECONDS = 30.0
@@ -44,7 +44,7 @@ class ScanStatus:
 
     @property
     def percent(self) -> float:
-        """Reading counts as nothing, writing as the last two hundredths."""
+        """From 0 to 100: reading counts as 0, segmenting as 98, writing as the rest."""
         share = {"segmenting": 0.98 * self.done / max(1, self.total), "writing": 0.98}.get(self.stage, 0.0)
         return round(100 * share, 1)
 
@@ -56,7 +56,7 @@ class ScanStatus:
 
 
 class Runner:
-    """Works off a store's queue.
+    """Segments the jobs of a store's queue.
 
     Args:
         settings: of the service.
@@ -74,7 +74,7 @@ class Runner:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> ModelFacts:
-        """Load the model and begin.
+        """Load the model and start the threads.
 
         Raises:
             AutoSam3dError: as `Worker.start`.
@@ -96,7 +96,7 @@ class Runner:
         return self._stopping
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Tell the threads that the queue has a new job."""
         with self._wake:
             self._wake.notify_all()
 
@@ -109,22 +109,22 @@ class Runner:
         return self._settings.folder / "jobs" / job_id
 
     def delete(self, job_id: str) -> None:
-        """A job and its files are gone; a scan at work is given up."""
+        """Delete a job and its files; a scan that is being segmented is cancelled."""
         with self._lock:
             found = self._running.get(job_id)
             if found is not None:
                 self._deleted.add(job_id)
                 found[0].cancel()
         self._store.remove(job_id)
-        if found is None:  # else its thread does it, after the process has ended
+        if found is None:  # otherwise its thread deletes the files, after the process has ended
             shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def begin_stop(self) -> None:
-        """Begin nothing new. May be called in a signal handler."""
+        """Start no more scans. May be called in a signal handler."""
         self._stopping = True
 
     def stop(self, deadline: float) -> None:
-        """Let scans at work finish until `deadline` (monotonic); what is not finished then waits for the next start."""
+        """Let running scans finish until `deadline` (monotonic); the others stay queued for the next start."""
         self.begin_stop()
         self.wake()
         while self._running and time.monotonic() < deadline:
@@ -146,7 +146,7 @@ class Runner:
                         self._wake.wait(0.5)
                 pause = 1.0
             except (OSError, sqlite3.Error) as error:
-                # A disk that fails for a while, over a network for example.
+                # The disk may work again, for example a network disk.
                 _log.error("the folder of jobs cannot be used (%s), next try in %.0f s", type(error).__name__, pause)
                 time.sleep(pause)
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)
@@ -174,10 +174,10 @@ class Runner:
             shutil.rmtree(folder / RESULT, ignore_errors=True)
             self._store.put_back(job.id)
         else:
-            state, told = outcome
+            state, content = outcome
             if state == FAILED:
                 shutil.rmtree(folder / RESULT, ignore_errors=True)
-            self._store.end(job.id, state, told, self._clock.now())
+            self._store.end(job.id, state, content, self._clock.now())
             shutil.rmtree(folder / UPLOAD, ignore_errors=True)
         _log.info("job of request %s: %s after %.1f s", job.request.get("request_id"),
                   "deleted" if deleted else "put back" if outcome is None else
@@ -214,11 +214,11 @@ class Runner:
                 time.sleep(0.2)
 
     def sweep(self) -> None:
-        """Delete what is older than it may become."""
+        """Delete jobs that ended more than `keep_seconds` ago."""
         for job_id in self._store.old(self._clock.now() - self._settings.keep_seconds):
             self.delete(job_id)
 
 
 def worker_settings(base: WorkerSettings, settings: ServeSettings) -> WorkerSettings:
-    """`base`, with temporary files where the service removes them."""
+    """`base` with temporary files in the service's folder, which it empties."""
     return replace(base, scratch=settings.folder / "tmp")

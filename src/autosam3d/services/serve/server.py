@@ -48,12 +48,12 @@ _BACKLOG = 512
 
 
 def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[str], None]) -> None:
-    """Serve until a signal ends it; the signal is raised again after everything is put away.
+    """Serve until a signal stops it; the signal is raised again after everything is closed.
 
     Args:
         settings: of the service.
         workers: model and limits of the worker processes.
-        on_ready: told the address when requests are answered.
+        on_ready: called with the address once requests are answered.
 
     Raises:
         UsageError: NO_TOKEN, PORT_IN_USE, ADDRESS, LOCKED, OUTPUT_EXISTS, OUTPUT_PATH.
@@ -62,7 +62,7 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
     """
     demand_token_off_loopback(settings.host, settings.token)
     with contextlib.ExitStack() as stack:
-        stack.callback(os.umask, os.umask(0o077))  # whatever is written is its owner's alone
+        stack.callback(os.umask, os.umask(0o077))  # files are readable by their owner alone
         stack.enter_context(_own_folder(settings.folder))
         listening = stack.enter_context(contextlib.closing(_bind(settings.host, settings.port)))
         store = JobStore(settings.folder / _STATE)
@@ -86,14 +86,14 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
             timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), backlog=_BACKLOG,
         )
         server = _Server(config, runner, deadline)
-        listening.listen(_BACKLOG)  # from here on nobody is turned away
+        listening.listen(_BACKLOG)  # from here on connections are accepted
         host, port = listening.getsockname()[:2]
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
         asyncio.run(server.serve(sockets=[listening]))
 
 
 class _Deadline:
-    """When the scans at work must be finished, counted from the signal."""
+    """The time at which running scans must be finished, counted from the signal."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._at = seconds, None
@@ -103,7 +103,7 @@ class _Deadline:
             self._at = time.monotonic() + self._seconds
 
     def monotonic(self) -> float:
-        # Without a signal something has failed, and nobody waits.
+        # Without a signal the service has failed, and does not wait.
         return self._at if self._at is not None else time.monotonic()
 
 
@@ -125,7 +125,7 @@ def _add_page(app: FastAPI, settings: ServeSettings, model: Path | None) -> None
     async def style() -> Response:
         return Response(STYLE, media_type="text/css")
 
-    reason = "This service gives out its API alone."
+    reason = "This service has its API alone."
     if settings.app:
         try:
             export = kept_export(model)
@@ -186,7 +186,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _remove_orphans(jobs: Path, store: JobStore) -> None:
-    """Uploads that were cut by the end of a former service, and files of jobs that are gone."""
+    """Delete uploads that the end of an earlier service interrupted, and files of deleted jobs."""
     known = store.ids()
     for folder in jobs.iterdir():
         if folder.name not in known:

@@ -1,4 +1,4 @@
-"""Jobs on disk, in SQLite: what was accepted is there after a restart, and nothing runs without a worker."""
+"""The jobs on disk, in SQLite: an accepted job survives a restart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autosam3d.services.serve.faults import ServiceFault
 
 SESSION, QUEUED, RUNNING, DONE, FAILED = "session", "queued", "running", "done", "failed"
 MAX_ATTEMPTS = 2
-"""A job that the service began this often and never ended has perhaps ended the service."""
+"""A job that was started this often and never ended fails: it may be what ends the service."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -40,7 +40,7 @@ class SentTwice(Exception):
 
 @dataclass(frozen=True)
 class StoredJob:
-    """A row of the table."""
+    """A job, as a row of the table."""
 
     number: int
     id: str
@@ -49,16 +49,16 @@ class StoredJob:
     created: float
     ended: float | None
     request: dict[str, Any]
-    """Name of the upload in the job's folder, forms, options of reading."""
+    """Name of the upload in the job's folder, forms, options of reading, id of the request."""
     outcome: dict[str, Any] | None
-    """Of a job that is done its result; of one that failed its `ServiceFault`."""
+    """The result of a job that is done, the `ServiceFault` of one that failed, else None."""
 
 
 class JobStore:
     """The table of jobs. Every call is one transaction; all of them may be made from any thread.
 
     Raises:
-        ResourceError: STATE, the file is no such table.
+        ResourceError: STATE, the file is not a database with this table.
         sqlite3.Error: from any method, where the disk fails.
     """
 
@@ -82,7 +82,7 @@ class JobStore:
         return self._queued
 
     def add(self, job_id: str, state: str, request: Mapping[str, Any], now: float, once: str | None = None) -> None:
-        """A new job.
+        """Add a new job.
 
         Raises:
             SentTwice: `once` is that of another job.
@@ -104,7 +104,7 @@ class JobStore:
             return self._one("SELECT * FROM jobs WHERE id = ?", job_id)
 
     def num_before(self, job: StoredJob) -> int:
-        """Jobs that will be begun before a queued one."""
+        """Number of jobs that will be started before a queued one."""
         with self._lock:
             row = self._db.execute("SELECT COUNT(*) FROM jobs WHERE state = ? AND number < ?",
                                    (QUEUED, job.number)).fetchone()
@@ -115,7 +115,7 @@ class JobStore:
             return int(self._db.execute("SELECT COUNT(*) FROM jobs WHERE state = ?", (SESSION,)).fetchone()[0])
 
     def take(self) -> StoredJob | None:
-        """The oldest queued job, which is running from now on."""
+        """Take the oldest queued job, whose state becomes running; None where the queue is empty."""
         with self._lock:
             job = self._one("SELECT * FROM jobs WHERE state = ? ORDER BY number LIMIT 1", QUEUED)
             if job is not None:
@@ -130,7 +130,7 @@ class JobStore:
             self._queued = self._count()
 
     def put_back(self, job_id: str) -> None:
-        """A running job that we stopped ourselves waits again; it does not count as an attempt."""
+        """Queue a running job again that the service stopped itself; this does not count as an attempt."""
         with self._lock:
             self._db.execute("UPDATE jobs SET state = ?, attempts = attempts - 1 WHERE id = ? AND state = ?",
                              (QUEUED, job_id, RUNNING))
@@ -142,7 +142,7 @@ class JobStore:
             self._queued = self._count()
 
     def recover(self, now: float) -> None:
-        """After a start: no worker is at any job, whatever the table says."""
+        """After a start: queue jobs that were running, or fail those that were started `MAX_ATTEMPTS` times."""
         with self._lock:
             self._db.execute("UPDATE jobs SET state = ?, outcome = ?, ended = ? WHERE state = ? AND attempts >= ?",
                              (FAILED, json.dumps(_INTERRUPTED.as_dict()), now, RUNNING, MAX_ATTEMPTS))
@@ -150,7 +150,7 @@ class JobStore:
             self._queued = self._count()
 
     def old(self, before: float) -> list[str]:
-        """Jobs that ended, and sessions that began, before."""
+        """Ids of jobs that ended, and of sessions that were created, before a time."""
         with self._lock:
             rows = self._db.execute("SELECT id FROM jobs WHERE (ended IS NOT NULL AND ended < ?) OR "
                                     "(state = ? AND created < ?)", (before, SESSION, before)).fetchall()

@@ -1,4 +1,4 @@
-"""A request's body to disk as it comes: counted, timed, and given up where it is too large or too slow."""
+"""Writes a request's body to disk as it comes, and refuses one that is too large or too slow."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _MAX_FILES, _MAX_FIELDS, _MAX_FIELD_BYTES = 5000, 16, 1 << 16
 _WRITE_BYTES = 1 << 18
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ROOM_LEFT_BYTES = 256 << 20
-"""Of the disk, which an upload leaves free for results."""
+"""Free disk space that uploads leave for results."""
 _DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 15.0
 
 
 @dataclass
 class Upload:
-    """What came."""
+    """A scan as it was sent."""
 
     source: Path
-    """The file; the folder of several."""
+    """The file, or the folder where several were sent."""
     fields: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
 
 
 def demand_body(request: Request, settings: ServeSettings) -> None:
-    """Refuse by the headers alone.
+    """Refuse a request by its headers alone.
 
     Raises:
         ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 CONTENT_LENGTH, 507 NO_SPACE.
@@ -63,10 +63,10 @@ def demand_body(request: Request, settings: ServeSettings) -> None:
 
 
 async def discard(request: Request, places: asyncio.Semaphore) -> None:
-    """Take in a small body that is refused, so that its sender gets to read why.
+    """Read a small body that is refused, since most clients read the answer only after they have sent it.
 
     Args:
-        places: how many may be at it together: hundreds would leave the others waiting.
+        places: limits how many bodies are read at once, so that other requests do not wait.
     """
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > _DISCARD_BYTES:
@@ -84,7 +84,7 @@ async def discard(request: Request, places: asyncio.Semaphore) -> None:
 
 async def receive(request: Request, folder: Path, settings: ServeSettings, threads: Executor,
                   file_fields: tuple[str, ...] = ("file",)) -> Upload:
-    """Write the body into `folder`, which is new; its names play no part.
+    """Write the body into `folder`, which is made, under names of our own.
 
     Args:
         file_fields: names of the form's parts that are scans; several together are the slices of one series.
@@ -132,7 +132,7 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
 
 
 async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[bytes]:
-    """The body as it comes, no more than one chunk beyond the limit, from a sender who keeps up."""
+    """The body as it comes; refused at most one chunk beyond the size limit, or where it comes too slowly."""
     total, began = 0, time.monotonic()
     window_began, window_bytes = began, 0
     expected = int(request.headers.get("content-length") or -1)
@@ -140,13 +140,13 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
     stream = request.stream()
     while True:
         try:
-            # Only the sender is timed, not what is done with a chunk.
+            # The limit is on the sender alone, not on the work on a chunk.
             async with asyncio.timeout(settings.chunk_seconds):
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise slow from None
         except ClientDisconnect:
-            raise ServiceFault(400, "BODY_CUT", "the body ended before its end") from None
+            raise ServiceFault(400, "BODY_CUT", "the body ended too early") from None
         if chunk is None:
             break
         now = time.monotonic()
@@ -162,11 +162,11 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
             window_began, window_bytes = now, 0
         yield chunk
     if 0 <= expected != total:
-        raise ServiceFault(400, "BODY_CUT", "the body ended before its end")
+        raise ServiceFault(400, "BODY_CUT", "the body ended too early")
 
 
 class _Sink:
-    """Files under our own names; what is added waits in memory until it is flushed in a thread."""
+    """Files under our own names; added bytes stay in memory until `flush` writes them in a thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, None
@@ -192,7 +192,7 @@ class _Sink:
         self._pending.append(("end", b""))
 
     def flush(self) -> None:
-        """In a thread: what waits is written."""
+        """Write the pending bytes. Called in a thread."""
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         opened = len(self.paths) - sum(kind == "begin" for kind, _ in pending)
         for kind, data in pending:
@@ -215,7 +215,7 @@ class _Sink:
 
 
 class _Form:
-    """A multipart body, parsed as it comes."""
+    """Parses a multipart body as it comes."""
 
     def __init__(self, request: Request, sink: _Sink, file_fields: tuple[str, ...], fields: dict[str, str]) -> None:
         _, options = parse_options_header(request.headers.get("content-type", ""))

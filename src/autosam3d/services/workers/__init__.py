@@ -1,1 +1,1 @@
-"""Segmenting in processes of their own: what a service needs that must outlive every scan."""
+"""Segmentation in processes of their own, so that a service survives a scan that crashes its process."""

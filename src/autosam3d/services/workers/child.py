@@ -1,7 +1,7 @@
-"""The worker process itself: loads the model once, then segments one scan after the other, as it is told.
+"""The worker process itself: loads the model once, then segments one scan after another on request.
 
-Orders come on stdin and answers go out on what was stdout, a line of JSON each; whatever libraries print goes nowhere.
-The process ends when nobody is left to give orders.
+Requests come on stdin and answers go to the original stdout, a line of JSON each; what libraries print is discarded.
+The process ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from autosam3d.services.workers.scan import ScanJob, ScanProgress, segment_scan
 
 Tell = Callable[[dict[str, Any]], None]
 
-# What libraries map beside the memory that they use: stacks, arenas, files.
+# Address space that libraries map beyond the memory that they use: stacks, arenas, files.
 _ADDRESS_SLACK = 1 << 30
-# The order of the kernel's killer when memory is short: a worker before the service.
+# For the kernel's out-of-memory killer: it ends a worker before the service.
 _KILL_FIRST = "900"
-# Whoever asks the service how far a scan is gets an answer while the scan takes all cores.
+# The service answers questions about progress while a scan takes all cores.
 _NICE = 5
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment|"
                             r"bad_alloc|Failed to allocate")
@@ -46,8 +46,8 @@ def main() -> None:
     """Take the settings from stdin, load the model, work until stdin ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(orders, sys.stdin.buffer), daemon=True).start()
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests, sys.stdin.buffer), daemon=True).start()
 
     def tell(message: dict[str, Any]) -> None:
         answers.write(json.dumps(message).encode() + b"\n")
@@ -60,29 +60,29 @@ def main() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_KILL_FIRST, "ascii")
     with contextlib.suppress(BrokenPipeError):
-        _work(WorkerSettings.from_dict(orders.get()), orders, tell)
-    os._exit(0)  # an orderly end would wait for the thread that listens
+        _work(WorkerSettings.from_dict(requests.get()), requests, tell)
+    os._exit(0)  # a normal exit would wait for the thread that reads stdin
 
 
-def _listen(orders: queue.SimpleQueue[dict[str, Any]], stdin: BinaryIO) -> None:
+def _listen(requests: queue.SimpleQueue[dict[str, Any]], stdin: BinaryIO) -> None:
     while line := stdin.readline(MAX_LINE):
-        orders.put(json.loads(line))
-    os._exit(0)  # whoever gave orders is gone, in the middle of a scan or not
+        requests.put(json.loads(line))
+    os._exit(0)  # the owner is gone; a scan that is being segmented is given up
 
 
-def _work(settings: WorkerSettings, orders: queue.SimpleQueue[dict[str, Any]], tell: Tell) -> None:
+def _work(settings: WorkerSettings, requests: queue.SimpleQueue[dict[str, Any]], tell: Tell) -> None:
     from autosam3d.checkpoints.exported import ExportedModel
     from autosam3d.scans.open_model import ModelWish, open_model
 
     try:
-        # Without the limit: it would forbid the one export by which a student is run faster ever after.
+        # Without the memory limit, which would forbid the export that is made once and makes a student faster.
         model = open_model(settings.model, ModelWish(backend=settings.backend, device=settings.device, sam=settings.sam,
                                                      threads=settings.threads))
     except AutoSam3dError as error:
         tell({"error": error_message(error, [])})
         return
     if "torch" in sys.modules and isinstance(model, ExportedModel):
-        tell({"again": True})  # the export was made just now, by libraries whose memory would stay
+        tell({"again": True})  # the export was made just now; start anew without the memory that its libraries keep
         return
     model.predictor.activation_bytes(1)
     if settings.max_ram_bytes is not None:
@@ -90,8 +90,8 @@ def _work(settings: WorkerSettings, orders: queue.SimpleQueue[dict[str, Any]], t
     facts = ModelFacts.of(model)
     tell({"ready": vars(facts)})
     while True:
-        told = orders.get()
-        job = ScanJob.from_dict(told["job"])
+        request = requests.get()
+        job = ScanJob.from_dict(request["job"])
         private = (job.folder, job.source)
         try:
             with _memory_named(settings):
@@ -111,7 +111,7 @@ def _progress(tell: Tell) -> ScanProgress:
 
 @contextlib.contextmanager
 def _memory_named(settings: WorkerSettings) -> Any:
-    """Turn the many words for memory that has run out into one."""
+    """Turn the many errors that libraries raise when memory has run out into one ResourceError."""
     try:
         yield
     except AutoSam3dError:
@@ -125,7 +125,7 @@ def _memory_named(settings: WorkerSettings) -> Any:
 
 
 def _limit_address_space(max_ram_bytes: int) -> None:
-    """A bound for what the plan did not foresee, a decoder's appetite for example."""
+    """Limit what the memory estimate did not foresee, such as the memory of a decoder."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 

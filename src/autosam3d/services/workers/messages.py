@@ -1,4 +1,4 @@
-"""What a worker process and the one that started it say to each other: a line of JSON a message, and no pickles."""
+"""The messages between a worker process and the process that started it: a line of JSON each, never a pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LINE = 1 << 20
 _ERRORS: Mapping[int, type[AutoSam3dError]] = {
     2: UsageError, 3: VolumeError, 4: CheckpointError, 5: ResourceError,
 }
-# The reader quotes the first bytes of a file that is no image, which may be anybody's letter.
+# The reader quotes the first bytes of a file that is no image; they may be of a private document.
 _QUOTED = "bytes that begin with"
 
 
@@ -32,8 +32,8 @@ class WorkerSettings:
     device: str = "auto"
     threads: int = 1
     max_ram_bytes: int | None = None
-    """Most memory that a worker may hold. Scans that need more are refused before the work; what was not foreseen ends
-    the worker alone."""
+    """Most memory that a worker may hold; None sets no limit. A scan whose estimate is higher is refused before it is
+    segmented; where the estimate was too low, the worker ends and the service goes on."""
     job_seconds: float = 3600.0
     """A scan that takes longer is given up."""
     start_seconds: float = 600.0
@@ -47,9 +47,9 @@ class WorkerSettings:
         return asdict(self) | paths
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> WorkerSettings:
-        paths = {name: None if told[name] is None else Path(told[name]) for name in ("model", "scratch")}
-        return cls(**{**told, **paths})
+    def from_dict(cls, message: Mapping[str, Any]) -> WorkerSettings:
+        paths = {name: None if message[name] is None else Path(message[name]) for name in ("model", "scratch")}
+        return cls(**{**message, **paths})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,13 @@ class ModelFacts:
                    side_pairs=labels.side_pairs)
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> ModelFacts:
-        return cls(**{**told, "organs": tuple(told["organs"]), "side_pairs": tuple(map(tuple, told["side_pairs"]))})
+    def from_dict(cls, message: Mapping[str, Any]) -> ModelFacts:
+        pairs = tuple(map(tuple, message["side_pairs"]))
+        return cls(**{**message, "organs": tuple(message["organs"]), "side_pairs": pairs})
 
 
 def error_message(error: AutoSam3dError, private: Iterable[Path]) -> dict[str, Any]:
-    """An error without the place it happened at, which may name a patient.
+    """An error as a message, without its `where`, which may name a patient.
 
     Args:
         private: paths that no text may name.
@@ -88,10 +89,10 @@ def error_message(error: AutoSam3dError, private: Iterable[Path]) -> dict[str, A
             "fault": fault, "remedy": without_paths(error.remedy, private)}
 
 
-def error_from(told: Mapping[str, Any]) -> AutoSam3dError:
-    """The error that `error_message` told of; of its class as far as the exit code says it."""
-    kind = _ERRORS.get(told["exit_code"], ResourceError)
-    return kind(told["code"], told["where"], told["fault"], told["remedy"])
+def error_from(message: Mapping[str, Any]) -> AutoSam3dError:
+    """The error that `error_message` describes, of the class that belongs to its exit code."""
+    kind = _ERRORS.get(message["exit_code"], ResourceError)
+    return kind(message["code"], message["where"], message["fault"], message["remedy"])
 
 
 def without_paths(text: str, private: Iterable[Path]) -> str:
@@ -115,15 +116,15 @@ def result_message(result: ScanResult, private: Iterable[Path]) -> dict[str, Any
     }
 
 
-def result_from(told: Mapping[str, Any], folder: Path) -> ScanResult:
-    """What `result_message` told of, in the job's `folder`."""
-    organs = [OrganVolume(**{**organ, "color_rgb": tuple(organ["color_rgb"])}) for organ in told["organs"]]
+def result_from(message: Mapping[str, Any], folder: Path) -> ScanResult:
+    """The result that `result_message` describes, with its files in the job's `folder`."""
+    organs = [OrganVolume(**{**organ, "color_rgb": tuple(organ["color_rgb"])}) for organ in message["organs"]]
     return ScanResult(
-        files={form: folder / Path(name).name for form, name in told["files"].items()},
-        refused={form: error_from(error) for form, error in told["refused"].items()},
+        files={form: folder / Path(name).name for form, name in message["files"].items()},
+        refused={form: error_from(error) for form, error in message["refused"].items()},
         organs=organs,
-        shape_zyx=tuple(told["shape_zyx"]),  # type: ignore[arg-type]
-        spacing_mm_zyx=tuple(told["spacing_mm_zyx"]),  # type: ignore[arg-type]
-        warnings=tuple(told["warnings"]),
-        from_dicom=told["from_dicom"],
+        shape_zyx=tuple(message["shape_zyx"]),  # type: ignore[arg-type]
+        spacing_mm_zyx=tuple(message["spacing_mm_zyx"]),  # type: ignore[arg-type]
+        warnings=tuple(message["warnings"]),
+        from_dicom=message["from_dicom"],
     )

@@ -1,4 +1,4 @@
-"""One scan to all the files that were asked for, from one segmentation."""
+"""From one scan to all files that were asked for, segmented once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FILE_OF: Mapping[str, str] = {
 FORMS = tuple(FILE_OF)
 _TABLES = ("json", "csv")
 SCRATCH = ".unpacked"
-"""Folder in a job's folder where a zip is unpacked, for as long as it is read."""
+"""Name of the folder in a job's folder into which a zip is unpacked while it is read."""
 
 ScanProgress = Callable[[str, int, int], None]
 """Called with the stage ("reading", "segmenting", "writing"), the steps of it that are done, and their number."""
@@ -42,20 +42,20 @@ ScanProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScanJob:
-    """A scan and what is to be made of it."""
+    """A scan to be segmented, and the files to be made from it."""
 
     source: Path
     """A NIfTI file, a folder with a DICOM series, or a zip with either."""
     folder: Path
-    """That exists, for the files; nobody else writes there."""
+    """Existing folder for the files; nothing else writes there."""
     forms: tuple[str, ...] = ("nifti", "json")
-    """Of `FORMS`. DICOM forms are for DICOM series alone."""
+    """Some of `FORMS`. DICOM forms can be made from DICOM series alone."""
     read_options: ReadOptions = field(default_factory=ReadOptions)
     overlap: float | None = None
     """Of the windows; None takes the recipe's."""
     tta: bool = False
     uid_settings: str | None = None
-    """Text that the UIDs of DICOM objects follow from, in the place of the labels; see `io.dicom.source.Algorithm`."""
+    """Text from which the UIDs of DICOM objects are derived, instead of the labels; see `io.dicom.source.Algorithm`."""
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FILE_OF]
@@ -68,20 +68,20 @@ class ScanJob:
         return asdict(self) | {"source": os.fspath(self.source), "folder": os.fspath(self.folder)}
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> ScanJob:
-        return cls(source=Path(told["source"]), folder=Path(told["folder"]), forms=tuple(told["forms"]),
-                   read_options=ReadOptions(**told["read_options"]), overlap=told["overlap"], tta=told["tta"],
-                   uid_settings=told["uid_settings"])
+    def from_dict(cls, values: Mapping[str, Any]) -> ScanJob:
+        return cls(source=Path(values["source"]), folder=Path(values["folder"]), forms=tuple(values["forms"]),
+                   read_options=ReadOptions(**values["read_options"]), overlap=values["overlap"], tta=values["tta"],
+                   uid_settings=values["uid_settings"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanResult:
-    """What became of a scan."""
+    """The files and measurements of a segmented scan."""
 
     files: dict[str, Path]
     """Form to file."""
     refused: dict[str, AutoSam3dError]
-    """Forms that this scan cannot have, such as a DICOM object of slices without UIDs; the others are there."""
+    """Form to the reason why this scan cannot have it, such as a DICOM object from slices without UIDs."""
     organs: list[OrganVolume]
     shape_zyx: Size
     spacing_mm_zyx: tuple[float, float, float]
@@ -93,16 +93,17 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
                  max_ram_bytes: int | None = None) -> ScanResult:
     """Read, segment once, write every form.
 
-    Each file is whole or absent. A form that the scan cannot have is refused before the work, beside the others.
+    Each file is whole or absent. A form that the scan cannot have is refused before the segmentation; the others are
+    made all the same.
 
     Args:
         job: the scan.
-        model: that segments.
-        progress: told of every window.
+        model: that segments it.
+        progress: called for every window and file.
         max_ram_bytes: most memory that this process may hold; None takes what is free.
 
     Raises:
-        As `read_ct`, `unpacked_scan`, `begin_segment` and `label_writer`; the last only where no form remains.
+        AutoSam3dError: as `read_ct`, `unpacked_scan` and `begin_segment`; as `label_writer` where no form can be made.
     """
     tell = progress or (lambda stage, done, total: None)
     segment_options = _segment_options(job, model, max_ram_bytes)
@@ -113,7 +114,7 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
         from_dicom = volume.source is not None and volume.source.kind == "dicom"
         writers, refused = _writers(job, source, volume, read_options, model)
         finish = begin_segment(volume, model, segment_options)
-        volume = None  # its place in memory is what the windows take
+        volume = None  # frees the memory that the windows need
         tell("segmenting", 0, 1)
         segmentation = finish(lambda done, total: tell("segmenting", done, total))
         files: dict[str, Path] = {}
@@ -122,7 +123,7 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
             try:
                 found = write(job.folder / FILE_OF[form], segmentation, model.recipe.labels)
             except AutoSam3dError as error:
-                if error.exit_code == 5 or len(job.forms) == 1:  # a full disk is no property of the form
+                if error.exit_code == 5 or len(job.forms) == 1:  # a full disk affects every form
                     raise
                 refused[form] = error
                 continue

@@ -1,4 +1,4 @@
-"""One worker process as its owner sees it: it is given a scan, tells how far it is, may be cancelled, and may die.
+"""A worker process as its owner uses it: it segments scans, reports progress, can be cancelled, and may crash.
 
     worker = Worker(WorkerSettings(threads=2, max_ram_bytes=4 << 30))
     result = worker.segment(ScanJob(source=scan, folder=folder, forms=("nifti", "json")), progress=print)
@@ -33,15 +33,15 @@ class WorkerDied(ResourceError):
 
 
 class WorkerTimeout(ResourceError):
-    """The scan took longer than a scan may."""
+    """The scan took longer than `WorkerSettings.job_seconds`."""
 
 
 class JobCancelled(Exception):
-    """The scan was given up because its owner said so."""
+    """The scan was cancelled by its owner."""
 
 
 class Worker:
-    """A process that keeps a model loaded. It starts at its first use, and again after it ended.
+    """A process that keeps a model loaded. It is started at its first use, and again after it has ended.
 
     One thread gives it scans; `cancel` and `close` may be called from any.
 
@@ -56,7 +56,7 @@ class Worker:
         self._lock = threading.Lock()
         self._busy, self._closed = False, False
         self._ended_by = ""
-        """Why we ended the process ourselves: "cancel", "timeout", "close", or nothing."""
+        """Why this object ended the process: "cancel", "timeout", "close", or "" where it did not."""
 
     @property
     def facts(self) -> ModelFacts | None:
@@ -65,17 +65,17 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, while there is one."""
+        """Process id while the process runs, else None."""
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
     def start(self) -> ModelFacts:
-        """The model, once it is loaded; at once where it is.
+        """Load the model, unless it is loaded already, and describe it.
 
         Raises:
             AutoSam3dError: as `open_model`.
-            WorkerDied, WorkerTimeout: while it loaded.
-            JobCancelled: closed.
+            WorkerDied, WorkerTimeout: the process ended, or took too long, while it loaded the model.
+            JobCancelled: `close` was called.
         """
         if self.pid is not None and self._facts is not None:
             return self._facts
@@ -92,17 +92,17 @@ class Worker:
     def segment(self, job: ScanJob, progress: ScanProgress | None = None, *, retries: int = 1) -> ScanResult:
         """Segment one scan; returns when its files are written.
 
-        Where it fails nothing of the files is half-written and no temporary file is left, however the process ended.
+        Where it fails, no file is half-written and no temporary file is left, however the process ended.
 
         Args:
             job: what to do.
             progress: called in this thread.
-            retries: how often a scan whose worker died is begun again, in a new process.
+            retries: how often a scan is repeated in a new process after the worker died.
 
         Raises:
             AutoSam3dError: as `segment_scan`, without the scan's place: `where` is "scan" or "model".
-            WorkerDied: more than `retries` times.
-            WorkerTimeout: after `settings.job_seconds`.
+            WorkerDied: the process ended more than `retries` times.
+            WorkerTimeout: the scan took longer than `settings.job_seconds`.
             JobCancelled: `cancel` or `close` was called meanwhile.
         """
         with self._lock:
@@ -120,7 +120,7 @@ class Worker:
                 self._busy, self._ended_by = False, ""
 
     def cancel(self) -> bool:
-        """Give up the scan at work by ending the process; the next scan has a new one. False where there is none."""
+        """Cancel the running scan by ending the process; the next scan starts a new one. False where no scan runs."""
         with self._lock:
             if not self._busy:
                 return False
@@ -153,7 +153,7 @@ class Worker:
         return result_from(message["done"], job.folder)
 
     def _begin(self) -> dict[str, Any]:
-        """A new process, and what it says of its model: `ready`, `error`, or `again` where it is to be started anew."""
+        """Start a process; its message about the model: `ready`, `error`, or `again` to start it once more."""
         self._facts = None
         with self._lock:
             if self._closed or self._ended_by == "cancel":
@@ -165,26 +165,26 @@ class Worker:
             return self._answer("it loaded its model")
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C at the terminal is the owner's to answer.
+        # In a session of its own, so that Ctrl-C at the terminal reaches the owner alone.
         return subprocess.Popen([sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, env=_environment(self.settings), start_new_session=True)
 
     def _send(self, message: Mapping[str, Any]) -> None:
         process = self._process
-        if process is None:  # `close` was faster
+        if process is None:  # `close` was called meanwhile
             raise JobCancelled
         assert process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # one that is gone is noticed when it does not answer
+        with contextlib.suppress(OSError, ValueError):  # a process that has ended is noticed when its answer is read
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
 
     def _answer(self, while_: str) -> dict[str, Any]:
         process = self._process
-        if process is None:  # `close` came between two answers
+        if process is None:  # `close` was called between two answers
             raise JobCancelled
         assert process.stdout is not None
         line = b""
-        with contextlib.suppress(ValueError):  # and has closed the pipe
+        with contextlib.suppress(ValueError):  # `close` has closed the pipe
             line = process.stdout.readline(MAX_LINE)
         if line.endswith(b"\n"):
             return json.loads(line)
@@ -212,14 +212,14 @@ class Worker:
             timer.cancel()
 
     def _kill(self, why: str) -> None:
-        """With the lock held."""
+        """Kill the process and remember why; the lock is held by the caller."""
         self._ended_by = self._ended_by or why
         process = self._process
         if process is not None and process.poll() is None:
             _kill_group(process)
 
     def _end(self) -> None:
-        """The process is gone and reaped, its pipes are closed."""
+        """End the process, reap it and close its pipes."""
         process, self._process, self._facts = self._process, None, None
         if process is None:
             return
@@ -235,7 +235,7 @@ class Worker:
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)  # with whatever it started itself
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started itself
             return
     process.kill()
 
@@ -243,8 +243,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 def _environment(settings: WorkerSettings) -> dict[str, str]:
     home = os.fspath(Path(autosam3d.__file__).parents[1])
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    told = os.environ | dict.fromkeys(_THREADS, str(settings.threads)) | {"PYTHONPATH": path}
-    return told | ({"TMPDIR": os.fspath(settings.scratch)} if settings.scratch is not None else {})
+    variables = os.environ | dict.fromkeys(_THREADS, str(settings.threads)) | {"PYTHONPATH": path}
+    return variables | ({"TMPDIR": os.fspath(settings.scratch)} if settings.scratch is not None else {})
 
 
 def _how(code: int | None) -> str:

@@ -16,7 +16,8 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.studies.nnunet.agreement import BOUND, Agreement, compare
 from autosam3d.studies.nnunet.data import link
 from autosam3d.studies.nnunet.process import find_nnunet, run_stage
-from autosam3d.studies.nnunet.run import NnunetResult, OnEvent, cores
+from autosam3d.studies.nnunet.run import NnunetResult, OnEvent
+from autosam3d.studies.slots import available_cores
 
 
 def evaluate_run(
@@ -73,7 +74,7 @@ def _nnunets_metrics(
     on_event: OnEvent | None,
 ) -> Path:
     """`summary`, written by nnU-Net's evaluator in its environment."""
-    threads = threads or cores()
+    threads = threads or available_cores()
     spec = {"dataset": result.model.parent.name, "model": str(result.model.absolute()), "seed": 0,
             "into": str(result.predictions[part].absolute()), "truth": str(truth.absolute()),
             "summary": str(summary.absolute()), "threads": threads, "workers": max(1, min(8, threads // 2))}

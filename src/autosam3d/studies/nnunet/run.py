@@ -10,7 +10,6 @@ inside it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.io.lock_file import HeldFolder, hold_folder
 from autosam3d.studies.nnunet.data import NnunetData, open_for_nnunet, scans_of, write_raw
 from autosam3d.studies.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
+from autosam3d.studies.slots import Slot, available_cores
 
 FORMAT, FORMAT_VERSION = "autosam3d-nnunet", 1
 PRESETS = ("default", "resenc_m", "resenc_l", "resenc_xl")
@@ -139,9 +139,10 @@ def train_and_predict(
         _read_state(out, plan, source)  # before the lock is written into somebody's folder
     environment = find_nnunet(python)
     kind, visible = environment.device(device)
+    slot = Slot(kind, threads or available_cores(), visible)
     # nnU-Net's training outlives this process where it is killed: the folder stays held until it ends, too.
     with hold_folder(out, _LOCK, what="run folder", inherit=True) as held:
-        run = _NnunetRun(out, plan, source, environment, kind, visible, threads or cores(), held, on_event)
+        run = _NnunetRun(out, plan, source, environment, slot, held, on_event)
         run.plan()
         run.train()
         wanted = [part for part in PARTS if part in parts and scans_of(source, part)]
@@ -154,28 +155,28 @@ class _NnunetRun:
     """The stages of one run, each skipped where it is finished."""
 
     def __init__(
-        self, out: Path, plan: NnunetPlan, data: NnunetData, environment: NnunetEnvironment, device: str,
-        visible: str | None, threads: int, held: HeldFolder, on_event: OnEvent | None,
+        self, out: Path, plan: NnunetPlan, data: NnunetData, environment: NnunetEnvironment, slot: Slot,
+        held: HeldFolder, on_event: OnEvent | None,
     ) -> None:
         self.out, self.options, self.data, self.environment, self.held = out, plan, data, environment, held
         self._on_event = on_event or (lambda stage, event: None)
         self.script = out / "trainer" / "nnunet_trainer.py"
-        workers = max(1, min(8, threads // 2))
+        workers = max(1, min(8, slot.threads // 2))
         self.spec = asdict(plan) | {
-            "dataset": data.name, "dataset_id": data.number, "ending": data.ending, "device": device,
-            "threads": threads, "workers": workers,
+            "dataset": data.name, "dataset_id": data.number, "ending": data.ending, "device": slot.device,
+            "threads": slot.threads, "workers": workers,
             "epochs": plan.epochs or (NNUNET_EPOCHS if plan.minutes is None else None),
         }
         self.variables = {
             **{name: str((out / name).absolute()) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
             "nnUNet_extTrainer": str(self.script.parent.absolute()), "nnUNet_def_n_proc": str(workers),
             # On a CPU the steps are the slow part: more augmenting processes would take their cores.
-            "nnUNet_n_proc_DA": str(1 if device == "cpu" else min(12, threads)), "nnUNet_wandb_enabled": "0",
-            "AUTOSAM3D_NNUNET_SPEC": str((out / "logs" / "train.json").absolute()), "OMP_NUM_THREADS": str(threads),
-            "PYTHONUNBUFFERED": "1",
+            "nnUNet_n_proc_DA": str(1 if slot.device == "cpu" else min(12, slot.threads)), "nnUNet_wandb_enabled": "0",
+            "AUTOSAM3D_NNUNET_SPEC": str((out / "logs" / "train.json").absolute()),
+            "OMP_NUM_THREADS": str(slot.threads), "PYTHONUNBUFFERED": "1",
         }
-        self.variables |= {"nnUNet_compile": "0"} if device != "cuda" else {}
-        self.variables |= {"CUDA_VISIBLE_DEVICES": visible} if visible is not None else {}
+        self.variables |= {"nnUNet_compile": "0"} if slot.device != "cuda" else {}
+        self.variables |= {"CUDA_VISIBLE_DEVICES": slot.visible_gpu} if slot.visible_gpu is not None else {}
         self.state = _read_state(out, plan, data)
         self._save()  # first: from here on the folder says whose it is
         for part in ("trainer", "logs"):
@@ -264,11 +265,6 @@ def _reduced(plan: NnunetPlan, planned: dict[str, Any], trained: dict[str, Any])
 
 def _by(numbers: Sequence[int]) -> str:
     return " x ".join(map(str, numbers))
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _demand_apart(out: Path, data: Path) -> None:

@@ -28,7 +28,7 @@ from autosam3d.studies.reproduce.figures import (
 )
 from autosam3d.studies.reproduce.paper import SMALL_VARIANTS, TABLES, lambda_key
 from autosam3d.studies.reproduce.plan import OURS
-from autosam3d.studies.reproduce.runner import is_finished
+from autosam3d.studies.reproduce.stages import is_finished
 from autosam3d.studies.reproduce.study import PlannedRun, Study
 from autosam3d.studies.reproduce.table import markdown, write_tables
 from autosam3d.studies.reproduce.tables import Provenance, RunScores, build_table

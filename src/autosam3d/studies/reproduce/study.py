@@ -1,4 +1,4 @@
-"""A plan on a dataset: every run with its whole recipe, its folder, and what it will cost."""
+"""The plan of a study on one dataset: every run with its whole recipe, its folder, and what it will cost."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from autosam3d.io.files import write_text_atomic
 from autosam3d.recipes.recipe import Recipe, load_recipe, recipe_from_dict
 from autosam3d.studies.reproduce.cost import TrainingCost, measure_training
 from autosam3d.studies.reproduce.plan import RunSpec
+from autosam3d.studies.slots import Slot
 from autosam3d.training.distill import student_of
 
 _VALIDATIONS = 3
-"""Of a run with a budget."""
+"""Number of validations in a run with a budget."""
 _GRIDS_LOOKED_AT = 4
-"""Test cases, at most, that are read for the estimate: a large CT takes seconds, and every plan waits for them."""
+"""At most so many test cases are read for the estimate: a large CT takes seconds, and every plan waits for them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class PlannedRun:
 
     spec: RunSpec
     recipe: Recipe
-    """What is trained; slice by slice, organs and window alone; for nnU-Net v2, organs alone."""
+    """What is trained. SAM on slices uses its organs and HU window alone, nnU-Net v2 its organs alone."""
     folder: Path
     cost: TrainingCost | None
     train_seconds: float | None
@@ -51,12 +52,12 @@ class PlannedRun:
 
     @property
     def weights(self) -> Path:
-        """The run folder of the weights that segment: its own, but in a row that differs in inference only."""
+        """The run folder of the weights that segment: its own, or another run's where only the inference differs."""
         return self.folder.parent / self.spec.predicts_as / "run" if self.spec.predicts_as else self.run
 
     @property
     def is_ours(self) -> bool:
-        """Whether our trainer trains it."""
+        """Whether this package's trainer trains it."""
         return self.spec.kind in ("train", "distill") and self.spec.predicts_as is None
 
     @property
@@ -82,34 +83,35 @@ class Study:
     """The dataset's folder."""
     cases: CaseSet
     folder: Path
-    """Of its runs."""
+    """Folder of its runs."""
     budget_minutes: float | None
     runs: tuple[PlannedRun, ...]
 
     @property
     def cache(self) -> Path:
-        """Preprocessed cases and teachers' answers, shared by all runs."""
+        """Preprocessed cases and teachers' probabilities, shared by all runs."""
         return self.folder / "cache"
 
 
 def plan_study(
-    dataset: str, data: Path, out: Path, specs: Sequence[RunSpec], *, budget_minutes: float | None, device: str,
-    threads: int, overrides: Sequence[str] = (), measured: Callable[[str], None] = lambda name: None,
+    dataset: str, data: Path, out: Path, specs: Sequence[RunSpec], *, budget_minutes: float | None, slot: Slot,
+    overrides: Sequence[str] = (), measured: Callable[[str], None] = lambda name: None,
 ) -> Study:
-    """Recipes, folders and costs of `specs`; what was measured before on this machine is not measured again.
+    """Plan `specs`: their recipes, folders and costs. A cost that was measured before is not measured again.
 
     Args:
         dataset: a recipe by name or file.
-        data: its folder.
-        out: of the whole reproduction.
+        data: the dataset's folder.
+        out: folder of the whole reproduction.
         budget_minutes: of training, the same for every run: the epochs follow from the measured cost of a step. None
             trains as long as each recipe says.
+        slot: where each run is trained; the cost of a training step is measured there.
         overrides: for all recipes, before those of a run.
         measured: called with the name of each run whose cost is about to be measured.
 
     Raises:
         RecipeError: a recipe or an override is wrong.
-        VolumeError: the dataset is, or it has no test cases with truth.
+        VolumeError: the dataset is broken, or it has no test cases with truth.
         UsageError: BUDGET, or SAME_PATH where the runs would lie in the dataset.
         ResourceError: a model does not fit this machine, where its epochs follow from the budget.
     """
@@ -122,7 +124,7 @@ def plan_study(
     if folder.absolute().resolve().is_relative_to(data.absolute().resolve()):
         raise UsageError("SAME_PATH", out, f"the runs would be written into the dataset {data}", "name another folder")
     recipes = {spec.name: _recipe_of(spec, dataset, overrides) for spec in specs}
-    costs = _Costs(folder / "costs.json", device, threads)
+    costs = _Costs(folder / "costs.json", slot)
     shapes = _prepared_shapes([case.image_path for case in cases.test], base)
     runs = []
     for spec in specs:
@@ -153,7 +155,7 @@ def _recipe_of(spec: RunSpec, dataset: str, overrides: Sequence[str]) -> Recipe:
     if spec.kind == "distill":
         teacher = load_recipe(dataset, overrides, model="autosam_2core" if spec.small else "autosam")
         recipe = student_of(teacher, spec.model, _as_sets(own))
-        if spec.small:  # trained like the small baselines: the teacher's rate is half of theirs, which minutes show
+        if spec.small:  # trained like the small baselines: the teacher's rate is half of theirs, too low for minutes
             recipe = replace(recipe, optim=load_recipe(dataset, overrides, model="swinunetr_2core").optim)
     else:
         recipe = load_recipe(dataset, overrides, model=spec.model)
@@ -186,7 +188,7 @@ def _steps(recipe: Recipe, num_train: int) -> int:
 def _segment_seconds(
     recipe: Recipe, spec: RunSpec, cost: TrainingCost | None, shapes: Sequence[Size], num_cases: int
 ) -> float | None:
-    """For all cases; `shapes` are the prepared grids of some of them."""
+    """Estimate for all cases, from the prepared grids (`shapes`) of some of them; None where the cost is not known."""
     if cost is None:
         return None
     overlap = recipe.inference.overlap if spec.overlap is None else spec.overlap
@@ -200,9 +202,9 @@ def _grown(shape: Size, size: Size) -> Size:
 
 
 def _prepared_shapes(paths: Sequence[Path], recipe: Recipe) -> list[Size]:
-    """The grids that scans have when they are prepared: of all of them, or of some that lie evenly among them.
+    """Shapes (z, y, x) of the prepared grids of the scans: of all, or of a few that are taken evenly from the list.
 
-    One alone would mislead: OpenKBP's test cases take from 2 to 72 windows of the small recipes.
+    A single one would mislead: OpenKBP's test cases take from 2 to 72 windows of the small recipes.
     """
     some = paths[:: -(-len(paths) // _GRIDS_LOOKED_AT)]
     return [plan_grid(read_ct(path), recipe.preprocess).prepared_shape for path in some]
@@ -218,20 +220,20 @@ def _demand_test_cases(cases: CaseSet) -> None:
 
 
 class _Costs:
-    """What was measured, kept in a file: by everything that costs depend on."""
+    """Measured costs, kept in a file under a key made of everything that a cost depends on."""
 
-    def __init__(self, path: Path, device: str, threads: int) -> None:
-        self._path, self._device, self._threads = path, device, threads
+    def __init__(self, path: Path, slot: Slot) -> None:
+        self._path, self._slot = path, slot
 
     def of(self, recipe: Recipe, before: Callable[[], None]) -> TrainingCost | None:
         key = self._key(recipe)
         known = self._known()
         if key not in known:
             before()
-            cost = measure_training(recipe, self._device, self._threads)
+            cost = measure_training(recipe, self._slot.device, self._slot.threads)
             if cost is None:
                 return None
-            # Who else planned meanwhile may have been first: then theirs counts, or the epochs would differ.
+            # Where another process has measured the same meanwhile, its result counts, or the epochs would differ.
             known = {key: asdict(cost), **self._known()}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(self._path, json.dumps(known, indent=1, sort_keys=True) + "\n")
@@ -244,7 +246,7 @@ class _Costs:
             return {}
 
     def _key(self, recipe: Recipe) -> str:
-        # Seeds, epochs and the weights of the loss cost nothing.
+        # Seeds, epochs and the weights of the loss do not change the cost of a step.
         parts = [recipe.as_dict()["model"], recipe.train.batch_size, recipe.train.precision, recipe.optim.ema > 0,
-                 recipe.as_dict()["optim"].get("optimizer"), self._device, self._threads]
+                 recipe.as_dict()["optim"].get("optimizer"), self._slot.device, self._slot.threads]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
