@@ -523,6 +523,25 @@ def test_one_bad_step_is_skipped(start: Callable[..., TrainResult], tmp_path: Pa
     load_model(tmp_path / "run")
 
 
+def test_a_step_and_a_model_that_do_not_fit_say_so(
+    start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*given: object, **more: object) -> None:
+        torch.empty(1 << 50)
+
+    recipe = mini_recipe(train__epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "dice_ce_loss", too_large)
+        with pytest.raises(ResourceError, match=r"a training step \(batch of 2, crops of 16 x 16 x 16") as caught:
+            start(recipe, tmp_path / "run")
+    assert caught.value.code == "MEMORY" and "train.batch_size" in caught.value.remedy
+    assert start(recipe, tmp_path / "run").epoch == 1
+    monkeypatch.setattr(checkpoint_module, "load_strictly", too_large)
+    with pytest.raises(ResourceError, match="loading the model needs more memory") as caught:
+        load_model(tmp_path / "run")
+    assert caught.value.code == "MEMORY" and "best.json" in caught.value.where
+
+
 def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_weights(
     start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
