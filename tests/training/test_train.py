@@ -456,7 +456,7 @@ def test_a_model_renamed_to_a_state_is_refused(whole: Path, start: Callable[...,
     shutil.copy(run / "best.json", run / "last.json")
     with pytest.raises(CheckpointError) as caught:
         start(RECIPE, run)
-    assert caught.value.code == "MISMATCH"
+    assert caught.value.code == "KIND"
 
 
 def test_another_number_of_processes_goes_on_at_the_same_crop(stopped: Path, start: Callable[..., TrainResult]) -> None:
