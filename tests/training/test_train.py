@@ -456,7 +456,7 @@ def test_a_model_renamed_to_a_state_is_refused(whole: Path, start: Callable[...,
     shutil.copy(run / "best.json", run / "last.json")
     with pytest.raises(CheckpointError) as caught:
         start(RECIPE, run)
-    assert caught.value.code == "MISMATCH"
+    assert caught.value.code == "KIND"
 
 
 def test_another_number_of_processes_goes_on_at_the_same_crop(stopped: Path, start: Callable[..., TrainResult]) -> None:
@@ -521,6 +521,25 @@ def test_one_bad_step_is_skipped(start: Callable[..., TrainResult], tmp_path: Pa
     assert [row[3] == "nan" for row in rows[1:]] == [False, True, False, False]
     assert caplog.text.count("step skipped") == 1
     load_model(tmp_path / "run")
+
+
+def test_a_step_and_a_model_that_do_not_fit_say_so(
+    start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*given: object, **more: object) -> None:
+        torch.empty(1 << 50)
+
+    recipe = mini_recipe(train__epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "dice_ce_loss", too_large)
+        with pytest.raises(ResourceError, match=r"a training step \(batch of 2, crops of 16 x 16 x 16") as caught:
+            start(recipe, tmp_path / "run")
+    assert caught.value.code == "MEMORY" and "train.batch_size" in caught.value.remedy
+    assert start(recipe, tmp_path / "run").epoch == 1
+    monkeypatch.setattr(checkpoint_module, "load_strictly", too_large)
+    with pytest.raises(ResourceError, match="loading the model needs more memory") as caught:
+        load_model(tmp_path / "run")
+    assert caught.value.code == "MEMORY" and "best.json" in caught.value.where
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_weights(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from autosam3d.checkpoints.model_file import find_checkpoint, meta_text, packaged_model, read_meta, recipe_of, sealed
 from autosam3d.checkpoints.sam_files import read_sam_state
 from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.inference.out_of_memory import memory_named
 from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.io.folders import make_folder
 from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names, load_sam
@@ -172,8 +173,14 @@ def load_model(
     Raises:
         CheckpointError: the file is broken, of another format, or does not fit the network that it describes; KIND of
             an export, which `checkpoints.exported.load_exported` runs.
+        ResourceError: MEMORY, it does not fit.
     """
     json_path = find_checkpoint(Path(path)) if path is not None else packaged_model()
+    with memory_named(json_path, "loading the model", "take a smaller model, or a device with more memory"):
+        return _load(json_path, sam, torch.device(device))
+
+
+def _load(json_path: Path, sam: str | Path | None, device: torch.device) -> LoadedModel:
     checkpoint = read_checkpoint(json_path)
     recipe = recipe_of(checkpoint.meta, json_path)
     tensors = checkpoint.tensors
@@ -192,7 +199,7 @@ def load_model(
         attach_sam(network, SamSource(**sam_entry), sam)
     load_strictly(network, tensors, expected, json_path)
     network.to(device).eval()
-    return LoadedModel(recipe, network, torch.device(device), checkpoint.meta["weights"]["sha256"],
+    return LoadedModel(recipe, network, device, checkpoint.meta["weights"]["sha256"],
                        checkpoint.meta.get("metrics", {}))
 
 

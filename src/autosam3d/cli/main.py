@@ -7,7 +7,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -29,6 +28,7 @@ from autosam3d.cli.segment import segment
 from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
+from autosam3d.inference.out_of_memory import ran_out_of_memory
 from autosam3d.version import __version__
 
 app = typer.Typer(
@@ -42,9 +42,8 @@ app = typer.Typer(
 # Typer's own name for it differs between versions: click's class, or one of a copy inside Typer.
 _CommandLineError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-# What the operating system says of a path that cannot be, and what libraries say when memory has run out.
+# What the operating system says of a path that cannot be.
 _NO_SUCH_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment")
 
 
 @app.callback(invoke_without_command=True)
@@ -95,7 +94,8 @@ def main() -> None:
         fault = error.format_message().rstrip(".")
         _fail(f"error[USAGE] autosam3d: {fault}; {_remedy(error)}", 2, error if debug else None)
     except (MemoryError, RuntimeError, ImportError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        # Libraries are imported, and threads started, all along the way of a command.
+        if not ran_out_of_memory(error):
             raise
         _fail("error[MEMORY] autosam3d: the memory that this process may use has run out; give a smaller scan or a "
               "smaller batch, or use a machine with more memory", 5, error if debug else None)

@@ -10,6 +10,7 @@ import typer
 
 from autosam3d.errors import UsageError
 from autosam3d.inference.device_names import is_device_name
+from autosam3d.inference.out_of_memory import memory_named
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe.")]
 SetBoth = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, "
@@ -82,6 +83,7 @@ def cores(threads: int) -> int:
 def set_threads(threads: int) -> None:
     """Threads of torch and of the libraries below it."""
     count = cores(threads)
-    import torch
+    with memory_named("autosam3d", "loading PyTorch", "give this process more memory"):
+        import torch
 
     torch.set_num_threads(count if threads or "WORLD_SIZE" not in os.environ else int(os.environ["OMP_NUM_THREADS"]))

@@ -13,6 +13,7 @@ import numpy as np
 
 from autosam3d.axes import Size
 from autosam3d.errors import ResourceError, UsageError
+from autosam3d.inference.out_of_memory import ran_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +112,8 @@ class TorchPredictor:
             try:
                 parts = [self._run(patches[i : i + size]) for i in range(0, len(patches), size)]
                 return parts[0] if len(parts) == 1 else np.concatenate(parts)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                # The CPU allocator raises a bare RuntimeError.
-                if type(error) is RuntimeError and "DefaultCPUAllocator" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out_of_memory(error):
                     raise
                 fault = str(error).splitlines()[0] if str(error) else "out of memory"
             if self.device.type == "cuda":

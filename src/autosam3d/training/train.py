@@ -25,6 +25,7 @@ from autosam3d.data.cache import CachedCase, demand_organs
 from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
+from autosam3d.inference.out_of_memory import memory_named
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.cases import ask_teacher, cache_on_all_ranks
 from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
@@ -172,7 +173,7 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
 
     Raises:
         Interrupted: a stop was asked for; `run` is as it was after its last whole step.
-        CheckpointError: NONFINITE.
+        CheckpointError: NONFINITE. ResourceError: MEMORY.
     """
     recipe, position, fabric = run.recipe, run.position, run.fabric
     sampler.epoch, sampler.first_step = position.epoch, position.step_in_epoch
@@ -181,11 +182,15 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         return
     run.wrapped.train()
     total = sampler.steps_per_epoch * recipe.train.epochs
+    size = " x ".join(map(str, recipe.model.patch_size))
+    work = f"a training step (batch of {recipe.train.batch_size}, crops of {size} voxels)"
     mark = time.perf_counter()
     for batch in loader:
         waited = time.perf_counter() - mark
         rate = _set_learning_rate(run, sampler.steps_per_epoch)
-        values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
+        with memory_named(str(fabric.device), work, "lower train.batch_size or model.patch_size, or take a device with "
+                          "more memory"):
+            values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
         run.bad_steps = 0 if good else run.bad_steps + 1
         if run.bad_steps >= recipe.train.max_nan_steps:
             save_run(run)

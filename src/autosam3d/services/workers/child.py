@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import queue
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from autosam3d.errors import AutoSam3dError, ResourceError
+from autosam3d.inference.out_of_memory import ran_out_of_memory
 from autosam3d.io.memory import resident_bytes, size_text
 from autosam3d.services.workers.messages import (
     MAX_LINE,
@@ -38,8 +38,6 @@ _ADDRESS_SLACK = 1 << 30
 _KILL_FIRST = "900"
 # The service answers questions about progress while a scan takes all cores.
 _NICE = 5
-_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|out of memory|start new thread|[Cc]annot allocate memory|map segment|"
-                            r"bad_alloc|Failed to allocate")
 
 
 def main() -> None:
@@ -111,13 +109,11 @@ def _progress(tell: Tell) -> ScanProgress:
 
 @contextlib.contextmanager
 def _memory_named(settings: WorkerSettings) -> Any:
-    """Turn the many errors that libraries raise when memory has run out into one ResourceError."""
+    """Turn the many errors that libraries raise when memory has run out into one ResourceError, with what is allowed."""
     try:
         yield
-    except AutoSam3dError:
-        raise
     except (MemoryError, RuntimeError, ImportError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not ran_out_of_memory(error):
             raise
         allowed = "" if settings.max_ram_bytes is None else f", {size_text(settings.max_ram_bytes)} are allowed"
         raise ResourceError("MEMORY", "scan", f"memory has run out{allowed}",
