@@ -109,7 +109,7 @@ def _progress(tell: Tell) -> ScanProgress:
 
 @contextlib.contextmanager
 def _memory_named(settings: WorkerSettings) -> Any:
-    """Turn the many errors that libraries raise when memory has run out into one ResourceError, with what is allowed."""
+    """Turn what libraries raise when memory has run out into one ResourceError, with what is allowed."""
     try:
         yield
     except (MemoryError, RuntimeError, ImportError) as error:
