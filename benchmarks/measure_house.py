@@ -17,7 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-MOST_LINES, MOST_BODY, MOST_PARAMETERS, MOST_OPTIONS = 350, 60, 8, 12
+MOST_LINES, MOST_BODY, MOST_PARAMETERS = 350, 60, 8
+# Of a command: a dozen options, and an argument.
+MOST_OF_A_COMMAND = 13
 # Who raises with a code: an exception class, or a function that makes one.
 _RAISES = re.compile(r"([a-z_]*fault|[A-Za-z]*(Error|Died|Timeout))$")
 _CODE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
@@ -55,11 +57,13 @@ def measure(repo: Path) -> dict[str, str | int]:
         "widest parameter list": _widest(package, functions),
         "widest of a function that is no command": _widest(package, others),
         f"functions with more than {MOST_PARAMETERS} parameters": sum(width(n) > MOST_PARAMETERS for _, n in functions),
-        f"commands with more than {MOST_OPTIONS} options": sum(width(n) > MOST_OPTIONS for n in commands),
+        f"commands with more than {MOST_OF_A_COMMAND} parameters (a dozen options, an argument)": sum(
+            width(n) > MOST_OF_A_COMMAND for n in commands),
         f"files over {MOST_LINES} lines": sum(text.count("\n") > MOST_LINES for text in texts.values()),
         "longest file, lines": max(text.count("\n") for text in texts.values()),
         "error codes": len(codes),
-        "error codes that several classes raise": sum(len(classes) > 1 for classes in codes.values()),
+        "error codes that several classes raise": sum(
+            len({name for name in names if name[0].isupper()}) > 1 for names in codes.values()),
         "lines of ARCHITECTURE.md": (repo / "ARCHITECTURE.md").read_text("utf-8").count("\n"),
         "Python files, lines": f"{len(texts)}, {sum(text.count(chr(10)) for text in texts.values())}",
     }
