@@ -15,7 +15,7 @@ import pytest
 
 from autosam3d.data.cache import KEY_BYTES, cache_cases, demand_organs, open_cached
 from autosam3d.data.folder import Case, open_dataset
-from autosam3d.errors import AutoSam3dError, ResourceError, VolumeError
+from autosam3d.errors import ResourceError, UsageError, VolumeError
 from autosam3d.io import read_ct, write_ct, write_segmentation
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Segmentation, Volume
@@ -207,9 +207,9 @@ def test_an_absent_scan_and_an_unwritable_cache(cases: tuple[Case, ...], tmp_pat
         cache_cases([replace(cases[0], image_path=tmp_path / "absent.nii.gz")], mini_recipe(), tmp_path / "cache")
     assert caught.value.code == "UNREADABLE"
     (tmp_path / "file").touch()
-    with pytest.raises(AutoSam3dError) as failed:
+    with pytest.raises(UsageError, match="--cache") as failed:
         cache_cases(cases[:1], mini_recipe(), tmp_path / "file" / "cache")
-    assert isinstance(failed.value, ResourceError) and failed.value.exit_code == 5
+    assert failed.value.code == "OUTPUT_PATH" and failed.value.exit_code == 2
 
 
 def test_a_set_without_an_organ_is_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -90,7 +90,7 @@ def _to_file(shape: tuple[int, int, int], axis_of: tuple[int, int, int], flipped
 
 
 def check_affine(affine: np.ndarray, where: str | Path, name: str = "affine") -> tuple[np.ndarray, list[str]]:
-    """An affine that can be believed, and what was put right.
+    """The affine, checked and where possible corrected, with a warning for each correction.
 
     Raises:
         VolumeError: AFFINE_NONFINITE, AFFINE_SINGULAR or AFFINE_SHEAR.

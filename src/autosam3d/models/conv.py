@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: int = 0, groups: int = 1) -> Tensor:
-    """``F.conv3d`` with stride 1, that works around three weaknesses of PyTorch's CPU kernels.
+    """``F.conv3d`` with stride 1 that works around three weaknesses of PyTorch's CPU kernels.
 
     * Over a depth of exactly 2 the weight gradient of a padded kernel of 3 is computed from uninitialised memory:
       relative errors from 1 to 1e36. Measured with PyTorch 2.13 and its oneDNN 3.12 on a CPU with AVX512-BF16, for

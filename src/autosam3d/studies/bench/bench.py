@@ -166,7 +166,7 @@ def _send(sender: Any, work: Callable[..., dict[str, Any]], arguments: tuple[Any
 
 def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threads: int, folder: Path
              ) -> dict[str, Any]:
-    """One contender: each stage by itself, then the whole as `segment` does it."""
+    """Measure one contender: each stage by itself, then the whole as `segment` does it."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     meter = Meter()
     with meter.stage("load"):
@@ -222,7 +222,7 @@ def _by_stages(
     volume: Volume, model: Model, tiling: Tiling, meter: Meter,
     place: Callable[[Sequence[int], Sequence[int], float], list[Size]] = grid_starts,
 ) -> tuple[np.ndarray, int]:
-    """`segment`'s work in its own order, but one thing at a time. Returns labels and the number of windows."""
+    """The work of `segment` in its order, one stage at a time. Returns labels and the number of windows."""
     recipe, predictor = model.recipe, model.predictor
     size = predictor.patch_size
     with meter.stage("resample"):

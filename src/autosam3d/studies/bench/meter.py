@@ -17,9 +17,9 @@ class Meter:
 
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
-    """Of all threads: what other programs on the machine do hardly changes it."""
+    """Of all threads; other programs on the machine hardly change it."""
     peak_mib: dict[str, float] = field(default_factory=dict)
-    """Most that the process held inside a stage, all in all; empty where the system does not say (not Linux)."""
+    """Peak memory of the whole process inside each stage; empty where the system does not report it (not Linux)."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

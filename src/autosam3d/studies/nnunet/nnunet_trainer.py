@@ -34,12 +34,12 @@ MIN_EDGE = 4
 
 
 def tell(kind: str, **facts: Any) -> None:
-    """One line for the process that started this one."""
+    """Report an event to the process that started this one, as a line on stdout."""
     print(MARK + json.dumps({"kind": kind, **facts}), flush=True)
 
 
 class Stopped(Exception):
-    """SIGTERM came; the state is saved."""
+    """SIGTERM was received, and the state is saved."""
 
 
 class nnUNetTrainerBudget(nnUNetTrainer):
@@ -103,7 +103,7 @@ class nnUNetTrainerBudget(nnUNetTrainer):
              dice=float(self.logger.get_value("mean_fg_dice", step=-1)))
 
     def _share(self) -> float:
-        """Of the budget, 0 to 1."""
+        """The share of the budget that is spent, 0 to 1."""
         now = time.monotonic()
         self.spent_s += now - self._since
         self._since = now
@@ -138,7 +138,7 @@ class nnUNetTrainerBudget(nnUNetTrainer):
         self._set_rate()
 
     def save_checkpoint(self, filename: str) -> None:
-        """Whole or not at all: nnU-Net itself writes into the file that it would resume from."""
+        """Save a checkpoint whole or not at all; nnU-Net itself overwrites the file that it would resume from."""
         self._share()
         if filename.endswith("checkpoint_latest.pth"):
             self._saved_at = time.monotonic()
@@ -157,7 +157,7 @@ class nnUNetTrainerBudget(nnUNetTrainer):
 
 
 def nnunets_folder(name: str) -> Path:
-    """Of nnU-Net's three folders ``raw``, ``preprocessed`` and ``results`` that one."""
+    """One of nnU-Net's three folders: ``raw``, ``preprocessed`` or ``results``."""
     return Path(os.environ[f"nnUNet_{name}"])
 
 
@@ -203,7 +203,7 @@ def plan(spec: dict[str, Any]) -> None:
 
 
 def shrink(plans: dict[str, Any], configuration: dict[str, Any], patch: list[int] | None, batch: int | None) -> None:
-    """A smaller crop, and the network that nnU-Net's own rule of pooling gives it: fewer stages, same widths."""
+    """Plans for a smaller crop, with the network of nnU-Net's own pooling rule: fewer stages, the same widths."""
     from nnunetv2.experiment_planning.experiment_planners.network_topology import (  # pyright: ignore
         get_pool_and_conv_props,
     )

@@ -1,4 +1,4 @@
-"""nnU-Net as another program: is it there, started with its variables, listened to, stopped, and its end explained."""
+"""Runs nnU-Net as another program: finds it, starts its stages, reads their events, stops them, explains failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from autosam3d.errors import MissingExtraError, ResourceError, UsageError
 
 MIN_VERSION = (2, 8)
 MARK = "@autosam3d "
-# What a stop may take: nnU-Net finishes its step and saves.
+# The longest wait for a stop: nnU-Net finishes its step and saves.
 _STOP_S = 30
 _PROBE_S = 300
 _TAIL = 12
@@ -107,7 +107,7 @@ def run_stage(
     environment: NnunetEnvironment, script: Path, stage: str, spec: Path, *, log: Path,
     variables: Mapping[str, str], on_event: OnEvent, descriptors: Sequence[int] = (),
 ) -> None:
-    """Run a stage of `script`, its words to `log` (appended), what it tells to `on_event`.
+    """Run a stage of `script`; its output is appended to `log`, its events go to `on_event`.
 
     However this function is left, no process of the stage is left: an exception here, Ctrl-C among them, asks the
     stage to save and to end, and ends it after half a minute.
@@ -117,8 +117,8 @@ def run_stage(
 
     Raises:
         UsageError: NNUNET_REFUSED, the stage says why it cannot do what is asked.
-        ResourceError: MEMORY, NO_SPACE, else NNUNET_FAILED with its last word; its last lines are told before as kind
-            ``tail``.
+        ResourceError: MEMORY, NO_SPACE, else NNUNET_FAILED with the last line of its output; an event of kind
+            ``tail`` with its last lines comes before.
     """
     tail: deque[str] = deque(maxlen=_TAIL)
     refused: list[str] = []
@@ -153,7 +153,7 @@ def run_stage(
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """The stage asked to end, then all that it started."""
+    """Ask the stage to end, then kill what is left of it and of the processes that it started."""
     if child.poll() is None:
         child.terminate()
         try:

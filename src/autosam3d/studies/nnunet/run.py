@@ -125,8 +125,8 @@ def train_and_predict(
         device: auto, cpu, mps, cuda or cuda:N.
         threads: of the CPU; 0 takes the cores of this process.
         parts: what is predicted. Leave ``test`` out while something is still chosen.
-        on_event: called with (stage, what it says): kinds ``stage``, ``planned``, ``network``, ``step``, ``epoch``,
-            ``trained``, ``scan``, ``tail``.
+        on_event: called with (stage, event); an event is a dict with a ``kind``: ``stage``, ``planned``, ``network``,
+            ``step``, ``epoch``, ``trained``, ``scan``, ``bar`` or ``tail``.
 
     Raises:
         VolumeError: the dataset. UsageError: options, OTHER_RUN in the way, LOCKED, a Python without nnU-Net.

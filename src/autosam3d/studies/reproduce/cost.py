@@ -1,7 +1,6 @@
-"""What a step of training and a window of inference cost, measured in a process of its own: seconds and memory.
+"""Measures the seconds and memory of a training step and of an inference window, in a process of its own.
 
-So that a plan can say how long its runs take before any begins, and so that runs with an equal budget of minutes can
-be given the epochs that fill it.
+A plan uses them to say how long its runs take before any begins, and to find the epochs that fill a budget of minutes.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _STEPS, _WINDOWS = 5, 3
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """Of one model on one machine."""
+    """The cost of one model on one machine."""
 
     step_seconds: float
-    """Of one optimiser step, the fastest of a few: what else the machine does then should not count."""
+    """Of one optimiser step, the fastest of a few, so that other programs on the machine count little."""
     window_seconds: float
     """Of one window of inference in PyTorch."""
     memory_bytes: int
-    """At most, in training: of the device where it is a GPU, else of the whole process."""
+    """Peak in training: of the device where it is a GPU, else of the whole process."""
     machine: str
     """Device and threads."""
 
@@ -48,7 +47,7 @@ def measure_training(recipe: Recipe, device: str, threads: int) -> TrainingCost 
     """The cost of `recipe` on random crops; None where it does not fit the memory or takes minutes a step.
 
     Args:
-        recipe: whole; a student's teacher is not asked: its answers come from the disk.
+        recipe: of the run. A student's teacher does not run here: its probabilities are read from the disk.
         device: as for training.
         threads: of the CPU.
     """
@@ -64,7 +63,7 @@ def measure_training(recipe: Recipe, device: str, threads: int) -> TrainingCost 
 
 
 def in_child(device: str, threads: str) -> None:
-    """The measurement of the recipe on stdin; its answer goes to stdout, as JSON."""
+    """Measure the recipe on stdin; the result goes to stdout as JSON."""
     import torch
 
     from autosam3d.checkpoints.machine import cpu_name
@@ -74,7 +73,7 @@ def in_child(device: str, threads: str) -> None:
     from autosam3d.training.train import train_step
 
     torch.set_num_threads(int(threads))
-    if device == "cpu":  # CUDA maps far more addresses than it takes memory
+    if device == "cpu":  # not with CUDA, which maps far more addresses than it uses
         _demand_no_more_than_there_is()
     recipe = recipe_from_dict(json.loads(sys.stdin.read()))
     labels_only = replace(recipe, distill=None)
@@ -107,8 +106,7 @@ def in_child(device: str, threads: str) -> None:
 
 
 def _demand_no_more_than_there_is() -> None:
-    """Let allocations beyond the free memory fail, so that a model of another size of machine does not bring this one
-    to a halt."""
+    """Let allocations beyond the free memory fail, so that a model that is too large does not stall the machine."""
     try:
         import resource
     except ImportError:  # Windows

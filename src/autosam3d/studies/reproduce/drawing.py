@@ -1,4 +1,4 @@
-"""Figures that come out the same in every run: drawn without a screen, written as SVG, PNG and a caption."""
+"""Reproducible figures: drawn without a screen, written as SVG, PNG and a caption; equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#6A5ACD", "#7F7F7F")
-"""Told apart by colour-blind readers too. *Source*: Okabe & Ito 2008, without yellow and black, and two more."""
+"""Colours that colour-blind readers can tell apart. *Source*: Okabe & Ito 2008, less yellow and black, and two more."""
 _DPI = 200
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "autosam3d", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9,
@@ -34,7 +34,7 @@ class Drawn:
     """A figure with its words.
 
     Attributes:
-        alt: what is to be seen, for those who do not see it.
+        alt: a description for readers who cannot see it.
         caption: what it shows and how it was made.
     """
 
@@ -45,7 +45,7 @@ class Drawn:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """matplotlib's settings while a figure is drawn and written; whatever the user's own are, they do not count.
+    """Inside, matplotlib has this project's settings instead of the user's.
 
     Raises:
         MissingExtraError: where matplotlib is not installed.
@@ -65,7 +65,7 @@ def house_style() -> Iterator[None]:
 def save_figure(drawn: Drawn, folder: str | Path, name: str) -> list[Path]:
     """Write ``NAME.png``, ``NAME.svg`` and ``NAME.md`` with alt text and caption, all or none of them.
 
-    The bytes hold no date and no random names: the same figure is the same file.
+    The files hold no date and no random names: the same figure gives the same bytes.
     """
     png, svg = bytes_io.BytesIO(), bytes_io.BytesIO()
     with house_style():

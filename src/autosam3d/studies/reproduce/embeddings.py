@@ -1,4 +1,4 @@
-"""What SAM's image encoder makes of CT slices and of photographs: one mean-pooled embedding a picture."""
+"""Embeddings of CT slices and photographs by SAM's image encoder, mean-pooled, one for each picture."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _photograph(path: Path) -> np.ndarray:
 def sam_input(picture: np.ndarray, size: int = 1024) -> tuple[Tensor, tuple[int, int]]:
     """A picture as SAM's encoder takes it, float32 [3, size, size], and how many tokens (rows, columns) show it.
 
-    The longest side becomes `size`, the colours are standardised, zeros fill up at the right and below.
+    The longest side becomes `size`, the colours are standardised, and zeros pad it at the right and below.
 
     Args:
         picture: uint8 [H, W, 3].
@@ -100,7 +100,7 @@ def embed(
 ) -> np.ndarray:
     """float32 [n, 256]: the encoder's map of each picture, averaged over the tokens that show the picture.
 
-    Filled-up tokens are left out, or wide photographs would be told from square slices by their shape alone.
+    Padded tokens are left out; otherwise wide photographs would differ from square slices by their shape alone.
 
     Args:
         encoder: transformers' SAM encoder, of `load_encoder` or as part of a whole model.

@@ -67,7 +67,7 @@ def tsne(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def same_group_share(embeddings: np.ndarray, groups: Sequence[str]) -> float:
-    """How often one of the nearest neighbours of a point is of its own group, in the embeddings' own dimensions."""
+    """Share of a point's nearest neighbours that are of its own group, in all dimensions of the embeddings."""
     names = np.asarray(groups)
     apart = cdist(embeddings, embeddings)
     np.fill_diagonal(apart, math.inf)
@@ -128,7 +128,7 @@ class Subject:
 
 
 def choose_cases(evaluation: Evaluation, num: int = 5) -> list[str]:
-    """`num` cases evenly from the worst to the best by mean Dice, so that nobody picks the fine ones."""
+    """`num` cases, evenly from the worst to the best by mean Dice, so that good ones are not chosen by hand."""
     ranked = [c.name for c in sorted(evaluation.cases, key=lambda c: (c.dice, c.name)) if not math.isnan(c.dice)]
     places = np.linspace(0, len(ranked) - 1, min(num, len(ranked)))
     return [ranked[round(place)] for place in places.tolist()]

@@ -1,4 +1,4 @@
-"""What lies in a study's folder already: whether its runs are those that are asked for, on the cases that are here."""
+"""Checks a study's folder: runs that are there must be those that are asked for, on the same cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CASES = "cases.json"
 
 
 def demand_own_runs(study: Study) -> None:
-    """Refuse a folder in which other runs lie, before any work.
+    """Refuse a folder that holds other runs, before any work.
 
     Raises:
         UsageError: OTHER_RUN, OTHER_DATA.
@@ -26,7 +26,7 @@ def demand_own_runs(study: Study) -> None:
 
 
 def demand_own_run(run: PlannedRun, study: Study) -> None:
-    """Refuse a run folder of another recipe or, where the recipe does not say how long, of another budget.
+    """Refuse a run folder of another recipe, or of another budget where the recipe does not set the length.
 
     Raises:
         UsageError: OTHER_RUN.
@@ -39,7 +39,7 @@ def demand_own_run(run: PlannedRun, study: Study) -> None:
         return
     try:
         done = json.loads((run.folder / "done.json").read_text("utf-8"))
-        before = done["budget_minutes"] if done["minutes"] else study.budget_minutes  # nothing was trained
+        before = done["budget_minutes"] if done["minutes"] else study.budget_minutes  # untrained: no budget
     except (OSError, ValueError, KeyError, TypeError):
         return
     if before != study.budget_minutes:

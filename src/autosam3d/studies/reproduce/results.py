@@ -39,7 +39,7 @@ _SUBJECTS = 5
 
 
 def provenance(command: str, budget_minutes: float | None, small: bool) -> Provenance:
-    """Of what is made now, on this machine."""
+    """The provenance of a table or figure that is made now, on this machine."""
     said = f"{command} (small variants of all models)" if small else command
     return Provenance(command=said, date=datetime.now(UTC).date().isoformat(), machine=machine(),
                       budget_minutes=budget_minutes, small=small)
@@ -48,7 +48,7 @@ def provenance(command: str, budget_minutes: float | None, small: bool) -> Prove
 def write_table(
     target: str, studies: Sequence[Study], out: Path, about: Provenance, unit: Unit
 ) -> tuple[list[Path], str]:
-    """The files of a table, and its Markdown."""
+    """Write the files of a table; returns their paths and the table as Markdown."""
     runs = [scores for study in studies for scores in scores_of(study)]
     spec = TABLES[target]
     students = dict.fromkeys(run.spec.model for study in studies for run in study.runs if run.spec.kind == "distill")
@@ -89,7 +89,7 @@ def write_embedding_figure(
 
 
 def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
-    """Figure 3, of the first seed."""
+    """Draw figure 3 from the runs of the first seed; returns its files."""
     seed = min(run.spec.seed for run in study.runs)
     finished = [run for run in study.runs if is_finished(run) and run.spec.seed == seed]
     evaluations = {_SHOWN[run.spec.row]: run.evaluation for run in finished}
@@ -102,7 +102,7 @@ def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
 
 
 def write_bars(study: Study, out: Path, about: Provenance) -> list[Path]:
-    """Figure 4."""
+    """Draw figure 4; returns its files."""
     scores = {run.spec.name: _scores(run, study.dataset) for run in study.runs if is_finished(run)}
 
     def of(kind: str, weight: float) -> list[RunScores]:
@@ -116,7 +116,7 @@ def write_bars(study: Study, out: Path, about: Provenance) -> list[Path]:
 
 
 def scores_of(study: Study) -> list[RunScores]:
-    """Of all finished runs of a study, but a teacher that is in the plan for its students alone."""
+    """The scores of all finished runs of a study, except a teacher that is in the plan for its students alone."""
     has_students = any(run.spec.kind == "distill" for run in study.runs)
     return [_scores(run, study.dataset) for run in study.runs
             if is_finished(run) and not (has_students and run.spec.row == OURS)]
@@ -142,5 +142,5 @@ def _is_autosam(run: PlannedRun) -> bool:
 
 
 def _has_sam(run: PlannedRun) -> bool:
-    """Whether it began with SAM's weights."""
+    """Whether the run started from SAM's weights."""
     return bool(read_meta(run.weights / "best.json").get("sam"))

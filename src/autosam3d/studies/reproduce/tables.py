@@ -49,9 +49,9 @@ class RunScores:
     minutes: float | None = None
     """Trained."""
     machine: str | None = None
-    """That it was made on."""
+    """The machine that the run was made on."""
     without_sam: bool = False
-    """An AutoSAM that had no SAM weights to begin with."""
+    """Whether it is an AutoSAM that started without SAM's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def _rows(spec: PaperTable, models: set[str]) -> tuple[Row, ...]:
 
 
 def tests_table(key: str, families: Mapping[tuple[str, Measure], Sequence[Comparison]]) -> Table | None:
-    """Every comparison in a line with all that its p rests on; None without any."""
+    """A table with a line for each comparison and the numbers behind its p; None without comparisons."""
     columns = (Column("dataset"), Column("measure"), Column("compared"), Column("difference, points", kind="run"),
                Column("p"), Column("p after Holm"), Column("tests in family"), Column("effect"), Column("pairs"),
                Column("equal"), Column("left out"), Column("smallest p possible after Holm"), Column("method"))
@@ -175,7 +175,7 @@ def tests_table(key: str, families: Mapping[tuple[str, Measure], Sequence[Compar
 
 
 def _demand_alike(found: Sequence[tuple[RunScores, Evaluation]]) -> None:
-    """Evaluations of one dataset are over the same cases and organs."""
+    """Refuse evaluations of one dataset over different cases or organs."""
     for run, evaluation in found[1:]:
         first_run, first = found[0]
         ours, theirs = set(evaluation.organs.values()), set(first.organs.values())
