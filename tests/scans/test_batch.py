@@ -91,7 +91,7 @@ def write_scan(path: Path, seed: int = 0) -> None:
 
 
 def write_scans(folder: Path, *names: str) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(names):
         write_scan(folder / name, seed)
     return folder
@@ -122,6 +122,45 @@ def test_a_file_a_folder_of_files_and_folders_of_dicom(tmp_path) -> None:
     # Outputs inside the source folder are no scans of the next run.
     assert [j.name for j in check_inputs(tmp_path / "dicom", tmp_path / "dicom" / "s2")] == ["s1"]
     assert not out.exists()
+
+
+def test_every_scan_below_a_folder_is_found_whatever_lies_beside(tmp_path, caplog) -> None:
+    """As downloads and datasets have them: lists and licences at the top, a folder a case, files at two levels."""
+    out, root = tmp_path / "out", tmp_path / "in"
+
+    def names() -> list[str]:
+        return [job.name for job in check_inputs(root, out)]
+
+    for case in ("case1", "case2/study/series"):
+        (root / case).mkdir(parents=True)
+        (root / case / "IM0").write_bytes(bytes(128) + b"DICM" + bytes(10))  # no ending, as archives have it
+    for stray in ("metadata.csv", "LICENSE", "Thumbs.db", ".DS_Store"):
+        (root / stray).write_text("x")
+    (root / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(10))
+    (root / "documents").mkdir()
+    (root / "documents" / "readme.txt").write_text("x" * 200)
+    assert names() == ["case1", "case2"] and caplog.text == ""
+    write_scans(root / "case3", "ct.nii.gz")
+    write_scans(root / "case3" / "segmentations", "liver.nii.gz", "spleen.nii.gz")
+    write_scans(root / "site" / "a", "ct.nii.gz")
+    write_scans(root / "site" / "b", "one_0000.nii.gz", "two.nii")
+    write_scans(root, "top.nii.gz")
+    found = check_inputs(root, out)
+    assert [job.name for job in found] == ["top", "case1", "case2", "case3", "site_a", "site_b_one", "site_b_two"]
+    assert found[3].source == root / "case3" / "ct.nii.gz" and found[3].output.path == out / "case3.nii.gz"
+    assert caplog.text.count("WARNING") == 1 and "segmentations: a folder of label maps" in caplog.text
+    # A series with results below it is one series; the results are named.
+    write_scans(root / "case1" / "results", "organs.nii.gz")
+    assert "case1" in names() and "case1: it holds a DICOM series; NIfTI files in folders below" in caplog.text
+    # What was written into the input before is no scan.
+    write_scans(root / "done", "case1.nii.gz")
+    assert [job.name for job in check_inputs(root, root / "done")] == [job.name for job in found]
+    (root / "case4").mkdir()
+    write_scans(root / "case4", "ct.nii.gz")
+    (root / "case4.nii.gz").write_bytes(b"x")
+    with pytest.raises(UsageError) as caught:
+        check_inputs(root, out)
+    assert caught.value.code == "DUP_CASE"
 
 
 def test_nothing_to_segment(tmp_path) -> None:

@@ -127,7 +127,7 @@ def _int8_scans(wish: list[Path] | None, has_ct: bool) -> list[Path]:
     if not wish:
         return []
     from autosam3d.export.int8 import demand_int8
-    from autosam3d.scans.jobs import scans_in
+    from autosam3d.scans.found import scans_in
 
     paths = sorted(p for named in wish for p in (scans_in(named) if named.is_dir() else [named]))
     demand_int8(paths, has_ct)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -12,11 +10,9 @@ from pathlib import Path
 
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.io.output_formats import NIFTI, OutputFormat
-from autosam3d.scans.outputs import ENDINGS, REPORT, Output, stem_of
+from autosam3d.scans.found import case_names, scans_in
+from autosam3d.scans.outputs import ENDINGS, REPORT, Output
 
-_log = logging.getLogger(__name__)
-
-_NIFTI = (".nii.gz", ".nii")
 # A file name may have 255 bytes at most on every common file system; the longest name beside an output ends so.
 _MAX_STEM_BYTES = 255 - len(REPORT)
 
@@ -35,9 +31,9 @@ def check_inputs(source: Path, output: Path, form: OutputFormat = NIFTI) -> list
     """The scans at `source` and the files that their labels go to; nothing is read or written.
 
     Args:
-        source: a NIfTI file, a folder with one DICOM series, or a folder of NIfTI files or of DICOM folders.
+        source: a NIfTI file, a folder with one DICOM series, or a folder of such files and folders, at any depth.
         output: a name that ends with .nii.gz or .nii for one scan, else a folder; there a scan ``CASE.nii.gz`` or
-            ``CASE_0000.nii.gz`` (nnU-Net's name for the first channel) becomes ``CASE.nii.gz``.
+            ``CASE_0000.nii.gz`` (nnU-Net's name for the first channel) or ``CASE/ct.nii.gz`` becomes ``CASE.nii.gz``.
         form: of the outputs; a DICOM object's name ends with .dcm, in a folder with .seg.dcm or .rtstruct.dcm.
 
     Raises:
@@ -61,7 +57,7 @@ def check_inputs(source: Path, output: Path, form: OutputFormat = NIFTI) -> list
         raise UsageError("OUTPUT_NAME", output, "expected a folder or a name that ends with "
                          f"{' or '.join(form.endings)}", "rename the output")
     jobs = [BatchJob(name, scan, Output(output if is_file else output / f"{name}{form.ending_in_folder}", form))
-            for scan in scans for name in [_case_name(scan)]]
+            for scan, name in zip(scans, case_names(scans, source), strict=True)]
     for job in jobs:
         if len(os.fsencode(job.output.side_stem)) > _MAX_STEM_BYTES:
             raise UsageError("OUTPUT_NAME", job.output.path, f"expected a case name of at most {_MAX_STEM_BYTES} bytes",
@@ -69,47 +65,6 @@ def check_inputs(source: Path, output: Path, form: OutputFormat = NIFTI) -> list
     _refuse_same_path(jobs, source)
     _refuse_equal_names(jobs)
     return jobs
-
-
-def scans_in(folder: Path, output: Path | None = None) -> list[Path]:
-    """NIfTI files; else the folder itself where it holds files, else its sub-folders that hold any; sorted.
-
-    Args:
-        folder: that exists.
-        output: in it, passed over.
-
-    Raises:
-        VolumeError: UNREADABLE or NO_SCANS.
-    """
-    kept = None if output is None else _real(output)
-    try:
-        entries = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _real(p) != kept)
-    except OSError as error:
-        raise VolumeError("UNREADABLE", folder, f"cannot be listed ({error.strerror})", "check the path") from None
-    nifti = [p for p in entries if p.name.lower().endswith(_NIFTI)]
-    if nifti:
-        # Slices are named after patients often, so none is named here.
-        if any(p not in nifti and _is_dicom(p) for p in entries):
-            _log.warning("%s: it holds NIfTI files; its DICOM files are passed over", folder)
-        return nifti
-    if any(p.is_file() for p in entries):
-        return [folder]
-    scans = [p for p in entries if p.is_dir() and any(f.is_file() for f in p.rglob("*"))]
-    if not scans:
-        raise VolumeError("NO_SCANS", folder, "expected NIfTI files or DICOM series, got none", "check the path")
-    return scans
-
-
-def _is_dicom(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        if path.is_file():
-            with path.open("rb") as file:
-                return file.read(132)[128:] == b"DICM"
-    return False
-
-
-def _case_name(scan: Path) -> str:
-    return stem_of(scan if scan.name not in ("", "..") else _real(scan)).removesuffix("_0000")
 
 
 def _refuse_same_path(jobs: Sequence[BatchJob], source: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io.dicom.header import CtSlice, UnfitImage, multiframe_error, parse_slice
-from autosam3d.io.dicom.meta import begins_as_dicom
+from autosam3d.io.dicom.sniff import DICOM_ENDINGS, START_BYTES, begins_as_dicom
 from autosam3d.io.dicom.tags import quiet_pydicom
 from autosam3d.io.files import open_regular, readable
 from autosam3d.io.memory import size_text
@@ -157,9 +157,9 @@ def _beginning(path: Path, where: str) -> tuple[bytes, int] | None:
     """(a DICOM file, or as much of one that is larger than any slice as holds its header; its size)."""
     try:
         with open_regular(path) as file, readable(where):
-            start = file.read(132)
+            start = file.read(START_BYTES)
             if not begins_as_dicom(start):
-                if len(start) < 132 and path.suffix.lower() in (".dcm", ".ima"):
+                if len(start) < START_BYTES and path.suffix.lower() in DICOM_ENDINGS:
                     raise VolumeError("SLICE_CORRUPT", where, f"it has {len(start)} bytes only", _REMEDY)
                 return None
             num_bytes = os.fstat(file.fileno()).st_size

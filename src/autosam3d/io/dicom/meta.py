@@ -29,8 +29,6 @@ PIXEL_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
 _LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _MAX_UID_BYTES = 64
-# A first tag of group 2, which always has a value representation, or of group 8, which may have none.
-_FIRST_ELEMENT = re.compile(rb"\x02\x00.\x00[A-Z]{2}|\x08\x00.\x00", re.S)
 # Of a deflated data set no more than this is inflated, to learn which series it is of.
 _MAX_INFLATED_BYTES = 1 << 20
 _PIXEL_ELEMENTS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
@@ -50,11 +48,6 @@ class FileMeta:
     @property
     def is_deflated(self) -> bool:
         return self.syntax == DeflatedExplicitVRLittleEndian
-
-
-def begins_as_dicom(start: bytes) -> bool:
-    """Whether 132 bytes are those of a DICOM file: with a preamble, or as old files do with group 2 or 8 at once."""
-    return len(start) >= 132 and (start[128:132] == b"DICM" or _FIRST_ELEMENT.match(start) is not None)
 
 
 def read_meta(content: bytes, where: str) -> FileMeta:
