@@ -476,3 +476,15 @@ def test_a_missing_extra_is_said_before_the_work(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match=r'autosam3d\[dicom\]') as caught:
         output_formats.output_format("rtstruct", tmp_path / "out")
     assert caught.value.code == "MISSING_EXTRA"
+
+
+def test_a_report_names_an_acquisition_only_where_one_was_chosen(tmp_path, model: Model) -> None:
+    """Reports of versions that knew no acquisitions stay those of the same output."""
+    write_scan(tmp_path / "scan.nii.gz")
+    jobs = check_inputs(tmp_path / "scan.nii.gz", tmp_path / "out.nii.gz")
+    segment_batch(jobs, model)
+    reading = json.loads((tmp_path / "out.report.json").read_text())["settings"]["reading"]
+    assert set(reading) == {"prefer", "assume_ras", "intensity_offset", "volume_index", "series", "force"}
+    assert segment_batch(jobs, model).skipped == [tmp_path / "out.nii.gz"]
+    with pytest.raises(UsageError):
+        segment_batch(jobs, model, read_options=ReadOptions(acquisition=2))

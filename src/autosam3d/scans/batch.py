@@ -170,6 +170,8 @@ class _Batch:
         if job.output.form is not NIFTI:
             settings["format"] = job.output.form.name
         settings["reading"] = {k: v for k, v in asdict(self.read_options).items() if k != "max_ram_bytes"}
+        if self.read_options.acquisition is None:  # reports of versions that knew no acquisitions stay true
+            del settings["reading"]["acquisition"]
         return {
             "model_sha256": self.model.sha256,
             "recipe_sha256": self.model.recipe.digest(),
