@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import make_dicom
+import make_field
+import make_series
 import numpy as np
 from make_nifti import ct_array, nifti_bytes
 
-# What `io.dicom_source` takes over, documented in docs/bad-input.md.
+# What `io.dicom.source` takes over, documented in docs/bad-input.md.
 CARRIED = {"PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
            "AccessionNumber", "ReferringPhysicianName", "StudyID", "PositionReferenceIndicator"}
 _TEXTS = (
@@ -72,15 +74,17 @@ def mark(ds: Any, index: int = 0) -> None:
 
 
 def marked_slices(monkeypatch: Any) -> None:
-    """From here on `make_dicom` puts the canaries into every slice that it makes."""
-    plain = make_dicom.make_slice
+    """From here on the makers of series put the canaries into every slice that they make."""
+    plain = make_series.make_slice
 
     def make_slice(index: int, hu: np.ndarray, height_mm: float) -> Any:
         ds = plain(index, hu, height_mm)
         mark(ds, index)
         return ds
 
-    monkeypatch.setattr(make_dicom, "make_slice", make_slice)
+    for makers in (make_series, make_dicom, make_field):
+        if hasattr(makers, "make_slice"):
+            monkeypatch.setattr(makers, "make_slice", make_slice)
 
 
 def renamed(folder: Path) -> Path:

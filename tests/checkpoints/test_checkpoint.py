@@ -348,11 +348,12 @@ def test_a_full_disk_leaves_the_old_one_and_says_how_much_is_needed(copy: Path) 
     assert {p.name: p.read_bytes() for p in copy.parent.iterdir()} == before
 
 
-def test_an_unwritable_folder_is_a_resource_error(tmp_path: Path) -> None:
+def test_a_folder_below_a_file_is_wrong_usage(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     save_checkpoint(tmp_path / "best.json", network_of(mini_recipe()).state_dict(), META)
-    with pytest.raises(ResourceError):
+    with pytest.raises(UsageError) as caught:
         pack_model(tmp_path, tmp_path / "file" / "packed")
+    assert caught.value.code == "OUTPUT_PATH"
 
 
 # ---- SAM beside the checkpoint ----

@@ -313,7 +313,7 @@ def test_nncf_makes_both_ways_reports_to_nobody_and_prints_nothing(tmp_path: Pat
         "calls = []\n"
         "watched = ('socket.connect', 'socket.getaddrinfo', 'subprocess.Popen')\n"
         "sys.addaudithook(lambda name, args: calls.append((name, args)) if name in watched else None)\n"
-        "from autosam3d import int8\n"
+        "from autosam3d.export import int8\n"
         "from autosam3d.checkpoints.exported import open_export\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "recipe = open_export(folder).recipe\n"

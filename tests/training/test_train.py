@@ -772,12 +772,12 @@ def test_absent_devices_are_usage_errors(device: str) -> None:
     assert caught.value.code == "DEVICE"
 
 
-def test_a_run_folder_below_a_file_is_a_resource_error(start: Callable[..., TrainResult], tmp_path: Path) -> None:
+def test_a_run_folder_below_a_file_is_wrong_usage(start: Callable[..., TrainResult], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(AutoSam3dError) as caught:
             start(RECIPE, run)
-        assert caught.value.exit_code == 5
+        assert (caught.value.code, caught.value.exit_code) == ("OUTPUT_PATH", 2)
 
 
 def test_augmentation_is_part_of_training(start: Callable[..., TrainResult], tmp_path: Path,

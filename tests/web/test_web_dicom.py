@@ -81,7 +81,7 @@ def _demand_nifti(folder: Path, volume: Volume) -> None:
 
 def test_resampled_scans_get_their_labels_where_this_package_puts_them(written: Path, tmp_path: Path) -> None:
     """NIfTI on the straight grid; SEG on the slices as they were made, frame by frame beside ours."""
-    assert len(_resampled(written)) == 9
+    assert len(_resampled(written)) == 12
     for name in _resampled(written):
         folder = written / name
         volume = read_ct(folder / "ct")
