@@ -422,7 +422,7 @@ for victim, name, count, number in (
 @pytest.mark.slow
 def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(_STOPPED_RANKS)
-    run_in_two(folder, tmp_path, Path(__file__).parent, script=tmp_path / "ranks.py")
+    run_in_two(folder, tmp_path, Path(__file__).parents[1], script=tmp_path / "ranks.py")
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     stops = [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 0), (None, 2), (None, 2)]
     for rank, told in enumerate((first, second)):
