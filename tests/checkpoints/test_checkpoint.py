@@ -28,7 +28,7 @@ from autosam3d.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from autosam3d.checkpoints.model_file import content_sha256, find_checkpoint, read_meta
-from autosam3d.errors import CheckpointError, ResourceError
+from autosam3d.errors import CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import sha256_of
 from autosam3d.models.autosam.network import AutoSam
 from autosam3d.models.autosam.sam_weights import frozen_names

@@ -31,7 +31,6 @@ from autosam3d.data.augment import augment
 from autosam3d.data.cache import cache_cases
 from autosam3d.data.folder import CaseSet, open_dataset
 from autosam3d.errors import (
-    AutoSam3dError,
     CheckpointError,
     RecipeError,
     ResourceError,
@@ -772,12 +771,12 @@ def test_absent_devices_are_usage_errors(device: str) -> None:
     assert caught.value.code == "DEVICE"
 
 
-def test_a_run_folder_below_a_file_is_wrong_usage(start: Callable[..., TrainResult], tmp_path: Path) -> None:
+def test_a_run_folder_at_or_below_a_file_is_refused(start: Callable[..., TrainResult], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(AutoSam3dError) as caught:
+        with pytest.raises(UsageError, match="--out") as caught:
             start(RECIPE, run)
-        assert (caught.value.code, caught.value.exit_code) == ("OUTPUT_PATH", 2)
+        assert caught.value.code == "OUTPUT_PATH"
 
 
 def test_augmentation_is_part_of_training(start: Callable[..., TrainResult], tmp_path: Path,

@@ -26,6 +26,7 @@ from autosam3d.io.dicom.source import (
     read_back_error,
     series_description,
 )
+from autosam3d.io.dicom.stack import place_tolerance_vox
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom
 from autosam3d.io.files import atomic_write
 from autosam3d.io.grid import from_canonical
@@ -49,8 +50,8 @@ except ImportError:
                             'pip install "autosam3d[dicom]"') from None
 
 SegKind = Literal["binary", "labelmap"]
-# How far a frame may lie from its position on the grid: slices may be a little uneven and drift sideways.
-_MAX_PLACE_VOX = (0.5, 0.5, 0.07)
+# How far a frame may lie beside its position on the grid, in voxels: slices may drift sideways.
+_MAX_DRIFT_VOX = 0.5
 _MAX_TURN = 2e-3
 _LPS = np.array([-1.0, -1.0, 1.0])
 
@@ -137,7 +138,7 @@ def _readers_that_fail(segmentation: Segmentation, series: SourceSeries) -> list
     """A sentence where a common reader makes something else of the object; each was tried (`docs/viewers.md`)."""
     source = segmentation.source
     shifts = np.zeros((1, 2)) if source is None or source.acquired is None else source.acquired.shifts
-    how = [*(["tilted"] if np.ptp(shifts, axis=0).max() > _MAX_PLACE_VOX[0] else []),
+    how = [*(["tilted"] if np.ptp(shifts, axis=0).max() > _MAX_DRIFT_VOX else []),
            *(["unevenly spaced"] if "SpacingBetweenSlices" not in series.images[0] else [])]
     if not how:
         return []
@@ -219,12 +220,13 @@ def _verify(temporary: Path, path: Path, segmentation: Segmentation, planes: np.
     if any(written.get(number) != organ_text(labels.by_index[value]) for number, value in values.items()):
         raise read_back_error(path, "the names of its segments")
     found, inverses = np.zeros_like(planes), np.linalg.inv(slice_affines(source))
+    even_vox = place_tolerance_vox(float(np.linalg.norm(source.affine[:3, 2])))
     sums: dict[int, np.ndarray] = {value: np.zeros(3) for value in present}
     counts = dict.fromkeys(present, 0)
     try:
         for frame, index, number in _frames(dataset):
             to_ras = _frame_affine(dataset, index)
-            plane = found[_plane_of(to_ras, inverses, path)]
+            plane = found[_plane_of(to_ras, inverses, even_vox, path)]
             for segment in values if number is None else (number,):
                 rows, columns = np.nonzero(frame == (segment if number is None else 1))
                 if plane[rows, columns].any():
@@ -275,11 +277,11 @@ def _of_frame(dataset: Any, index: int, name: str) -> Any:
     return getattr(shared if name in shared else dataset.PerFrameFunctionalGroupsSequence[index], name)[0]
 
 
-def _plane_of(to_ras: np.ndarray, inverses: np.ndarray, path: Path) -> int:
+def _plane_of(to_ras: np.ndarray, inverses: np.ndarray, even_vox: float, path: Path) -> int:
     """The slice that a frame lies in, by the inverse affines of all; its axes must be the slice's."""
     places = inverses @ [*to_ras[:, 2], 1.0]
     index = int(np.abs(places[:, 2]).argmin())
     turned = np.abs(inverses[index, :3, :3] @ to_ras[:, :2] - np.eye(3)[:, :2]).max()
-    if turned > _MAX_TURN or (np.abs(places[index, :3]) > _MAX_PLACE_VOX).any():
+    if turned > _MAX_TURN or (np.abs(places[index, :3]) > (_MAX_DRIFT_VOX, _MAX_DRIFT_VOX, even_vox)).any():
         raise read_back_error(path, "a frame lies elsewhere than its slice")
     return index

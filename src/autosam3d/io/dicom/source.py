@@ -21,7 +21,7 @@ from autosam3d.io.dicom.files import dicom_bytes
 from autosam3d.io.dicom.header import CtSlice
 from autosam3d.io.dicom.meta import parse
 from autosam3d.io.dicom.series import series_slices
-from autosam3d.io.dicom.stack import even_tolerance_mm
+from autosam3d.io.dicom.stack import place_tolerance_vox
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom, tag_text
 from autosam3d.io.options import DEFAULTS, ReadOptions
 from autosam3d.volume import SourceGrid
@@ -42,8 +42,6 @@ _MAX_UID = 64
 _UTF8 = "ISO_IR 192"
 # Gaps that differ from the grid's by no more than this share are one distance.
 _MAX_UNEVEN_VOX = 0.06
-# What rounding adds to how far a slice may lie from its place on the even grid, in slices.
-_ROUNDING_VOX = 0.01
 _MAX_SERIES_NUMBER = 10**9
 
 
@@ -187,9 +185,7 @@ def _demand_grid(slices: list[CtSlice], grid: SourceGrid, folder: str | Path) ->
                           "name the series that was segmented")
     corners = np.array([[*s.position_lps * (-1, -1, 1), 1.0] for s in slices])
     places = np.einsum("sij,sj->si", np.linalg.inv(slice_affines(grid)), corners)
-    # The grid begins at the first slice, which may be as far from the line through all of them as any other.
-    step_mm = float(np.linalg.norm(grid.affine[:3, 2]))
-    even_vox = 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
+    even_vox = place_tolerance_vox(float(np.linalg.norm(grid.affine[:3, 2])))
     if np.abs(places[:, 2]).max() > even_vox or np.abs(places[:, :2]).max() > 0.5:
         raise VolumeError("SERIES_CHANGED", folder, "its slices lie elsewhere than those that were segmented",
                           "name the series that was segmented")

@@ -19,6 +19,8 @@ _EVEN_TOLERANCE = 0.05
 _ROUNDED_MM = 0.06
 # But where slices are thinner still, no more than this share of their distance.
 _ROUNDED_SHARE = 0.25
+# What rounding adds to how far a slice may lie from its place on the even grid, in slices.
+_ROUNDING_VOX = 0.01
 # Rounding may put two neighbours nearer to each other or further apart by a whole unit of the last digit.
 _ROUNDED_GAP_MM = 0.11
 _MAX_GAP = 1.5
@@ -86,6 +88,12 @@ def along(vectors: np.ndarray, direction: np.ndarray) -> np.ndarray:
 def even_tolerance_mm(step_mm: float) -> float:
     """How far from an even grid a slice may lie and count as on it: what rounding of written positions does."""
     return max(_EVEN_TOLERANCE * step_mm, min(_ROUNDED_MM, _ROUNDED_SHARE * step_mm))
+
+
+def place_tolerance_vox(step_mm: float) -> float:
+    """How far a slice of a series that counts as even may lie from its place on the grid, in slices. The grid begins at
+    the first slice, which may be as far from the line through all of them as any other."""
+    return 2 * even_tolerance_mm(step_mm) / step_mm + _ROUNDING_VOX
 
 
 def _across(first: CtSlice, rise: np.ndarray) -> np.ndarray:
