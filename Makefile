@@ -6,7 +6,7 @@ PIP = PIP_ROOT_USER_ACTION=ignore $(PY) -m pip install -q --disable-pip-version-
 TORCH_INDEX ?=
 NEW_ENOUGH = "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=...')"
 
-.PHONY: demo test test-mobile lint bench web clean
+.PHONY: demo test soak test-mobile lint bench web clean
 
 # torch comes first and alone: a machine that has only the CPU build must not be handed the CUDA one by
 # another package's requirement. Where pip would take a CUDA build that is not wanted, name the index of PyTorch's
@@ -24,6 +24,11 @@ demo: $(VENV)/.ok
 
 test: $(VENV)/.ok
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal
+
+# Long forms: tests/soak, and the tests elsewhere that are marked.
+soak: $(VENV)/.ok
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --timeout=1200 -m soak tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --timeout=1200 tests/soak
 
 # The converters for phones want other versions of a few packages: an environment of their own on top of the first.
 $(VENV)-mobile/.ok: $(VENV)/.ok constraints-mobile.txt

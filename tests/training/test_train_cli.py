@@ -439,7 +439,7 @@ def test_a_stop_of_one_process_stops_both_alike(folder: Path, tmp_path: Path) ->
     assert len(first["warnings"]) == 5 and "no SAM weights" in first["warnings"][0] and not second["warnings"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_process_of_two_killed_ends_both_and_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of_batch(tmp_path / "mini.yaml", 1, sampling__patches_per_volume=4)
     expected, run = tmp_path / "whole", tmp_path / "run"

@@ -119,9 +119,12 @@ def test_the_card_is_loaded_when_it_is_asked_for_and_kept_from_then_on(
 @pytest.mark.parametrize(("spoil", "word"), [
     ("if (values.logits) values.logits.forEach((v, i) => { values.logits[i] = 1.01 * v; });",
      "its answers are not those of WebAssembly (logits differ by 0.01"),
-    ("if (run === 2) (await env.webgpu.device).destroy();", "lost the graphics card"),
-    ("if (run > 1) Object.values(values).forEach((v) => v.copyWithin(0, v.length / 3, 2 * v.length / 3)"
-     ".copyWithin(v.length / 3, 2 * v.length / 3) && v.fill(1 / 3));", "its answers are not those of WebAssembly"),
+    pytest.param("if (run === 2) (await env.webgpu.device).destroy();", "lost the graphics card",
+                 marks=pytest.mark.soak),
+    pytest.param(
+        "if (run > 1) Object.values(values).forEach((v) => v.copyWithin(0, v.length / 3, 2 * v.length / 3)"
+        ".copyWithin(v.length / 3, 2 * v.length / 3) && v.fill(1 / 3));", "its answers are not those of WebAssembly",
+        marks=pytest.mark.soak),
 ], ids=["differs", "is lost", "changes its mind"])
 def test_a_spoiled_card_gives_no_label(
     spoil: str, word: str, card_browser: Any, mini_site: Path, scan: Path, plain: np.ndarray, tmp_path: Path,

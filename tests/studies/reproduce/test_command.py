@@ -115,7 +115,7 @@ def demand_figure(out: Path, name: str) -> None:
     assert all((out / f"{name}.{ending}").stat().st_size > 200 for ending in ("png", "svg", "md"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_table3_table4_and_figure_4_share_what_is_there(place: Path, at_once: list) -> None:
     warm(_student())
     out = reproduce(place, "table3")
