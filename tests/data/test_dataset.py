@@ -112,7 +112,7 @@ def test_labels_that_are_not_one_number_an_organ(labels: dict, folder: Path) -> 
     "keys",
     [
         {"labels": {"0": "background", "1": "liver"}}, {"modality": {"0": "CT"}}, {"labels": None}, {"labels": [1]},
-        {"channel_names": {"0": "CT", "1": "PET"}}, {"channel_names": None}, {"file_ending": ".nrrd"},
+        {"channel_names": {"0": "CT", "1": "PET"}}, {"channel_names": None}, {"file_ending": ".png"},
         {"file_ending": None}, {"numTraining": 40},
     ],
 )

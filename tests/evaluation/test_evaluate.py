@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.evaluate import _values, case_name, evaluate_folder, read_pair, write_csv, write_json
@@ -133,6 +134,16 @@ def test_an_affine_that_differs_by_rounding_is_the_same_grid(folders):
     predictions, _ = folders
     save(predictions / "case_1.nii.gz", label_map(), AFFINE + 1e-4 * np.eye(4, k=3))
     assert evaluate_folder(*folders, labels=ORGANS).cases[1].dice == 1
+
+
+@pytest.mark.parametrize("ending", [".seg.nrrd", ".mha"])
+def test_truth_may_be_of_another_format(folders, ending):
+    truth = folders[1]
+    image = sitk.ReadImage(str(truth / "case_0.nii.gz"))
+    sitk.WriteImage(image, str(truth / f"case_0{ending}"), useCompression=True)
+    (truth / "case_0.nii.gz").unlink()
+    result = evaluate_folder(*folders, labels=ORGANS)
+    assert (result.cases[0].name, result.cases[0].dice, len(result.cases)) == ("case_0", 1, 3)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05])

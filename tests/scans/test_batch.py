@@ -104,6 +104,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------ which scans
 
 
+def test_a_folder_may_mix_formats_of_one_volume(tmp_path, caplog) -> None:
+    for name in ("a.nrrd", "b.mha", "c.mhd", "c.raw", "d_0000.nii.gz", "e.seg.nrrd", "notes.txt"):
+        (tmp_path / "scans" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "scans" / name).touch()
+    assert [(j.name, j.source.name) for j in check_inputs(tmp_path / "scans", tmp_path / "out")] == [
+        ("a", "a.nrrd"), ("b", "b.mha"), ("c", "c.mhd"), ("d", "d_0000.nii.gz")]
+    assert "e.seg.nrrd" not in caplog.text and ".seg.nrrd files are label maps; they are passed over" in caplog.text
+
+
 def test_a_file_a_folder_of_files_and_folders_of_dicom(tmp_path) -> None:
     scans = write_scans(tmp_path / "scans", "b_0000.nii.gz", "a.nii")
     (scans / "notes.txt").write_text("x")
@@ -151,7 +160,7 @@ def test_every_scan_below_a_folder_is_found_whatever_lies_beside(tmp_path, caplo
     assert caplog.text.count("WARNING") == 1 and "segmentations: a folder of label maps" in caplog.text
     # A series with results below it is one series; the results are named.
     write_scans(root / "case1" / "results", "organs.nii.gz")
-    assert "case1" in names() and "case1: it holds a DICOM series; NIfTI files in folders below" in caplog.text
+    assert "case1" in names() and "case1: it holds a DICOM series; image files in folders below" in caplog.text
     # What was written into the input before is no scan.
     write_scans(root / "done", "case1.nii.gz")
     assert [job.name for job in check_inputs(root, root / "done")] == [job.name for job in found]

@@ -15,8 +15,8 @@ from autosam3d.errors import BatchError, UsageError
 def segment(
     paths: Annotated[list[Path], typer.Argument(
         metavar="[MODEL] INPUT OUTPUT", help="MODEL: run folder, checkpoint's .json, packed model or export; default: "
-        "the model of the package. INPUT: NIfTI file, DICOM series or a zip of it, or a folder of scans. OUTPUT: NIfTI "
-        "file (.nii.gz) or DICOM object (.dcm), or a folder when INPUT is a folder of scans.")],
+        "the model of the package. INPUT: NIfTI, NRRD or MetaImage file, DICOM series or a zip of it, or a folder of "
+        "scans. OUTPUT: NIfTI file (.nii.gz) or DICOM object (.dcm), or a folder when INPUT is a folder of scans.")],
     output_form: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="nifti (default); of a DICOM "
                                                     "series also seg, seg-labelmap (smaller, for new viewers) or "
                                                     "rtstruct.")] = None,

@@ -22,7 +22,7 @@ from autosam3d.recipes.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FILE_ENDINGS = (".nii.gz", ".nii")
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 MAX_JSON_BYTES = 16 << 20
 
 
@@ -181,7 +181,8 @@ def _read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
         raise VolumeError("DATASET", where, f"expected channel_names with one channel, got {channels}",
                           "keep the CT channel only")
     if index.get("file_ending") not in FILE_ENDINGS:
-        raise VolumeError("DATASET", where, f"expected file_ending .nii.gz or .nii, got {index.get('file_ending')!r}",
+        raise VolumeError("DATASET", where, f"expected file_ending {', '.join(FILE_ENDINGS)}, got "
+                          f"{index.get('file_ending')!r}",
                           "convert the files to NIfTI")
     return index
 

@@ -14,6 +14,7 @@ from autosam3d.errors import UsageError, VolumeError
 from autosam3d.evaluation.metrics import evaluate_case
 from autosam3d.evaluation.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
 from autosam3d.io import ReadOptions, read_segmentation
+from autosam3d.io.endings import image_stem, is_image
 from autosam3d.io.grid import demand_same_grid
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
@@ -23,7 +24,6 @@ __all__ = ["Evaluation", "case_name", "evaluate_folder", "read_pair", "write_csv
 
 log = logging.getLogger(__name__)
 
-_ENDINGS = (".nii.gz", ".nii")
 # TotalSegmentator has 117; a CT or a picture has thousands.
 _MAX_UNNAMED = 256
 
@@ -92,12 +92,7 @@ def evaluate_folder(
 
 def case_name(path: str | Path) -> str:
     """``CASE`` of ``CASE.nii.gz`` and of nnU-Net's ``CASE_0000.nii.gz``."""
-    name = Path(path).name
-    for ending in _ENDINGS:
-        if name.lower().endswith(ending):
-            name = name[: -len(ending)]
-            break
-    return name.removesuffix("_0000")
+    return image_stem(path).removesuffix("_0000")
 
 
 def read_pair(
@@ -223,7 +218,7 @@ def _files_of(predictions: Path, truth: Path) -> tuple[dict[str, Path], dict[str
 def _by_case(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not path.name.lower().endswith(_ENDINGS) or path.name.startswith(".") or path.is_dir():
+        if not is_image(path) or path.name.startswith(".") or path.is_dir():
             continue
         name = case_name(path)
         if name in found:

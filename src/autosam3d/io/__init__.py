@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from autosam3d.io.itk.read import is_itk, read_itk_ct, read_itk_labels
 from autosam3d.io.nifti.read import read_nifti_ct, read_nifti_labels
 from autosam3d.io.nifti.write import write_array, write_ct, write_segmentation
 from autosam3d.io.options import DEFAULTS, ReadOptions
@@ -13,7 +14,7 @@ __all__ = ["ReadOptions", "read_ct", "read_segmentation", "write_array", "write_
 
 
 def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
-    """A CT in Hounsfield units from a .nii or .nii.gz file, or from a folder with one DICOM series.
+    """A CT in Hounsfield units from a NIfTI, NRRD or MetaImage file, or from a folder with one DICOM series.
 
     Args:
         path: the file or the folder.
@@ -32,11 +33,11 @@ def read_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
         from autosam3d.io.dicom.series import read_dicom_series  # pydicom is optional and slow to import
 
         return read_dicom_series(path, options)
-    return read_nifti_ct(path, options)
+    return (read_itk_ct if is_itk(path) else read_nifti_ct)(path, options)
 
 
 def read_segmentation(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
-    """A label map from a .nii or .nii.gz file.
+    """A label map from a NIfTI, NRRD (`.seg.nrrd`, too) or MetaImage file.
 
     Args:
         path: the file.
@@ -50,4 +51,4 @@ def read_segmentation(path: str | Path, options: ReadOptions = DEFAULTS) -> Segm
         ResourceError: MEMORY.
         UsageError: VOLUME_INDEX.
     """
-    return read_nifti_labels(path, options)
+    return (read_itk_labels if is_itk(path) else read_nifti_labels)(path, options)

@@ -16,6 +16,7 @@ from autosam3d.inference.pipeline import Model, SegmentOptions, begin_segment
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.files import sha256_of, write_text_atomic
 from autosam3d.io.folders import make_folder
+from autosam3d.io.itk.read import files_of
 from autosam3d.io.output_formats import NIFTI, label_writer
 from autosam3d.io.volume_table import organ_volumes
 from autosam3d.scans.jobs import BatchJob
@@ -214,9 +215,13 @@ def _demand_writable(folder: Path) -> None:
 
 
 def _sha256_of_scan(source: Path) -> str:
-    """Of the file; of a DICOM folder over its files' hashes in sorted order, so that names do not matter."""
+    """Of the file, or of both files of a .mhd; of a DICOM folder over its files' hashes in sorted order, so that names
+    do not matter."""
     if not source.is_dir():
-        return sha256_of(source)
+        files = files_of(source)
+        if len(files) == 1:
+            return sha256_of(source)
+        return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
     try:
         files = [p for p in source.rglob("*") if p.is_file()]
     except OSError as error:

@@ -23,7 +23,7 @@ class BatchJob:
 
     name: str
     source: Path
-    """A NIfTI file, or a folder with a DICOM series."""
+    """A NIfTI, NRRD or MetaImage file, or a folder with a DICOM series."""
     output: Output
 
 
@@ -31,7 +31,8 @@ def check_inputs(source: Path, output: Path, form: OutputFormat = NIFTI) -> list
     """The scans at `source` and the files that their labels go to; nothing is read or written.
 
     Args:
-        source: a NIfTI file, a folder with one DICOM series, or a folder of such files and folders, at any depth.
+        source: a NIfTI, NRRD or MetaImage file, a folder with one DICOM series, or a folder of such files and folders,
+            at any depth.
         output: a name that ends with .nii.gz or .nii for one scan, else a folder; there a scan ``CASE.nii.gz`` or
             ``CASE_0000.nii.gz`` (nnU-Net's name for the first channel) or ``CASE/ct.nii.gz`` becomes ``CASE.nii.gz``.
         form: of the outputs; a DICOM object's name ends with .dcm, in a folder with .seg.dcm or .rtstruct.dcm.

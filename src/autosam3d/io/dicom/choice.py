@@ -11,8 +11,8 @@ from autosam3d.errors import UsageError, VolumeError
 from autosam3d.io.dicom.files import Folder, count_text
 from autosam3d.io.dicom.header import CtSlice, UnfitImage
 from autosam3d.io.dicom.tags import hashed
-from autosam3d.io.nifti.read import MIN_SLICES
 from autosam3d.io.options import ReadOptions
+from autosam3d.io.voxels import MIN_SLICES
 
 # Orientation cosines are written with few digits; slices of one stack agree to this.
 _SAME_DIRECTION = 1e-3

@@ -24,8 +24,8 @@ from autosam3d.io.dicom.stack import Stacking, along, normal_of, stacking_of
 from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
 from autosam3d.io.intensity import AIR_HU, check_hounsfield
 from autosam3d.io.memory import demand_ram
-from autosam3d.io.nifti.read import MIN_SLICES
 from autosam3d.io.options import DEFAULTS, ReadOptions
+from autosam3d.io.voxels import MIN_SLICES
 from autosam3d.volume import Volume, log_warnings
 
 _SAME_PLACE_MM = 0.01

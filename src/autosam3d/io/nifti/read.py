@@ -9,21 +9,18 @@ from typing import Any
 import numpy as np
 
 from autosam3d.errors import VolumeError
-from autosam3d.io.grid import canonical_affine, check_extent, source_grid, to_canonical
+from autosam3d.io.grid import check_extent, source_grid
 from autosam3d.io.inflate import ByteStream
-from autosam3d.io.intensity import check_hounsfield
 from autosam3d.io.memory import demand_ram, size_text
 from autosam3d.io.nifti.header import NIFTI2_BYTES, NiftiHeader, parse_header
 from autosam3d.io.options import DEFAULTS, ReadOptions
-from autosam3d.volume import Segmentation, SourceGrid, Volume, log_warnings
+from autosam3d.io.voxels import as_ct, as_labels
+from autosam3d.volume import Segmentation, SourceGrid, Volume
 
-MIN_SLICES = 8
 # NIfTI extension code for a comment in plain text. *Source*: nifti1_io.h, NIFTI_ECODE_COMMENT.
 COMMENT_ECODE = 6
 ORGANS_KEY = "autosam3d_organs"
 _MAX_SIDE_CAR_BYTES = 1 << 20
-# What a float32 scaling may leave of a whole number, and no interpolation.
-_FLOAT_ROUNDING = 1e-4
 
 
 def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
@@ -39,18 +36,7 @@ def read_nifti_ct(path: str | Path, options: ReadOptions = DEFAULTS) -> Volume:
         UsageError: VOLUME_INDEX.
     """
     header, stored, source, warnings, _ = _read(path, options, bytes_per_voxel=4)
-    _check_slices(header.shape, path, options, warnings)
-    with np.errstate(over="ignore", invalid="ignore"):
-        voxels = np.ascontiguousarray(to_canonical(stored, source), dtype=np.float32)
-        if (header.slope, header.intercept) != (1.0, 0.0):
-            # In float64 a slab at a time, so that the sum is rounded once, as in nibabel.
-            for slab, stored_slab in zip(voxels, to_canonical(stored, source), strict=True):
-                slab[...] = stored_slab * np.float64(header.slope) + header.intercept
-    if options.intensity_offset:
-        voxels += np.float32(options.intensity_offset)
-        warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
-    warnings += check_hounsfield(voxels, path, may_be_nonfinite=stored.dtype.kind == "f")
-    return Volume(voxels, canonical_affine(source), source, log_warnings(path, warnings), str(path))
+    return as_ct(stored, source, (header.slope, header.intercept), path, options, warnings)
 
 
 def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segmentation:
@@ -64,24 +50,8 @@ def read_nifti_labels(path: str | Path, options: ReadOptions = DEFAULTS) -> Segm
         ResourceError: MEMORY.
     """
     header, stored, source, warnings, extensions = _read(path, options, bytes_per_voxel=2)
-    labels = to_canonical(stored, source)
-    if (header.slope, header.intercept) != (1.0, 0.0):
-        labels = labels * header.slope + header.intercept
-    if labels.dtype.kind == "f":
-        # An array of floats that nibabel saves under a header of integers: 1 is stored as the nearest step, 0.9961.
-        step = abs(header.slope) if stored.dtype.kind in "iu" and abs(header.slope) < 1 else 0.0
-        labels, off = _whole(labels, path, step / 2)
-        warnings.append("the labels are stored as floating-point numbers, all whole; they are taken as integers"
-                        if off <= _FLOAT_ROUNDING else f"the labels are stored in steps of {step:.3g} and lie up to "
-                        f"{off:.2g} from whole numbers, within half a step; they are taken as those")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > 65535:
-        raise VolumeError("LABEL_RANGE", path, f"expected labels from 0 to 65535, got {low} to {high}",
-                          "remap the labels; 0 is background")
-    dtype = np.uint8 if high <= 255 else np.uint16
-    labels = np.ascontiguousarray(labels, dtype=dtype)
     organs = _organs_in(extensions) or _organs_beside(Path(path))
-    return Segmentation(labels, canonical_affine(source), source, organs, log_warnings(path, warnings))
+    return as_labels(stored, source, (header.slope, header.intercept), path, warnings, organs)
 
 
 def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
@@ -115,29 +85,6 @@ def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
 def _refuse_pairs(path: Path) -> None:
     if path.name.lower().removesuffix(".gz").endswith((".hdr", ".img")):
         raise VolumeError("PAIR", path, "a .hdr/.img pair is not read", "convert it to one .nii.gz file")
-
-
-def _check_slices(shape: tuple[int, int, int], path: str | Path, options: ReadOptions, warnings: list[str]) -> None:
-    if min(shape) >= MIN_SLICES:
-        return
-    fault = f"expected at least {MIN_SLICES} voxels along each axis, got {' x '.join(map(str, shape))}"
-    if not options.force:
-        raise VolumeError("FEW_SLICES", path, fault, "give the whole scan, or use --force")
-    warnings.append(f"accepted by force: {fault}")
-
-
-def _whole(labels: np.ndarray, path: str | Path, half_step: float) -> tuple[np.ndarray, float]:
-    """(float labels as integers, how far the furthest was from one) where all are whole but for rounding."""
-    if not np.isfinite(labels).all():
-        raise VolumeError("LABEL_FLOAT", path, "expected whole numbers, got NaN or infinite labels", "export it again")
-    rounded = np.rint(labels)
-    off = np.abs(labels - rounded)
-    broken = off > max(_FLOAT_ROUNDING, half_step * (1 + 1e-4))
-    if broken.any():
-        examples = ", ".join(f"{v:.4g}" for v in np.unique(labels[broken])[:5])
-        raise VolumeError("LABEL_FLOAT", path, f"expected whole numbers, got {int(broken.sum())} voxels between them "
-                          f"({examples})", "the label map was interpolated; resample it by nearest neighbour")
-    return np.clip(rounded, -(2.0**31), 2.0**31).astype(np.int64), float(off.max(initial=0))
 
 
 def _organs_in(extensions: bytes) -> dict[int, str]:
