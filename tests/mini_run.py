@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from autosam3d.data.cache import CachedCase
+from autosam3d.data.centers import count_organs
 from autosam3d.data.folder import write_index
 from autosam3d.io import write_ct, write_segmentation
 from autosam3d.io.files import sha256_of
@@ -87,8 +88,8 @@ def case_in_memory(shape: tuple[int, int, int] = SHAPE, organs: dict[int, int] |
     places = np.random.default_rng(seed).permutation(labels.size)
     for label, count in (organs or {}).items():
         labels.flat[places[:count]], places = label, places[count:]
-    centers = np.column_stack([labels[labels > 0], np.argwhere(labels)]).astype(np.int32)
-    return CachedCase("memory", voxels, labels, centers, (3.0, 2.0, 2.0), "key")
+    counts = count_organs(labels.__getitem__, len(labels), len(LABELS.organs))
+    return CachedCase("memory", voxels, labels, counts, (3.0, 2.0, 2.0), "key")
 
 
 def affine_of(spacing_mm: Sequence[float] = SPACING_MM) -> np.ndarray:

@@ -40,8 +40,7 @@ def test_what_is_cached_is_what_preprocessing_gives(cases: tuple[Case, ...], tmp
     expected = (np.clip(np.rint(hu), -160, 240) - 40) / 100
     np.testing.assert_allclose(entry.voxels, expected, atol=2e-3)
     assert np.array_equal(entry.labels, labels)
-    organ, z, y, x = entry.centers.T
-    assert np.array_equal(labels[z, y, x], organ) and len(organ) == np.count_nonzero(labels)
+    assert entry.organ_voxels.tolist() == [[np.sum(plane == 1), np.sum(plane == 2)] for plane in labels]
 
 
 def test_a_second_start_reads_the_cache(cases: tuple[Case, ...], tmp_path: Path, monkeypatch: Any) -> None:
@@ -52,12 +51,12 @@ def test_a_second_start_reads_the_cache(cases: tuple[Case, ...], tmp_path: Path,
     second = cache_cases(cases, recipe, tmp_path, lambda done, total: progress.append((done, total)))
     for one, other in zip(first, second, strict=True):
         assert np.array_equal(one.voxels, other.voxels) and np.array_equal(one.labels, other.labels)
-        assert np.array_equal(one.centers, other.centers)
+        assert np.array_equal(one.organ_voxels, other.organ_voxels)
         assert (one.name, one.spacing_mm, one.key) == (other.name, other.spacing_mm, other.key)
     assert progress == [(i, 4) for i in range(5)]
 
 
-@pytest.mark.parametrize("name", ["voxels.npy", "labels.npy", "centers.npy", "info.json"])
+@pytest.mark.parametrize("name", ["voxels.npy", "labels.npy", "organ_voxels.npy", "info.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "absent", "nested", "noise"])
 def test_a_damaged_entry_is_made_again(cases: tuple[Case, ...], tmp_path: Path, name: str, damage: str,
                                        caplog: pytest.LogCaptureFixture) -> None:
@@ -111,7 +110,7 @@ def test_what_a_killed_writer_left_is_swept_and_replaced(cases: tuple[Case, ...]
     [entry] = cache_cases(cases[:1], mini_recipe(), tmp_path)
     assert np.array_equal(entry.labels, blobs(0)[1])
     assert sorted(p.name for p in (tmp_path / entry.key).iterdir()) == [
-        "centers.npy", "info.json", "labels.npy", "voxels.npy"]
+        "info.json", "labels.npy", "organ_voxels.npy", "voxels.npy"]
 
 
 def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, ...], tmp_path: Path,
@@ -122,7 +121,7 @@ def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, 
         monkeypatch.setattr(f"autosam3d.data.{function}", lambda *_: pytest.fail("the work was done again"))
     opened = open_cached(tmp_path, made.key, made.name)
     assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)
-    for name in ("voxels", "labels", "centers"):
+    for name in ("voxels", "labels", "organ_voxels"):
         assert np.array_equal(getattr(opened, name), getattr(made, name))
     assert isinstance(opened.voxels, np.memmap) and isinstance(opened.labels, np.memmap)
 
@@ -137,7 +136,7 @@ def pickle_inside(path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "damage"), [
     ("info.json", Path.unlink), ("info.json", shorten), ("voxels.npy", Path.unlink), ("voxels.npy", shorten),
-    ("labels.npy", lambda path: np.save(path, np.zeros((3, 3, 3), np.uint8))), ("centers.npy", pickle_inside),
+    ("labels.npy", lambda path: np.save(path, np.zeros((3, 3, 3), np.uint8))), ("organ_voxels.npy", pickle_inside),
     ("labels.npy", lambda path: np.save(path, np.zeros(SHAPE, np.float32))),
 ])
 def test_an_entry_that_is_not_what_was_checked_is_not_opened(cases: tuple[Case, ...], tmp_path: Path, name: str,
@@ -238,4 +237,4 @@ def test_info_is_plain_json(cases: tuple[Case, ...], tmp_path: Path) -> None:
     [entry] = cache_cases(cases[:1], mini_recipe(), tmp_path)
     info = json.loads((tmp_path / entry.key / "info.json").read_text())
     assert info["entry"]["spacing_mm"] == [3.0, 2.0, 2.0]
-    assert set(info["entry"]["crc"]) == {"voxels", "labels", "centers"}
+    assert set(info["entry"]["crc"]) == {"voxels", "labels", "organ_voxels"}

@@ -127,8 +127,7 @@ def starts_of(dataset: CropDataset, count: int) -> np.ndarray:
 def test_the_share_of_crops_on_organs_is_kept() -> None:
     # One organ voxel in a corner: only crops that were centred on it, or the few that fall there, start at 0, 0, 0.
     case = case_in_memory((64, 64, 64))
-    case.labels[8, 8, 8] = 1
-    case = replace(case, centers=np.array([[1, 8, 8, 8]], np.int32))
+    case.labels[8, 8, 8] = case.organ_voxels[8, 0] = 1
     for share in (0.0, 0.3, 1.0):
         recipe = mini_recipe(sampling__foreground_share=share, **PLAIN)
         starts = starts_of(CropDataset([case], recipe), 800)

@@ -93,7 +93,7 @@ def test_lambda_zero_never_looks_at_labels(
 
     def blind(cases: Any, *args: Any) -> Any:
         found = cache_cases(cases, *args)
-        return [replace(c, labels=np.zeros_like(c.labels), centers=c.centers[:0]) for c in found]
+        return [replace(c, labels=np.zeros_like(c.labels), organ_voxels=0 * c.organ_voxels) for c in found]
 
     monkeypatch.setattr("autosam3d.training.cases.cache_cases", blind)
     monkeypatch.setattr("autosam3d.training.train.demand_organs", lambda *_: None)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from autosam3d.data.centers import COUNTS_DTYPE, count_organs
 from autosam3d.data.entries import Entry, open_entry, open_or_build
 from autosam3d.data.folder import Case
 from autosam3d.errors import VolumeError
@@ -32,10 +33,8 @@ from autosam3d.volume import log_warnings
 log = logging.getLogger(__name__)
 
 # Raise it when preprocessing changes in a way that its settings do not show.
-CACHE_VERSION = 1
-# Organ voxels kept per case and organ as possible crop centres; more would only repeat their neighbours.
-MAX_CENTERS = 4000
-_DTYPES = {"voxels": np.float16, "labels": np.uint8, "centers": np.int32}
+CACHE_VERSION = 2
+_DTYPES = {"voxels": np.float16, "labels": np.uint8, "organ_voxels": COUNTS_DTYPE}
 # Of a cache key, which is their hexadecimal text.
 KEY_BYTES = 16
 
@@ -47,18 +46,28 @@ class CachedCase:
     Attributes:
         voxels: float16 [z, y, x], normalised.
         labels: uint8 [z, y, x].
-        centers: int32 [n, 4], rows of (organ, z, y, x): voxels on which a crop may be centred.
+        organ_voxels: int32 [z, organs], how many voxels each organ has in each plane; crops are centred on them, so
+            where all are 0 crops fall anywhere.
         key: of its cache entry; equal for equal files and settings.
         probs: a teacher's, uint8 [K - 1, z, y, x] in steps of 1/255, without background; None where there are none.
+        organs_of_teacher: whether `organ_voxels` are those of `probs`, not of `labels`.
     """
 
     name: str
     voxels: np.ndarray
     labels: np.ndarray
-    centers: np.ndarray
+    organ_voxels: np.ndarray
     spacing_mm: tuple[float, float, float]
     key: str
     probs: np.ndarray | None = None
+    organs_of_teacher: bool = False
+
+    def organs_in_plane(self, z: int) -> np.ndarray:
+        """uint8 [y, x], the labels whose voxels `organ_voxels` counts."""
+        if self.organs_of_teacher:
+            assert self.probs is not None
+            return labels_of(self.probs[:, z])
+        return self.labels[z]
 
 
 def cache_cases(
@@ -101,11 +110,11 @@ def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> N
     Raises:
         VolumeError: EMPTY_LABELS, more than half of the cases show no organ; ABSENT_ORGAN, an organ is in no case.
     """
-    empty = [case.name for case in cases if not len(case.centers)]
+    empty = [case.name for case in cases if not case.organ_voxels.any()]
     if 2 * len(empty) > len(cases):
         raise VolumeError("EMPTY_LABELS", where, f"expected organs in most training cases, got none in {len(empty)} of "
                           f"{len(cases)}, the first of them {empty[0]}", "check the label maps")
-    present = {int(organ) for case in cases for organ in np.unique(case.centers[:, 0])}
+    present = {1 + int(column) for case in cases for column in np.flatnonzero(case.organ_voxels.any(axis=0))}
     absent = [name for index, name in recipe.labels.by_index.items() if index not in present]
     if absent:
         raise VolumeError("ABSENT_ORGAN", where, f"expected voxels of every organ in the training cases, got none of "
@@ -130,6 +139,11 @@ def with_background(organs: np.ndarray) -> np.ndarray:
 def without_background(probs: np.ndarray) -> np.ndarray:
     """The inverse of `with_background`: float32 [K, ...] to uint8 [K - 1, ...], rounded."""
     return np.rint(probs[1:] * np.float32(255)).astype(np.uint8)
+
+
+def labels_of(organs: np.ndarray) -> np.ndarray:
+    """The likeliest label, uint8 [...], of probabilities as `without_background` gives them."""
+    return with_background(organs).argmax(0).astype(np.uint8)
 
 
 def _label_table(case: Case, recipe: Recipe) -> dict[int, int]:
@@ -158,11 +172,12 @@ def _entry(cache_dir: Path, key: str) -> Entry:
 
 
 def _read(name: str, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
-    arrays = {"voxels": entry.map("voxels"), "labels": entry.map("labels"), "centers": entry.load("centers")}
-    if any(arrays[a].dtype != _DTYPES[a] for a in arrays) or arrays["voxels"].shape != arrays["labels"].shape:
+    voxels, labels, counts = entry.map("voxels"), entry.map("labels"), entry.load("organ_voxels")
+    fits = labels.shape == voxels.shape and counts.shape[:-1] == voxels.shape[:1]
+    if not fits or (voxels.dtype, labels.dtype, counts.dtype) != tuple(_DTYPES.values()):
         raise ValueError(f"{entry.info_path}: arrays of other types or shapes")
     z, y, x = facts["spacing_mm"]
-    return CachedCase(name, **arrays, spacing_mm=(z, y, x), key=entry.info_path.parent.name)
+    return CachedCase(name, voxels, labels, counts, spacing_mm=(z, y, x), key=entry.info_path.parent.name)
 
 
 def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
@@ -182,18 +197,6 @@ def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
     arrays = {
         "voxels": prepared.voxels.astype(np.float16),
         "labels": labels,
-        "centers": pick_centers(labels, np.random.default_rng(0)),
+        "organ_voxels": count_organs(labels.__getitem__, len(labels), len(recipe.labels.organs)),
     }
     entry.write(arrays, {"spacing_mm": prepared.spacing_mm})
-
-
-def pick_centers(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """int32 [n, 4]: up to `MAX_CENTERS` voxels of every organ, as (organ, z, y, x)."""
-    rows = []
-    for organ in np.unique(labels[labels > 0]):
-        where = np.flatnonzero(labels == organ)
-        if len(where) > MAX_CENTERS:
-            where = random.choice(where, MAX_CENTERS, replace=False)
-        coordinates = np.stack(np.unravel_index(where, labels.shape), axis=1)
-        rows.append(np.column_stack([np.full(len(where), organ), coordinates]))
-    return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), np.int32)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from autosam3d.axes import Size
 from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.data.cache import CachedCase, with_background
+from autosam3d.data.centers import draw_center
 from autosam3d.recipes.recipe import Recipe
 
 
@@ -62,11 +63,9 @@ class CropDataset(Dataset):
     def _start(self, case: CachedCase, random: np.random.Generator) -> Size:
         """First voxel of a crop around an organ voxel or any voxel, moved inside the scan along axes where it fits."""
         sampling = self.recipe.sampling
-        if len(case.centers) and random.random() < sampling.foreground_share:
-            rows = case.centers
-            if sampling.balance_organs:
-                rows = rows[rows[:, 0] == random.choice(np.unique(rows[:, 0]))]
-            center = rows[random.integers(len(rows)), 1:]
+        if case.organ_voxels.any() and random.random() < sampling.foreground_share:
+            center = draw_center(case.organ_voxels, case.organs_in_plane, random,
+                                 balance_organs=sampling.balance_organs)
         else:
             center = random.integers(0, case.voxels.shape)
         z, y, x = (

@@ -95,7 +95,8 @@ class Sampling:
     foreground_share: float = 0.5
     """Share of crops centred on an organ voxel (0.5 = the paper's 1:1); the others fall anywhere."""
     balance_organs: bool = False
-    """Foreground centres: first an organ at random, then a voxel of it; False: any organ voxel alike."""
+    """Foreground centres: first an organ at random, then a voxel of it; False, the paper's way: any voxel of all organs
+    of the case alike, so that a liver is drawn hundreds of times as often as an adrenal gland."""
 
     def __post_init__(self) -> None:
         fits = 1 <= self.patches_per_volume <= 10_000

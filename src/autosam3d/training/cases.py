@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[Cach
         if distill.label_weight > 0:
             return cases
         # Where the labels do not count they do not say where to look either: crops fall anywhere.
-        return [replace(case, centers=case.centers[:0]) for case in cases]
+        return [replace(case, organ_voxels=np.zeros_like(case.organ_voxels)) for case in cases]
     mine = cases[slice(run.fabric.local_rank, None, local_ranks())]
 
     def watch(done: int, total: int) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
-from autosam3d.data.cache import CachedCase, pick_centers, with_background, without_background
+from autosam3d.data.cache import CachedCase, labels_of, without_background
+from autosam3d.data.centers import COUNTS_DTYPE, count_organs
 from autosam3d.data.entries import Entry, open_entry, open_or_build
 from autosam3d.errors import CheckpointError
 from autosam3d.geometry.patches import Tiling
@@ -23,7 +24,15 @@ from autosam3d.inference.pipeline import probabilities_prepared
 from autosam3d.recipes.recipe import Recipe
 
 # Raise it when the probabilities of one teacher for one scan change in a way that its settings do not show.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a teacher said of a case: its probabilities, and `organ_voxels` of its likeliest labels."""
+
+    probs: np.ndarray
+    organ_voxels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,9 @@ def cache_probabilities(
         if progress:
             progress(index, len(cases))
         entry = _entry(case, teacher, recipe, cache_dir)
-        probs = open_or_build(entry, partial(_read, case, recipe), partial(_build, entry, case, teacher, recipe, watch),
+        told = open_or_build(entry, partial(_read, case, recipe), partial(_build, entry, case, teacher, recipe, watch),
                               f"the teacher's probabilities of {case.name}")
-        done.append(_with_probs(case, probs, recipe))
+        done.append(_with_probs(case, told, recipe))
     if progress:
         progress(len(cases), len(cases))
     return done
@@ -106,22 +115,17 @@ def open_probabilities(cases: Sequence[CachedCase], teacher: Teacher, recipe: Re
     """
     opened = []
     for case in cases:
-        probs = open_entry(_entry(case, teacher, recipe, cache_dir), partial(_read, case, recipe))
-        opened.append(_with_probs(case, probs, recipe))
+        told = open_entry(_entry(case, teacher, recipe, cache_dir), partial(_read, case, recipe))
+        opened.append(_with_probs(case, told, recipe))
     return opened
 
 
-def _with_probs(case: CachedCase, probs: np.ndarray, recipe: Recipe) -> CachedCase:
+def _with_probs(case: CachedCase, told: _Told, recipe: Recipe) -> CachedCase:
     assert recipe.distill is not None
-    centers = case.centers
-    if recipe.distill.label_weight == 0:
-        # A student that learns from the teacher alone is not told by the labels where to look, either.
-        centers = pick_centers(_labels_of(probs), np.random.default_rng(0))
-    return replace(case, probs=probs, centers=centers)
-
-
-def _labels_of(probs: np.ndarray) -> np.ndarray:
-    return np.stack([with_background(probs[:, z]).argmax(0).astype(np.uint8) for z in range(probs.shape[1])])
+    if recipe.distill.label_weight > 0:
+        return replace(case, probs=told.probs)
+    # A student that learns from the teacher alone is not told by the labels where to look, either.
+    return replace(case, probs=told.probs, organ_voxels=told.organ_voxels, organs_of_teacher=True)
 
 
 def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) -> Entry:
@@ -131,14 +135,17 @@ def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) 
     parts = {"version": _CACHE_VERSION, "teacher": model.sha256, "recipe": model.recipe.digest("model", "preprocess"),
              "overlap": recipe.distill.teacher_overlap, "importance": model.recipe.inference.importance}
     name = f"teacher-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
-    return Entry(cache_dir / case.key / f"{name}.json", {"probs": cache_dir / case.key / f"{name}.npy"})
+    folder = cache_dir / case.key
+    return Entry(folder / f"{name}.json", {"probs": folder / f"{name}.npy"})
 
 
-def _read(case: CachedCase, recipe: Recipe, entry: Entry, _: Mapping[str, Any]) -> np.ndarray:
-    probs = entry.map("probs")
-    if probs.dtype != np.uint8 or probs.shape != (len(recipe.labels.organs), *case.labels.shape):
+def _read(case: CachedCase, recipe: Recipe, entry: Entry, facts: Mapping[str, Any]) -> _Told:
+    probs, counts = entry.map("probs"), np.array(facts["organ_voxels"], COUNTS_DTYPE)
+    num_organs = len(recipe.labels.organs)
+    fits = probs.shape == (num_organs, *case.labels.shape) and counts.shape == (len(case.labels), num_organs)
+    if probs.dtype != np.uint8 or not fits:
         raise ValueError(f"{entry.info_path}: probabilities of another type or shape")
-    return probs
+    return _Told(probs, counts)
 
 
 def _build(
@@ -154,4 +161,5 @@ def _build(
                                        air=recipe.preprocess.air, progress=watch):
         probs[:, z : z + slab.shape[1]] = without_background(slab)
         z += slab.shape[1]
-    entry.write({"probs": probs}, {"teacher_sha256": model.sha256})
+    counts = count_organs(lambda z: labels_of(probs[:, z]), len(case.labels), len(probs))
+    entry.write({"probs": probs}, {"teacher_sha256": model.sha256, "organ_voxels": counts.tolist()})
