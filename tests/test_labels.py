@@ -138,3 +138,35 @@ def test_every_known_code_is_verified_or_sided() -> None:
         "portal_and_splenic_veins",
         "right_kidney", "left_kidney", "right_adrenal_gland", "left_adrenal_gland", "prostate_or_uterus",
     }
+
+
+KIDNEYS = LabelMap(organs=SIDED.organs, side_pairs=SIDED.side_pairs,
+                   super_classes={"kidneys": ("right_kidney", "left_kidney"), "trunk": ("liver", "left_kidney"),
+                                  "other_trunk": ("right_kidney", "liver")})
+
+
+def test_groups_say_what_a_value_stands_for() -> None:
+    assert KIDNEYS.values == {"liver": 1, "right_kidney": 2, "left_kidney": 3, "kidneys": 4, "trunk": 5,
+                              "other_trunk": 6}
+    np.testing.assert_array_equal(SIDED.groups((1, 2, 3)), np.eye(4, dtype=bool))
+    assert SIDED.groups((2,)).astype(int).tolist() == [[1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    table = KIDNEYS.groups((1, 4))
+    assert [np.flatnonzero(row).tolist() for row in table] == [[0], [1], [], [], [2, 3], [], []]
+    assert not SIDED.groups(())[1:].any() and SIDED.groups(())[0].all()
+
+
+def test_super_classes_are_mirrored_as_their_organs_are() -> None:
+    np.testing.assert_array_equal(KIDNEYS.mirror_table, [0, 1, 3, 2, 4, 6, 5])
+    mirrored = KIDNEYS.groups((2, 5))[KIDNEYS.mirror_table][:, KIDNEYS.mirror_table[:4]]
+    np.testing.assert_array_equal(mirrored, KIDNEYS.groups((3, 6)))
+
+
+@pytest.mark.parametrize("super_classes", [
+    {"liver": ("right_kidney", "left_kidney")}, {"background": ("right_kidney", "left_kidney")},
+    {"kidneys": ("right_kidney",)}, {"kidneys": ("right_kidney", "right_kidney")}, {"kidneys": ("liver", "spleen")},
+    {"right_trunk": ("liver", "right_kidney")},  # its mirror image is none
+    {"kidneys": ("right_kidney", "left_kidney"), "both": ("left_kidney", "right_kidney")},
+])
+def test_super_classes_that_cannot_be(super_classes: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ValueError, match="super_classes"):
+        LabelMap(organs=SIDED.organs, side_pairs=SIDED.side_pairs, super_classes=super_classes)

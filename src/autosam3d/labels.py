@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -56,10 +56,13 @@ class LabelMap:
     Args:
         organs: names in the order of the dataset.
         side_pairs: (right, left) names that trade places in a mirror.
+        super_classes: name of a class that some label maps draw as one (kidneys) to the organs that it is made of.
+            A model never answers it: it learns from such a map that a voxel is one of them.
     """
 
     organs: tuple[str, ...]
     side_pairs: tuple[tuple[str, str], ...] = ()
+    super_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.organs:
@@ -72,11 +75,61 @@ class LabelMap:
         unknown = sorted(set(paired) - set(self.organs))
         if unknown or len(set(paired)) != len(paired):
             raise ValueError(f"side_pairs: expected pairs of names in organs, each once, got {paired}")
+        self._check_super_classes()
+
+    def _check_super_classes(self) -> None:
+        for name, members in self.super_classes.items():
+            if name in self.organs or name == "background":
+                raise ValueError(f"super_classes: expected names that no organ has, got {name!r}")
+            if len(set(members)) < 2 or len(set(members)) != len(members) or not set(members) <= set(self.organs):
+                raise ValueError(f"super_classes.{name}: expected two or more different names in organs, "
+                                 f"got {list(members)}")
+        if self.num_values > 256:
+            raise ValueError(f"super_classes: expected at most 255 names with the organs, got {self.num_values - 1}")
+        side = {a: b for pair in self.side_pairs for a, b in (pair, pair[::-1])}
+        known = {frozenset(members) for members in self.super_classes.values()}
+        if len(known) < len(self.super_classes):
+            raise ValueError("super_classes: expected different organs in each, got the same twice")
+        for name, members in self.super_classes.items():
+            mirrored = frozenset(side.get(organ, organ) for organ in members)
+            if mirrored not in known:
+                raise ValueError(f"super_classes.{name}: expected its mirror image {sorted(mirrored)} to be a "
+                                 "super-class too, since training mirrors scans")
 
     @property
     def num_outputs(self) -> int:
         """K: organs and background."""
         return len(self.organs) + 1
+
+    @property
+    def num_values(self) -> int:
+        """V: values that a label map for training may hold; K + i is the super-class i."""
+        return self.num_outputs + len(self.super_classes)
+
+    @cached_property
+    def values(self) -> dict[str, int]:
+        """Organ or super-class to its value in a label map for training; background is left out."""
+        return {name: value for value, name in enumerate((*self.organs, *self.super_classes), start=1)}
+
+    def groups(self, drawn: Collection[int]) -> np.ndarray:
+        """bool [V, K]: which classes of a model a value of a label map stands for, where only `drawn` was looked for.
+
+        An organ that was not looked for may lie anywhere in the background, so it belongs to value 0 as well; a row
+        without a True is a value that the map cannot hold.
+
+        Args:
+            drawn: values of organs and of super-classes.
+
+        *Source*: Shi et al., Marginal loss and exclusion loss for partially supervised multi-organ segmentation,
+        Medical Image Analysis 70 (2021), section 3.1.
+        """
+        table = np.zeros((self.num_values, self.num_outputs), bool)
+        for value in drawn:
+            members = [value] if value < self.num_outputs else [
+                self.index(organ) for organ in list(self.super_classes.values())[value - self.num_outputs]]
+            table[value, members] = True
+        table[0] = ~table.any(0)
+        return table
 
     @cached_property
     def by_index(self) -> dict[int, str]:
@@ -105,10 +158,17 @@ class LabelMap:
 
     @cached_property
     def mirror_table(self) -> np.ndarray:
-        """uint8 [K]: label to the label of its mirror image; ``table[labels]`` mirrors a label map's meaning."""
-        table = np.arange(self.num_outputs, dtype=np.uint8)
+        """uint8 [V]: label to the label of its mirror image; ``table[labels]`` mirrors a label map's meaning.
+
+        Its first K entries are those of a model's classes.
+        """
+        table = np.arange(self.num_values, dtype=np.uint8)
         for right, left in self.side_pairs:
             table[self.index(right)], table[self.index(left)] = self.index(left), self.index(right)
+        made_of = {frozenset(map(self.index, members)): self.values[name]
+                   for name, members in self.super_classes.items()}
+        for members, value in made_of.items():
+            table[value] = made_of[frozenset(int(table[organ]) for organ in members)]
         return table
 
 

@@ -238,3 +238,15 @@ def test_affine_is_drawn_from_the_generator() -> None:
     voxels, labels = crop(with_margin(AFFINE))
     assert np.array_equal(affine(AFFINE, voxels, labels, 5)[0], affine(AFFINE, voxels, labels, 5)[0])
     assert not np.array_equal(affine(AFFINE, voxels, labels, 5)[0], affine(AFFINE, voxels, labels, 6)[0])
+
+
+def test_which_organs_were_looked_for_is_mirrored_with_the_labels() -> None:
+    spec = replace(NOTHING, flip_prob=1, flip_axes=("x",))
+    right = LABELS.groups((LABELS.index("right_kidney"),))
+    left = LABELS.groups((LABELS.index("left_kidney"),))
+    turned = augment(Crop(*crop(), None, right), spec, LABELS, np.random.default_rng(0))
+    assert turned.groups is not None
+    np.testing.assert_array_equal(turned.groups, left)
+    kept = augment(Crop(*crop(), None, right), replace(spec, flip_axes=("x", "y")), LABELS, np.random.default_rng(0))
+    assert kept.groups is not None
+    np.testing.assert_array_equal(kept.groups, right)

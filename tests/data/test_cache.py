@@ -119,7 +119,7 @@ def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, 
     assert len(bytes.fromhex(made.key)) == KEY_BYTES
     for function in ("entries._crc_of_file", "cache.sha256_of", "cache._build"):
         monkeypatch.setattr(f"autosam3d.data.{function}", lambda *_: pytest.fail("the work was done again"))
-    opened = open_cached(tmp_path, made.key, made.name)
+    opened = open_cached(tmp_path, made.key, cases[0])
     assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)
     for name in ("voxels", "labels", "organ_voxels"):
         assert np.array_equal(getattr(opened, name), getattr(made, name))
@@ -144,7 +144,7 @@ def test_an_entry_that_is_not_what_was_checked_is_not_opened(cases: tuple[Case, 
     [made] = cache_cases(cases[:1], mini_recipe(), tmp_path)
     damage(tmp_path / made.key / name)
     with pytest.raises(ResourceError) as caught:
-        open_cached(tmp_path, made.key, made.name)
+        open_cached(tmp_path, made.key, cases[0])
     assert caught.value.code == "CACHE"
 
 

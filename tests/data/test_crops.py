@@ -165,7 +165,7 @@ def test_balanced_organs_are_drawn_alike_however_small() -> None:
 def test_a_scan_smaller_than_a_crop_is_filled_with_air() -> None:
     recipe = mini_recipe(**PLAIN)
     case = case_in_memory((9, 16, 30), organs={1: 5})
-    voxels, labels = (t.numpy() for t in CropDataset([case], recipe)[(0, 0, 0)])
+    voxels, labels = (t.numpy() for t in CropDataset([case], recipe)[(0, 0, 0)].values())
     inside = voxels[0, 3:12]
     assert (inside[:, :, 1:] - inside[:, :, :-1] == 1).all()  # the scan as it is, in the middle
     air = recipe.preprocess.air
@@ -183,7 +183,7 @@ def test_with_an_affine_margin_borders_are_still_reached_and_air_lies_beyond() -
     assert np.array_equal(with_margin, without)
     turned = mini_recipe(**PLAIN | {"augment__affine_prob": 1.0, "augment__rotate_degrees": 45.0})
     case = replace(case_in_memory(), voxels=np.ones(SHAPE, np.float32))
-    crops = [CropDataset([case], turned)[(0, position, 0)][0].numpy() for position in range(20)]
+    crops = [CropDataset([case], turned)[(0, position, 0)]["voxels"].numpy() for position in range(20)]
     assert min(c.min() for c in crops) == turned.preprocess.air and max(c.max() for c in crops) == 1
 
 
@@ -191,7 +191,7 @@ def test_the_cache_is_never_written_through(cases: tuple[Case, ...], tmp_path: P
     recipe = mini_recipe(**PLAIN)
     [entry] = cache_cases(cases[:1], recipe, tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / entry.key).iterdir()}
-    voxels, labels = CropDataset([entry], recipe)[(0, 0, 0)]
+    voxels, labels = CropDataset([entry], recipe)[(0, 0, 0)].values()
     voxels += 1
     labels += 1
     assert {p.name: p.read_bytes() for p in (tmp_path / entry.key).iterdir()} == before

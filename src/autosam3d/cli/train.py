@@ -11,10 +11,13 @@ from autosam3d.cli.console import TrainingView
 from autosam3d.cli.options import Device, Model, Sam, Set, Threads, run_folder_outside, set_threads
 from autosam3d.errors import RecipeError
 
+Data = Annotated[list[str] | None, typer.Option(
+    help="Dataset folder in the nnU-Net v2 layout; again for each further one, or NAME=FOLDER for a dataset of the "
+         "recipe's `data`.", metavar="FOLDER")]
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe of the package, or a YAML file.")],
-    data: Annotated[Path, typer.Option(help="Dataset folder in the nnU-Net v2 layout.")],
+    data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE.")] = None,
     model: Model = None,
     sam: Sam = None,
@@ -24,12 +27,14 @@ def train(
     cache: Annotated[Path | None, typer.Option(help="Folder for preprocessed cases; default OUT/cache.")] = None,
 ) -> None:
     """Train on a dataset, or go on with a run that was stopped."""
-    from autosam3d.data.folder import open_dataset
+    from autosam3d.data.datasets import open_datasets
     from autosam3d.recipes.recipe import load_recipe
 
     plan = load_recipe(recipe, overrides or (), model)
-    folder = run_folder_outside(out or Path("runs") / plan.name, data)
-    cases = open_dataset(data, plan)
+    folder = out or Path("runs") / plan.name
+    cases = open_datasets(data or (), plan)
+    for place in cases.folders:
+        run_folder_outside(folder, place)
     set_threads(threads)
     from autosam3d.training.train import train as run_training
 
@@ -40,7 +45,7 @@ def train(
 
 def distill(
     teacher: Annotated[Path, typer.Argument(help="The trained teacher: run folder, or a checkpoint's .json.")],
-    data: Annotated[Path, typer.Option(help="Dataset folder in the nnU-Net v2 layout.")],
+    data: Data = None,
     student: Annotated[str, typer.Option(help="tiny, small, edge, or a recipe (name or YAML file) with its own "
                                               "network; the first three take all else from the teacher.")] = "tiny",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE.")] = None,
@@ -52,15 +57,17 @@ def distill(
                                                     "shared by all students; default OUT/cache.")] = None,
 ) -> None:
     """Train a small student on labels and on a teacher's probabilities, or go on with a run that was stopped."""
-    from autosam3d.data.folder import open_dataset
+    from autosam3d.data.datasets import open_datasets
     from autosam3d.training.distill import student_recipe
 
     plan = student_recipe(teacher, student, overrides or ())
     if plan.distill is None:
         raise RecipeError("NO_DISTILL", student, "expected a recipe with a distill section, got one without",
                           "add `distill: {lambda: 0.5}`, or use `autosam3d train`")
-    folder = run_folder_outside(out or Path("runs") / plan.name, data)
-    cases = open_dataset(data, plan)
+    folder = out or Path("runs") / plan.name
+    cases = open_datasets(data or (), plan)
+    for place in cases.folders:
+        run_folder_outside(folder, place)
     set_threads(threads)
     from autosam3d.training.train import TeacherSource
     from autosam3d.training.train import train as run_training

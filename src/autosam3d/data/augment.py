@@ -24,24 +24,29 @@ class Crop(NamedTuple):
     """uint8 [z, y, x]."""
     probs: np.ndarray | None = None
     """Probabilities of a teacher, float32 [K, z, y, x]; None where there is none."""
+    groups: np.ndarray | None = None
+    """bool [V, K], `LabelMap.groups` of the organs that were looked for; None where all were."""
 
 
 def augment(crop: Crop, spec: Augment, label_map: LabelMap, random: np.random.Generator) -> Crop:
     """One random draw of flips, quarter turns and intensity changes.
 
     An odd number of mirrored axes makes the body its own mirror image: the labels of left and right organs trade
-    places. An even number is a turn of the body (two axes: half a turn about the third), and a turned right kidney is
-    a right kidney; so are quarter turns. Those need a crop that is square in the axial plane; other crops get half
-    turns only. A teacher's probabilities follow the labels, channels of side pairs too; changes of intensity pass
-    them by.
+    places, and so does which of them were looked for. An even number is a turn of the body (two axes: half a turn
+    about the third), and a turned right kidney is a right kidney; so are quarter turns. Those need a crop that is
+    square in the axial plane; other crops get half turns only. A teacher's probabilities follow the labels, channels
+    of side pairs too; changes of intensity pass them by.
     """
-    voxels, labels, probs = crop
+    voxels, labels, probs, groups = crop
     mirrored = tuple(_AXIS[name] for name in spec.flip_axes if random.random() < spec.flip_prob)
     voxels, labels = np.flip(voxels, mirrored), np.flip(labels, mirrored)
     probs = None if probs is None else np.flip(probs, mirrored)
     if len(mirrored) % 2:
-        labels = label_map.mirror_table[labels]
-        probs = None if probs is None else probs[label_map.mirror_table]
+        table = label_map.mirror_table
+        classes = table[: label_map.num_outputs]
+        labels = table[labels]
+        probs = None if probs is None else probs[classes]
+        groups = None if groups is None else groups[table][:, classes]
     if random.random() < spec.rotate90_prob:
         square = voxels.shape[1] == voxels.shape[2]
         turns = int(random.integers(1, 4)) if square else 2
@@ -54,7 +59,7 @@ def augment(crop: Crop, spec: Augment, label_map: LabelMap, random: np.random.Ge
     if random.random() < spec.noise_prob:
         voxels = voxels + random.standard_normal(voxels.shape, np.float32) * np.float32(spec.noise_std)
     return Crop(np.ascontiguousarray(voxels, np.float32), np.ascontiguousarray(labels),
-                None if probs is None else np.ascontiguousarray(probs))
+                None if probs is None else np.ascontiguousarray(probs), groups)
 
 
 def affine_margin(
@@ -88,10 +93,10 @@ def random_affine(
     The turn is a rotation in millimetres, so anisotropic voxels are not sheared. Linear for the image and for
     probabilities, nearest for the labels.
     """
-    voxels, labels, probs = crop
+    voxels, labels, probs, groups = crop
     if random.random() >= spec.affine_prob:
         middle = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(voxels.shape, patch_size, strict=True))
-        return Crop(voxels[middle], labels[middle], None if probs is None else probs[:, *middle])
+        return Crop(voxels[middle], labels[middle], None if probs is None else probs[:, *middle], groups)
     angle = np.deg2rad(random.uniform(-spec.rotate_degrees, spec.rotate_degrees))
     zoom = 1 + random.uniform(-spec.zoom_range, spec.zoom_range, 3)
     turn_mm = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
@@ -104,4 +109,4 @@ def random_affine(
         return ndimage.affine_transform(array, matrix, offset, patch_size, order=order, mode="nearest")  # type: ignore[arg-type]
 
     return Crop(turned(voxels, 1), turned(labels, 0),
-                None if probs is None else np.stack([turned(channel, 1) for channel in probs]))
+                None if probs is None else np.stack([turned(channel, 1) for channel in probs]), groups)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from autosam3d.data.case import Case
 from autosam3d.data.centers import COUNTS_DTYPE, count_organs
 from autosam3d.data.entries import Entry, open_entry, open_or_build
-from autosam3d.data.folder import Case
+from autosam3d.data.order import learns_background_from_labels
 from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
 from autosam3d.io import ReadOptions, read_ct, read_segmentation
@@ -49,6 +50,8 @@ class CachedCase:
         organ_voxels: int32 [z, organs], how many voxels each organ has in each plane; crops are centred on them, so
             where all are 0 crops fall anywhere.
         key: of its cache entry; equal for equal files and settings.
+        drawn: as in `Case`.
+        weight: as in `Case`.
         probs: a teacher's, uint8 [K - 1, z, y, x] in steps of 1/255, without background; None where there are none.
         organs_of_teacher: whether `organ_voxels` are those of `probs`, not of `labels`.
     """
@@ -59,6 +62,8 @@ class CachedCase:
     organ_voxels: np.ndarray
     spacing_mm: tuple[float, float, float]
     key: str
+    drawn: frozenset[int] | None = None
+    weight: float = 1.0
     probs: np.ndarray | None = None
     organs_of_teacher: bool = False
 
@@ -89,36 +94,43 @@ def cache_cases(
         if progress:
             progress(done, len(cases))
         entry = _entry(cache_dir, _cache_key(case, recipe))
-        cached.append(open_or_build(entry, partial(_read, case.name), partial(_build, entry, case, recipe), case.name))
+        cached.append(open_or_build(entry, partial(_read, case), partial(_build, entry, case, recipe), case.name))
     if progress:
         progress(len(cases), len(cases))
     return cached
 
 
-def open_cached(cache_dir: Path, key: str, name: str) -> CachedCase:
+def open_cached(cache_dir: Path, key: str, case: Case) -> CachedCase:
     """The entry `key`, which another process of this run has just checked: its arrays are mapped, not read.
 
     Raises:
         ResourceError: CACHE, it is not there or not what an entry is.
     """
-    return open_entry(_entry(cache_dir, key), partial(_read, name))
+    return open_entry(_entry(cache_dir, key), partial(_read, case))
 
 
 def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> None:
     """Refuse a training set that cannot teach what the recipe asks for.
 
     Raises:
-        VolumeError: EMPTY_LABELS, more than half of the cases show no organ; ABSENT_ORGAN, an organ is in no case.
+        VolumeError: EMPTY_LABELS, more than half of the cases show no organ; ABSENT_ORGAN, an organ is in no case;
+            PARTIAL_LABELS, no case is fully drawn, where the recipe requires some.
     """
     empty = [case.name for case in cases if not case.organ_voxels.any()]
     if 2 * len(empty) > len(cases):
         raise VolumeError("EMPTY_LABELS", where, f"expected organs in most training cases, got none in {len(empty)} of "
                           f"{len(cases)}, the first of them {empty[0]}", "check the label maps")
     present = {1 + int(column) for case in cases for column in np.flatnonzero(case.organ_voxels.any(axis=0))}
+    # Where organs are unknown in some cases, one that a super-class alone shows cannot be told from its neighbours.
     absent = [name for index, name in recipe.labels.by_index.items() if index not in present]
     if absent:
         raise VolumeError("ABSENT_ORGAN", where, f"expected voxels of every organ in the training cases, got none of "
                           f"{', '.join(absent)}", "add cases that show it, or take it out of the recipe")
+    required = recipe.sampling.whole_cases == "required" and learns_background_from_labels(recipe)
+    if required and not any(case.drawn is None for case in cases):
+        raise VolumeError("PARTIAL_LABELS", where, "expected training cases in which every organ was looked for, since "
+                          "background is learnt from them alone, got none", "add some, or set "
+                          "sampling.whole_cases=optional where each dataset draws organs of its own")
     if empty:
         log.warning("%d training cases show no organ, the first of them %s", len(empty), empty[0])
 
@@ -162,6 +174,7 @@ def _cache_key(case: Case, recipe: Recipe) -> str:
         "image": sha256_of(case.image_path),
         "labels": sha256_of(case.label_path),
         "table": sorted(_label_table(case, recipe).items()),
+        "values": recipe.labels.num_values,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[: 2 * KEY_BYTES]
 
@@ -171,13 +184,14 @@ def _entry(cache_dir: Path, key: str) -> Entry:
     return Entry(folder / "info.json", {name: folder / f"{name}.npy" for name in _DTYPES})
 
 
-def _read(name: str, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
+def _read(case: Case, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
     voxels, labels, counts = entry.map("voxels"), entry.map("labels"), entry.load("organ_voxels")
     fits = labels.shape == voxels.shape and counts.shape[:-1] == voxels.shape[:1]
     if not fits or (voxels.dtype, labels.dtype, counts.dtype) != tuple(_DTYPES.values()):
         raise ValueError(f"{entry.info_path}: arrays of other types or shapes")
     z, y, x = facts["spacing_mm"]
-    return CachedCase(name, voxels, labels, counts, spacing_mm=(z, y, x), key=entry.info_path.parent.name)
+    return CachedCase(case.name, voxels, labels, counts, spacing_mm=(z, y, x), key=entry.info_path.parent.name,
+                      drawn=case.drawn, weight=case.weight)
 
 
 def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
@@ -197,6 +211,6 @@ def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
     arrays = {
         "voxels": prepared.voxels.astype(np.float16),
         "labels": labels,
-        "organ_voxels": count_organs(labels.__getitem__, len(labels), len(recipe.labels.organs)),
+        "organ_voxels": count_organs(labels.__getitem__, len(labels), recipe.labels.num_values - 1),
     }
     entry.write(arrays, {"spacing_mm": prepared.spacing_mm})

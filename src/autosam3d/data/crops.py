@@ -6,7 +6,7 @@ A crop is drawn from (seed, epoch, position) alone, so it is the same in every p
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,18 +19,21 @@ from autosam3d.axes import Size
 from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.data.cache import CachedCase, with_background
 from autosam3d.data.centers import draw_center
+from autosam3d.data.order import learns_background_from_labels, weighted_order, with_whole_cases
 from autosam3d.recipes.recipe import Recipe
 
 
 class CropDataset(Dataset):
     """Random crops; item ``(epoch, position, case)`` is the same crop in every process, on every machine.
 
-    Item: voxels float32 [1, D, H, W], labels uint8 [D, H, W], and where the cases have a teacher's probabilities
-    those, float32 [K, D, H, W].
+    Item: ``voxels`` float32 [1, D, H, W] and ``labels`` uint8 [D, H, W]; where the cases have a teacher's probabilities
+    ``probs``, float32 [K, D, H, W]; where not every organ was looked for in every case ``groups``, bool [V, K]
+    (`LabelMap.groups`).
     """
 
     def __init__(self, cases: Sequence[CachedCase], recipe: Recipe) -> None:
         self.cases, self.recipe = list(cases), recipe
+        self._partial = any(case.drawn is not None for case in cases)
 
     def __len__(self) -> int:
         return len(self.cases) * self.recipe.sampling.patches_per_volume
@@ -38,9 +41,13 @@ class CropDataset(Dataset):
     def order(self, epoch: int) -> np.ndarray:
         """Which case stands at each position of `epoch`."""
         random = np.random.default_rng([self.recipe.train.seed, 1, epoch])
-        return random.permutation(len(self)) % len(self.cases)
+        order = weighted_order([case.weight for case in self.cases], len(self), random)
+        if self._partial and learns_background_from_labels(self.recipe):
+            order = with_whole_cases(order, [case.drawn is None for case in self.cases],
+                                     2 * self.recipe.train.batch_size, random)
+        return order
 
-    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    def __getitem__(self, item: tuple[int, int, int]) -> dict[str, Tensor]:
         epoch, position, index = item
         case, recipe = self.cases[index], self.recipe
         random = np.random.default_rng([recipe.train.seed, 2, epoch, position])
@@ -53,12 +60,17 @@ class CropDataset(Dataset):
             _cut(case.labels, start, patch_size, margin, 0),
             None if case.probs is None else with_background(
                 np.stack([_cut(organ, start, patch_size, margin, 0) for organ in case.probs])),
+            recipe.labels.groups(_drawn(case, recipe)) if self._partial else None,
         )
         if any(margin):
             crop = random_affine(crop, patch_size, case.spacing_mm, recipe.augment, random)
         crop = augment(crop, recipe.augment, recipe.labels, random)
-        tensors = torch.from_numpy(crop.voxels).unsqueeze(0), torch.from_numpy(crop.labels)
-        return tensors if crop.probs is None else (*tensors, torch.from_numpy(crop.probs))
+        tensors = {"voxels": torch.from_numpy(crop.voxels).unsqueeze(0), "labels": torch.from_numpy(crop.labels)}
+        if crop.probs is not None:
+            tensors["probs"] = torch.from_numpy(crop.probs)
+        if crop.groups is not None:
+            tensors["groups"] = torch.from_numpy(crop.groups)
+        return tensors
 
     def _start(self, case: CachedCase, random: np.random.Generator) -> Size:
         """First voxel of a crop around an organ voxel or any voxel, moved inside the scan along axes where it fits."""
@@ -115,7 +127,7 @@ class CropLoader:
                                   worker_init_fn=_begin_worker if num_workers else None,
                                   prefetch_factor=4 if num_workers else None)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self._loader.num_workers:
             yield from self._loader
             return
@@ -125,6 +137,10 @@ class CropLoader:
             while (batch := coming.result()) is not None:
                 coming = pool.submit(next, batches, None)
                 yield batch
+
+
+def _drawn(case: CachedCase, recipe: Recipe) -> Collection[int]:
+    return range(1, recipe.labels.num_outputs) if case.drawn is None else case.drawn
 
 
 def _begin_worker(_: int) -> None:

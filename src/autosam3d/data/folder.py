@@ -10,35 +10,22 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosam3d.data.case import Case
+from autosam3d.data.copies import refuse_copies
+from autosam3d.data.json_file import read_json
 from autosam3d.errors import VolumeError
-from autosam3d.io.files import decoded, sha256_of, write_text_atomic
+from autosam3d.io.files import write_text_atomic
 from autosam3d.labels import LabelMap
 from autosam3d.recipes.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
-MAX_JSON_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Case:
-    """One scan with its truth.
-
-    Attributes:
-        label_path: None for a test case without truth.
-        label_table: value in the label file to the recipe's value, for `labels.remap`; None leaves values alone.
-    """
-
-    name: str
-    image_path: Path
-    label_path: Path | None
-    label_table: Mapping[int, int] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -50,19 +37,28 @@ class CaseSet:
     val: tuple[Case, ...]
     test: tuple[Case, ...]
     warnings: tuple[str, ...] = ()
+    further_folders: tuple[Path, ...] = ()
+    """Where they come from several datasets: the folders of the others."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.folder, *self.further_folders)
 
 
 def open_dataset(folder: str | Path, recipe: Recipe) -> CaseSet:
     """The cases of `folder`, split as `splits_final.json` says, or by `dataset.val_share` where it is absent.
+
+    Every organ must have been drawn in every case; `datasets.open_datasets` takes others too.
 
     Raises:
         VolumeError: DATASET (another layout), LABELS (organs that are not the recipe's), PAIRING, SPLITS, LEAK,
             PARTIAL_LABELS; the message says what was expected.
     """
     folder = Path(folder)
-    index = _read_index(folder, recipe)
+    index = read_index(folder, recipe)
+    _demand_every_organ(folder, index)
     table = _label_table(index["labels"], recipe, folder)
-    return _case_set(folder, index, table, recipe.dataset.fold, recipe.dataset.val_share)
+    return case_set(folder, index, recipe.dataset.fold, recipe.dataset.val_share, lambda _: {"label_table": table})
 
 
 def open_without_recipe(folder: str | Path, fold: int) -> tuple[CaseSet, dict[int, str], str]:
@@ -72,7 +68,8 @@ def open_without_recipe(folder: str | Path, fold: int) -> tuple[CaseSet, dict[in
         VolumeError: as `open_dataset`, and SPLITS without ``splits_final.json`` or without validation cases.
     """
     folder = Path(folder)
-    index = _read_index(folder, None)
+    index = read_index(folder, None)
+    _demand_every_organ(folder, index)
     where, labels = folder / "dataset.json", index["labels"]
     plain = all(isinstance(value, int) and not isinstance(value, bool) for value in labels.values())
     organs = {value: str(name) for name, value in labels.items() if name != "background"} if plain else {}
@@ -83,20 +80,31 @@ def open_without_recipe(folder: str | Path, fold: int) -> tuple[CaseSet, dict[in
         raise VolumeError("SPLITS", folder, "expected splits_final.json, so that the same cases validate as elsewhere, "
                           "got none", 'write it: [{"train": [names], "val": [names]}]')
     table = {value: value for value in (0, *organs)}
-    cases = _case_set(folder, index, table, fold, 0.0)
+    cases = case_set(folder, index, fold, 0.0, lambda _: {"label_table": table})
     if not cases.val:
         raise VolumeError("SPLITS", folder / "splits_final.json", f"expected validation cases in fold {fold}, got none",
                           "name some of the training cases there")
     return cases, dict(sorted(organs.items())), index["file_ending"]
 
 
-def _case_set(
-    folder: Path, index: Mapping[str, Any], table: Mapping[int, int], fold: int, val_share: float
+def case_set(
+    folder: Path, index: Mapping[str, Any], fold: int, val_share: float, facts: Callable[[str], Mapping[str, Any]],
+    scanless: dict[str, Path] | None = None,
 ) -> CaseSet:
+    """The cases of `folder`, paired and split.
+
+    Args:
+        index: what `read_index` gave.
+        facts: from a case's name to what else `Case` is to hold of it.
+        scanless: takes up the label maps of labelsTr whose scan is not there, by their case; None refuses them.
+
+    Raises:
+        VolumeError: as `open_dataset`.
+    """
     ending, expected = index["file_ending"], index.get("numTraining")
     warnings: list[str] = []
-    training = _pair(folder, "Tr", ending, table, labels_needed=True)
-    testing = _pair(folder, "Ts", ending, table, labels_needed=False)
+    training = _pair(folder, "Tr", ending, facts, labels_needed=True, scanless=scanless)
+    testing = _pair(folder, "Ts", ending, facts, labels_needed=False)
     if not training:
         raise VolumeError("DATASET", folder / "imagesTr", f"expected scans named CASE_0000{ending}, got none",
                           "run autosam3d prepare again, or name another folder")
@@ -107,12 +115,12 @@ def _case_set(
     if both:
         raise VolumeError("LEAK", folder, f"expected imagesTs and imagesTr to differ, got {_few(both)} twice",
                           "take them out of one of the two")
-    train, val = _split(folder, sorted(training), fold, val_share, warnings)
+    train, val = _split(folder, sorted(training), fold, val_share, warnings, elsewhere=scanless or {})
     parts = {
         "train": [training[n] for n in train], "val": [training[n] for n in val],
         "test": [testing[n] for n in sorted(testing)],
     }
-    _refuse_copies(parts)
+    refuse_copies(parts)
     for warning in warnings:
         log.warning("%s: %s", folder, warning)
     return CaseSet(folder, *(tuple(part) for part in parts.values()), warnings=tuple(warnings))
@@ -135,7 +143,7 @@ def write_index(folder: Path, labels: LabelMap, train: Sequence[str], val: Seque
 def index_description(folder: Path) -> str | None:
     """The description in a folder's ``dataset.json``; None where there is no such file or no such key."""
     path = folder / "dataset.json"
-    tree = _read_json(path) if path.is_file() else None
+    tree = read_json(path) if path.is_file() else None
     return tree.get("description") if isinstance(tree, dict) else None
 
 
@@ -147,8 +155,12 @@ def held_out(names: Iterable[str], share: float) -> list[str]:
     return sorted(ranked[: min(max(1, round(share * len(ranked))), len(ranked) - 1)])
 
 
-def _read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
-    """dataset.json, checked for what this project needs of it."""
+def read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
+    """``dataset.json`` of `folder`, checked for what this project needs of it.
+
+    Raises:
+        VolumeError: DATASET.
+    """
     def other_layout(fault: str) -> VolumeError:
         if recipe is None:
             return VolumeError("DATASET", folder, f"expected a folder in the nnU-Net v2 layout (dataset.json, "
@@ -166,11 +178,8 @@ def _read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     for part in ("imagesTr", "labelsTr"):
         if not (folder / part).is_dir():
             raise other_layout(f"got no {part}")
-    if (folder / "annotated.json").exists():
-        raise VolumeError("PARTIAL_LABELS", folder / "annotated.json", "expected every organ drawn in every case, "
-                          "got a list of organs that some cases lack", "train on the fully annotated cases only")
     where = folder / "dataset.json"
-    index = _read_json(where)
+    index = read_json(where)
     if not isinstance(index, dict) or not isinstance(index.get("labels"), dict):
         raise other_layout("got a dataset.json without labels")
     if "modality" in index or any(str(key).isdigit() for key in index["labels"]):
@@ -187,21 +196,21 @@ def _read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     return index
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise VolumeError("DATASET", path, "expected at most 16 MiB of JSON, got more", "check the file")
-        return json.loads(decoded(path.read_bytes()))
-    except OSError as error:
-        raise VolumeError("DATASET", path, f"cannot be read ({error.strerror})", "check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise VolumeError("DATASET", path, f"not readable as JSON ({str(error).splitlines()[0]})",
-                          "correct the file") from None
+def _demand_every_organ(folder: Path, index: Mapping[str, Any]) -> None:
+    for where, listed in ((folder / "annotated.json", (folder / "annotated.json").exists()),
+                          (folder / "dataset.json", "present" in index)):
+        if listed:
+            raise VolumeError("PARTIAL_LABELS", where, "expected every organ drawn in every case, got a list of organs "
+                              "that some cases lack", "`autosam3d train` and `distill` take such a dataset; here, give "
+                              "the fully drawn cases only, without the list")
 
 
-def _label_table(labels: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[int, int]:
-    """Value in the files to value of the recipe, matched by name."""
-    where = folder / "dataset.json"
+def demand_plain_labels(labels: Mapping[str, Any], where: Path) -> None:
+    """Refuse a ``labels`` of ``dataset.json`` that is not one number for each organ, and 0 for background.
+
+    Raises:
+        VolumeError: LABELS.
+    """
     odd = [name for name, value in labels.items() if isinstance(value, bool) or not isinstance(value, int)]
     if odd or "ignore" in labels:
         kind = f"regions ({_few(odd)})" if odd else "an ignore label"
@@ -213,9 +222,15 @@ def _label_table(labels: Mapping[str, Any], recipe: Recipe, folder: Path) -> dic
     if len(set(values)) != len(values) or not all(0 < v < 65536 for v in values):
         raise VolumeError("LABELS", where, f"expected a positive number of its own for each organ, got {dict(labels)}",
                           "renumber the labels")
-    numbers = {_plain(organ): number for number, organ in recipe.labels.by_index.items()}
-    dropped = {_plain(organ) for organ in recipe.dataset.background_organs}
-    there = {_plain(name): value for name, value in labels.items() if name != "background"}
+
+
+def _label_table(labels: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[int, int]:
+    """Value in the files to value of the recipe, matched by name."""
+    where = folder / "dataset.json"
+    demand_plain_labels(labels, where)
+    numbers = {plain_name(organ): number for number, organ in recipe.labels.by_index.items()}
+    dropped = {plain_name(organ) for organ in recipe.dataset.background_organs}
+    there = {plain_name(name): value for name, value in labels.items() if name != "background"}
     missing = sorted(numbers.keys() - there.keys())
     surplus = sorted(there.keys() - numbers.keys() - dropped)
     if missing or surplus:
@@ -226,11 +241,15 @@ def _label_table(labels: Mapping[str, Any], recipe: Recipe, folder: Path) -> dic
     return {0: 0} | {value: numbers.get(name, 0) for name, value in there.items()}
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """An organ's name as names are compared: without case, with underscores for spaces and hyphens."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def _pair(folder: Path, part: str, ending: str, table: Mapping[int, int], labels_needed: bool) -> dict[str, Case]:
+def _pair(
+    folder: Path, part: str, ending: str, facts: Callable[[str], Mapping[str, Any]], labels_needed: bool,
+    scanless: dict[str, Path] | None = None,
+) -> dict[str, Case]:
     """Cases of images{part} and labels{part} by name."""
     images_dir, labels_dir = folder / f"images{part}", folder / f"labels{part}"
     images: dict[str, Path] = {}
@@ -242,7 +261,9 @@ def _pair(folder: Path, part: str, ending: str, table: Mapping[int, int], labels
         images[name] = path
     labels = {path.name.removesuffix(ending): path for path in _files(labels_dir, ending)}
     lonely = sorted(labels.keys() - images.keys())
-    if lonely:
+    if scanless is not None:
+        scanless.update((name, labels[name]) for name in lonely)
+    elif lonely:
         raise VolumeError("PAIRING", labels_dir, f"expected a scan for every label map, got none for {_few(lonely)}",
                           f"add {lonely[0]}_0000{ending} to images{part}, or take the label map out")
     bare = sorted(images.keys() - labels.keys())
@@ -256,7 +277,7 @@ def _pair(folder: Path, part: str, ending: str, table: Mapping[int, int], labels
     if twice:
         raise VolumeError("DATASET", images_dir, f"expected names that differ in more than case, got {_few(twice)}",
                           "rename one of them")
-    return {name: Case(name, path, labels.get(name), dict(table)) for name, path in sorted(images.items())}
+    return {name: Case(name, path, labels.get(name), **facts(name)) for name, path in sorted(images.items())}
 
 
 def _files(folder: Path, ending: str) -> list[Path]:
@@ -266,14 +287,14 @@ def _files(folder: Path, ending: str) -> list[Path]:
 
 
 def _split(
-    folder: Path, names: list[str], fold: int, val_share: float, warnings: list[str]
+    folder: Path, names: list[str], fold: int, val_share: float, warnings: list[str], elsewhere: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Training and validation names of the fold."""
+    """Training and validation names of the fold; those `elsewhere` are passed over."""
     path = folder / "splits_final.json"
     if not path.is_file():
         val = held_out(names, val_share)
         return [n for n in names if n not in set(val)], val
-    folds = _read_json(path)
+    folds = read_json(path)
     if not isinstance(folds, list) or not folds or fold >= len(folds):
         count = len(folds) if isinstance(folds, list) else 0
         raise VolumeError("SPLITS", path, f"expected a fold {fold}, got {count} folds", "name another fold")
@@ -282,7 +303,8 @@ def _split(
     if not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in parts):
         raise VolumeError("SPLITS", path, f"expected lists train and val in fold {fold}, got something else",
                           "correct the file, or delete it to split by dataset.val_share")
-    train, val = (sorted(part) for part in parts if part is not None)
+    train, val = (sorted(set(part) - set(elsewhere)) if elsewhere else sorted(part)
+                  for part in parts if part is not None)
     unknown = sorted({*train, *val} - set(names))
     if unknown:
         raise VolumeError("SPLITS", path, f"expected names of cases in imagesTr, got {_few(unknown)}",
@@ -297,28 +319,6 @@ def _split(
     if unused:
         warnings.append(f"{unused} of {len(names)} cases of imagesTr are in neither part of fold {fold}")
     return train, val
-
-
-def _refuse_copies(parts: Mapping[str, Sequence[Case]]) -> None:
-    """One scan under two names would be learnt and then tested, or count twice. Only files of equal size are read."""
-    by_size: dict[int, list[tuple[str, Case]]] = defaultdict(list)
-    for part, cases in parts.items():
-        for case in cases:
-            try:
-                by_size[case.image_path.stat().st_size].append((part, case))
-            except OSError as error:
-                raise VolumeError("UNREADABLE", case.image_path, f"cannot be read ({error.strerror})",
-                                  "check the file") from None
-    for group in by_size.values():
-        seen: dict[str, tuple[str, Case]] = {}
-        for part, case in group if len(group) > 1 else ():
-            digest = sha256_of(case.image_path)
-            if digest in seen:
-                other_part, other = seen[digest]
-                code = "LEAK" if part != other_part else "DUPLICATE_SCAN"
-                raise VolumeError(code, case.image_path, f"expected different scans, got the same file as {other.name} "
-                                  f"({other_part}) under the name {case.name} ({part})", "take one of them out")
-            seen[digest] = (part, case)
 
 
 def _few(names: Sequence[str]) -> str:

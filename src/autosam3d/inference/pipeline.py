@@ -217,7 +217,7 @@ class MirrorPredictor:
         if not axes:
             _log.warning("the model was not trained on mirror images: test-time augmentation changes nothing")
         self._flips = [flip for n in range(len(axes) + 1) for flip in itertools.combinations(axes, n)]
-        self._swap = recipe.labels.mirror_table.astype(np.intp)
+        self._swap = recipe.labels.mirror_table[: recipe.labels.num_outputs].astype(np.intp)
 
     def predict(self, patches: np.ndarray) -> np.ndarray:
         """See `Predictor`; float32."""

@@ -28,6 +28,7 @@ from autosam3d.models.spec import (
     SwinUnetrSpec,
     UnetrSpec,
 )
+from autosam3d.recipes.data_source import DataSource
 from autosam3d.recipes.settings import (
     STRICT,
     Augment,
@@ -80,6 +81,8 @@ class Recipe:
     inference: Tiling = field(default_factory=Tiling)
     distill: Distillation | None = None
     """For students; None where nothing is distilled."""
+    data: tuple[DataSource, ...] = ()
+    """The datasets that a model of several learns from; empty where ``--data`` alone names them."""
 
     def __post_init__(self) -> None:
         fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name) is not None
@@ -95,12 +98,22 @@ class Recipe:
         values = (self.dataset.download and self.dataset.download.label_values) or {}
         strangers = sorted(set(values.values()) - {*self.labels.organs, "background"})
         demand(not strangers, "dataset.download.label_values", "names of organs or background", strangers)
+        names = [source.name for source in self.data]
+        demand(len(set(names)) == len(names), "data", "datasets of different names", names)
+        for source in self.data:
+            strangers = sorted({*source.organs.values()} - {*self.labels.values, "background"})
+            demand(not strangers, f"data.{source.name}.organs", "organs or super-classes of the recipe, or background",
+                   strangers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON or YAML."""
         whole = _ADAPTER.dump_python(self, mode="json", by_alias=True)
         if self.distill is None:
             del whole["distill"]
+        if not self.data:
+            del whole["data"]
+        if not self.labels.super_classes:
+            del whole["labels"]["super_classes"]
         return whole
 
     def digest(self, *sections: str) -> str:

@@ -97,6 +97,9 @@ class Sampling:
     balance_organs: bool = False
     """Foreground centres: first an organ at random, then a voxel of it; False, the paper's way: any voxel of all organs
     of the case alike, so that a liver is drawn hundreds of times as often as an adrenal gland."""
+    whole_cases: Literal["required", "optional"] = "required"
+    """Where organs are unknown in some cases: refuse cases of which none is fully drawn, since what is no organ at all
+    is learnt from those, or go on (datasets that each draw organs of their own)."""
 
     def __post_init__(self) -> None:
         fits = 1 <= self.patches_per_volume <= 10_000

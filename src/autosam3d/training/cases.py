@@ -35,7 +35,7 @@ def cache_on_all_ranks(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[
         node = fabric.global_rank - fabric.local_rank
         rows = (everyone[node + index % local_ranks(), index] for index in range(len(wanted)))
         keys = [bytes(row.tolist()).hex() for row in rows]
-        cached = [open_cached(cache_dir, key, case.name) for key, case in zip(keys, wanted, strict=True)]
+        cached = [open_cached(cache_dir, key, case) for key, case in zip(keys, wanted, strict=True)]
     return cached[: len(cases.train)], cached[len(cases.train) :]
 
 

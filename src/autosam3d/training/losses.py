@@ -11,6 +11,8 @@ from torch import Tensor
 
 # MONAI's smoothing terms: an organ that a crop lacks, and that is not predicted, costs nothing.
 _SMOOTH = 1e-5
+# Answers that are kept in steps of 1/255 hold zeros, whose logarithm there is none of.
+_LEAST_PROBABILITY = 1e-4
 
 
 class SegmentationLoss(NamedTuple):
@@ -33,9 +35,52 @@ def teacher_mse(logits: Tensor, probs: Tensor, reduction: str = "mean") -> Tenso
     return loss * logits.shape[1] if reduction == "class_sum" else loss
 
 
+def teacher_dice_ce(logits: Tensor, probs: Tensor, batch_dice: bool = False) -> Tensor:
+    """``1 - Dice + CE`` against a teacher's probabilities: of the labels' own scale, from the first step on.
+
+    The cross-entropy of soft targets has the gradient (student - teacher) a voxel, while that of squared differences of
+    probabilities carries a factor p (1 - p), next to nothing for an organ that has not begun. The Dice is written with
+    the smaller of the two probabilities, ``2 sum min(s, q) / (sum s + sum q)``: equal to the usual one for hard
+    targets, and largest where the student says what the teacher says, which the usual one is not for soft targets.
+
+    Args:
+        logits: B K D H W of the student, any float type; the loss is computed in float32.
+        probs: B K D H W of the teacher, without gradient.
+        batch_dice: as in `dice_ce_loss`.
+
+    *Source*: of the Dice, Wang et al., Dice semimetric losses, MICCAI 2023 (DML1).
+    """
+    log_probs = F.log_softmax(logits.float(), dim=1)
+    probs = probs.float()
+    cross_entropy = -(probs * log_probs).sum(1).mean()
+    student = log_probs.exp()
+    axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
+    overlap = torch.minimum(student, probs).sum(axes)
+    total = student.sum(axes) + probs.sum(axes)
+    return 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean() + cross_entropy
+
+
+def teacher_kl(logits: Tensor, probs: Tensor, temperature: float = 1.0) -> Tensor:
+    """``T^2 * KL(teacher || student)``, both softened by the temperature T: summed over classes, mean over voxels.
+
+    Args:
+        logits: B K D H W of the student, any float type; the loss is computed in float32.
+        probs: B K D H W of the teacher at temperature 1, without gradient.
+
+    *Source*: Hinton et al., Distilling the knowledge in a neural network, 2015, section 2: T^2 keeps the gradient's
+    scale. The mean over voxels, not over crops: summed over a volume it drowns all else.
+    """
+    log_student = F.log_softmax(logits.float() / temperature, dim=1)
+    # A softmax of log p / T is the softmax of the teacher's own logits / T; uint8 steps of 1/255 leave zeros.
+    log_teacher = F.log_softmax(probs.float().clamp_min(_LEAST_PROBABILITY).log() / temperature, dim=1)
+    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
+    return temperature**2 * divergence
+
+
 def dice_ce_loss(
     logits: Tensor,
     labels: Tensor,
+    groups: Tensor | None = None,
     *,
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
@@ -45,14 +90,20 @@ def dice_ce_loss(
 
     Args:
         logits: B K D H W, any float type; the loss is computed in float32.
-        labels: B D H W, integers 0..K-1.
+        labels: B D H W, integers 0..K-1; with `groups` 0..V-1.
+        groups: bool B V K, `LabelMap.groups` of each crop, where not every organ was looked for in each: the loss is
+            that of the probabilities summed over what a value stands for, the mean over the values that a crop's map
+            can hold. A crop in which nothing was looked for does not count.
         batch_dice: pool voxels over the batch before the ratio, steadier for small organs; False takes the ratio
             per crop (MONAI's DiceCELoss).
 
-    *Source*: paper, section 3.5; the public code's DiceCELoss(softmax, include_background).
+    *Source*: paper, section 3.5; the public code's DiceCELoss(softmax, include_background). With `groups`, the marginal
+    loss of Shi et al., Medical Image Analysis 70 (2021).
     """
     logits = logits.float()
     log_probs = F.log_softmax(logits, dim=1)
+    if groups is not None:
+        return _marginal_loss(log_probs, labels.long(), groups, dice_weight, ce_weight, batch_dice)
     cross_entropy = F.nll_loss(log_probs, labels.long())
     probs = log_probs.exp()
     truth = torch.zeros_like(probs).scatter_(1, labels.long().unsqueeze(1), 1.0)
@@ -63,9 +114,32 @@ def dice_ce_loss(
     return SegmentationLoss(dice_weight * dice + ce_weight * cross_entropy, dice.detach(), cross_entropy.detach())
 
 
+def _marginal_loss(
+    log_probs: Tensor, labels: Tensor, groups: Tensor, dice_weight: float, ce_weight: float, batch_dice: bool
+) -> SegmentationLoss:
+    possible = groups.any(2)  # B V
+    told = possible[:, 1:].any(1)
+    if not told.any():
+        nothing = log_probs.sum() * 0
+        return SegmentationLoss(nothing, nothing.detach(), nothing.detach())
+    log_probs, labels, groups, possible = log_probs[told], labels[told], groups[told], possible[told]
+    members = torch.stack([table[crop] for table, crop in zip(groups, labels, strict=True)]).movedim(-1, 1)
+    cross_entropy = -torch.logsumexp(log_probs.masked_fill(~members, -torch.inf), dim=1).mean()
+    probs = torch.einsum("bvk,bkzyx->bvzyx", groups.float(), log_probs.exp())
+    truth = torch.zeros_like(probs).scatter_(1, labels.unsqueeze(1), 1.0)
+    # Where a crop's map cannot hold a value both are 0 there, so a pool over the batch is one over those that can.
+    overlap = (probs * truth).sum((2, 3, 4))
+    total = probs.sum((2, 3, 4)) + truth.sum((2, 3, 4))
+    if batch_dice:
+        overlap, total, possible = overlap.sum(0), total.sum(0), possible.any(0)
+    dice = 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH))[possible].mean()
+    return SegmentationLoss(dice_weight * dice + ce_weight * cross_entropy, dice.detach(), cross_entropy.detach())
+
+
 def deep_dice_ce_loss(
     outputs: Sequence[Tensor],
     labels: Tensor,
+    groups: Tensor | None = None,
     *,
     dice_weight: float = 1.0,
     ce_weight: float = 1.0,
@@ -76,6 +150,7 @@ def deep_dice_ce_loss(
     Args:
         outputs: logits B K d h w, finest first, the first at the labels' resolution.
         labels: B D H W. Those of a coarser output are the nearest voxels.
+        groups: as in `dice_ce_loss`.
 
     *Source*: nnU-Net: weights 1, 1/2, 1/4, ..., divided by their sum.
     """
@@ -85,7 +160,8 @@ def deep_dice_ce_loss(
         reduced = labels
         if logits.shape[2:] != labels.shape[1:]:
             reduced = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0]
-        loss = dice_ce_loss(logits, reduced, dice_weight=dice_weight, ce_weight=ce_weight, batch_dice=batch_dice)
+        loss = dice_ce_loss(logits, reduced, groups, dice_weight=dice_weight, ce_weight=ce_weight,
+                            batch_dice=batch_dice)
         finest = finest or loss
         part = loss.total * (weight / sum(weights))
         total = part if total is None else total + part

@@ -190,7 +190,8 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         rate = _set_learning_rate(run, sampler.steps_per_epoch)
         with memory_named(str(fabric.device), work, "lower train.batch_size or model.patch_size, or take a device with "
                           "more memory"):
-            values, good = train_step(run, *(tensor.to(fabric.device, non_blocking=True) for tensor in batch))
+            values, good = train_step(run, **{name: tensor.to(fabric.device, non_blocking=True)
+                                              for name, tensor in batch.items()})
         run.bad_steps = 0 if good else run.bad_steps + 1
         if run.bad_steps >= recipe.train.max_nan_steps:
             save_run(run)
@@ -212,7 +213,7 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
 
 
 def train_step(
-    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None
+    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None, groups: Tensor | None = None
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step. False, and no change of any weight, where loss or gradient is not finite.
 
@@ -220,8 +221,9 @@ def train_step(
         voxels: B 1 D H W.
         labels: B D H W.
         probs: B K D H W, the teacher's, where they come from the cache.
+        groups: bool B V K, where not every organ was looked for in every case.
     """
-    loss, values = _loss(run, run.wrapped(voxels), voxels, labels, probs)
+    loss, values = _loss(run, run.wrapped(voxels), voxels, labels, probs, groups)
     run.optimizer.zero_grad(set_to_none=True)
     run.fabric.backward(loss)
     parameters = [p for p in run.network.parameters() if p.requires_grad]
@@ -238,7 +240,8 @@ def train_step(
 
 
 def _loss(
-    run: Run, outputs: Tensor | list[Tensor], voxels: Tensor, labels: Tensor, probs: Tensor | None
+    run: Run, outputs: Tensor | list[Tensor], voxels: Tensor, labels: Tensor, probs: Tensor | None,
+    groups: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What is minimised, and its parts. A part that weighs nothing is not computed.
 
@@ -253,7 +256,8 @@ def _loss(
     if weight > 0:
         how = {"dice_weight": settings.dice_weight, "ce_weight": settings.ce_weight, "batch_dice": settings.batch_dice}
         deep = isinstance(outputs, list)
-        own = deep_dice_ce_loss(outputs, labels, **how) if deep else dice_ce_loss(outputs, labels, **how)
+        own = (deep_dice_ce_loss(outputs, labels, groups, **how) if deep
+               else dice_ce_loss(outputs, labels, groups, **how))
         values |= {"dice_loss": own.dice, "ce_loss": own.cross_entropy}
         total = own.total if weight == 1 else weight * own.total
     if distill and weight < 1:
