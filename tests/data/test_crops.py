@@ -49,8 +49,9 @@ def test_the_crops_of_a_step_are_the_same_for_any_number_of_processes(cases: tup
         assert items(dataset, 2, 3, epoch) == alone and items(dataset, 3, 2, epoch) == alone
     again = CropDataset(cache_cases(cases, recipe, tmp_path), recipe)
     for item in alone[0]:
-        for one, other in zip(dataset[item], again[item], strict=True):
-            assert np.array_equal(one.numpy(), other.numpy())
+        one, other = dataset[item], again[item]
+        assert list(one) == ["voxels", "labels"] == list(other)
+        assert all(np.array_equal(one[name].numpy(), other[name].numpy()) for name in one)
 
 
 def test_an_epoch_shows_every_case_equally_often_and_fills_up_from_its_start() -> None:
@@ -81,12 +82,13 @@ def test_batches_are_the_items_in_order_with_and_without_workers(cases: tuple[Ca
     for workers in (0, 2):
         batches = list(CropLoader(dataset, StepSampler(dataset, 2), workers, pin_memory=False))
         assert len(batches) == len(expected)
-        for (voxels, labels), step in zip(batches, expected, strict=True):
+        for batch, step in zip(batches, expected, strict=True):
+            voxels, labels = batch["voxels"], batch["labels"]
             assert voxels.shape == (2, 1, 16, 16, 16) and str(voxels.dtype) == "torch.float32"
             assert labels.shape == (2, 16, 16, 16) and str(labels.dtype) == "torch.uint8"
-            for i, (one_voxels, one_labels) in enumerate(step):
-                assert np.array_equal(voxels[i].numpy(), one_voxels.numpy())
-                assert np.array_equal(labels[i].numpy(), one_labels.numpy())
+            for i, one in enumerate(step):
+                assert np.array_equal(voxels[i].numpy(), one["voxels"].numpy())
+                assert np.array_equal(labels[i].numpy(), one["labels"].numpy())
 
 
 def test_a_fault_while_cutting_reaches_the_training(monkeypatch: Any) -> None:
@@ -99,10 +101,10 @@ def test_a_fault_while_cutting_reaches_the_training(monkeypatch: Any) -> None:
 def test_workers_live_through_the_epochs_and_through_signals_to_the_group(monkeypatch: Any) -> None:
     dataset = CropDataset([case_in_memory(organs={1: 9}) for _ in range(4)], mini_recipe())
 
-    def marked(_: CropDataset, item: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def marked(_: CropDataset, item: tuple[int, int, int]) -> dict[str, torch.Tensor]:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
-        return torch.tensor(os.getpid()), torch.tensor(item)
+        return {"pid": torch.tensor(os.getpid()), "item": torch.tensor(item)}
 
     monkeypatch.setattr(CropDataset, "__getitem__", marked)
     sampler = StepSampler(dataset, 2)
@@ -111,9 +113,9 @@ def test_workers_live_through_the_epochs_and_through_signals_to_the_group(monkey
     for epoch, first_step in ((0, 1), (1, 0), (2, 0)):
         sampler.epoch, sampler.first_step = epoch, first_step
         batches = list(loader)
-        assert [b.tolist() for _, b in batches] == [[list(i) for i in step] for step in items(dataset, 1, 2, epoch,
-                                                                                              first_step)]
-        workers.append({pid for pids, _ in batches for pid in pids.tolist()})
+        steps = items(dataset, 1, 2, epoch, first_step)
+        assert [batch["item"].tolist() for batch in batches] == [[list(item) for item in step] for step in steps]
+        workers.append({pid for batch in batches for pid in batch["pid"].tolist()})
     assert os.getpid() not in workers[1] and len(workers[1]) == 2
     assert workers[0] < workers[1] == workers[2]
 
@@ -195,3 +197,20 @@ def test_the_cache_is_never_written_through(cases: tuple[Case, ...], tmp_path: P
     voxels += 1
     labels += 1
     assert {p.name: p.read_bytes() for p in (tmp_path / entry.key).iterdir()} == before
+
+
+def test_crops_say_which_organs_were_looked_for_once_one_case_is_partly_drawn() -> None:
+    recipe = mini_recipe(**PLAIN)
+    whole, part = case_in_memory(organs={1: 9, 2: 9}), replace(case_in_memory(organs={2: 9}), drawn=frozenset({2}))
+    assert "groups" not in CropDataset([whole, whole], recipe)[(0, 0, 0)]
+    dataset = CropDataset([whole, part], recipe)
+    np.testing.assert_array_equal(dataset[(0, 0, 0)]["groups"].numpy(), np.eye(3, dtype=bool))
+    np.testing.assert_array_equal(dataset[(0, 0, 1)]["groups"].numpy(), [[1, 1, 0], [0, 0, 0], [0, 0, 1]])
+
+
+def test_every_second_batch_holds_a_fully_drawn_case_while_labels_alone_teach() -> None:
+    cases = [case_in_memory(organs={1: 9})] + [replace(case_in_memory(), drawn=frozenset({1}))] * 11
+    recipe = mini_recipe(train__batch_size=2)
+    for epoch in range(5):
+        order = CropDataset(cases, recipe).order(epoch)
+        assert all(0 in order[start : start + 4] for start in range(0, 12, 4))
