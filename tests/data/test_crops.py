@@ -122,7 +122,7 @@ def test_workers_live_through_the_epochs_and_through_signals_to_the_group(monkey
 
 def starts_of(dataset: CropDataset, count: int) -> np.ndarray:
     """First voxel (z, y, x) of `count` crops of the first case, whose voxels are their own index."""
-    flat = [int(dataset[(0, position, 0)][0][0, 0, 0, 0]) for position in range(count)]
+    flat = [int(dataset[(0, position, 0)]["voxels"][0, 0, 0, 0]) for position in range(count)]
     return np.column_stack(np.unravel_index(flat, dataset.cases[0].voxels.shape))
 
 
@@ -148,7 +148,7 @@ def test_crops_on_an_organ_hold_its_voxel(cases: tuple[Case, ...], tmp_path: Pat
     recipe = mini_recipe(sampling__foreground_share=1.0)
     dataset = CropDataset(cache_cases(cases, recipe, tmp_path), recipe)
     for position in range(40):
-        assert dataset[(0, position, position % 4)][1].any()
+        assert dataset[(0, position, position % 4)]["labels"].any()
 
 
 def test_balanced_organs_are_drawn_alike_however_small() -> None:
