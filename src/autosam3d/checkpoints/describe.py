@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,14 @@ def describe_parameters(recipe: Recipe) -> str:
     ])
 
 
+def describe_cases(organ_cases: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A line an organ: in how many training cases of which dataset it was looked for."""
+    width = max(map(len, organ_cases), default=0)
+    lines = [f"  {organ:{width}}  " + (", ".join(f"{count} of {name}" for name, count in sources.items()) or "none")
+             for organ, sources in organ_cases.items()]
+    return ["training cases", *lines] if lines else []
+
+
 def describe_model(path: Path) -> str:
     """What a checkpoint is: its epoch, figures, SAM file and recipe."""
     json_path = find_checkpoint(path)
@@ -107,6 +116,7 @@ def describe_model(path: Path) -> str:
         organs = meta["metrics"]["val_dice_per_organ"]
         shown = ", ".join(f"{name} {d:.3f}" for name, d in organs.items() if d is not None)
         lines.append(f"validation   Dice {dice:.4f} ({shown})")
+    lines += describe_cases(meta.get("cases") or {})
     return "\n".join([*lines, "", describe_recipe(recipe)])
 
 

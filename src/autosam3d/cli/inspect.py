@@ -17,6 +17,8 @@ def info(
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the whole recipe.")] = False,
     model: Model = None,
     overrides: Set = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="FOLDER", help="As for train: also print which organ comes "
+                                                   "from how many cases of which dataset.")] = None,
 ) -> None:
     """Describe a recipe or a trained model: organs, preprocessing, parameters."""
     from autosam3d.recipes.recipe import dump_recipe, load_recipe
@@ -26,15 +28,22 @@ def info(
         from autosam3d.checkpoints.checkpoint import read_meta, recipe_of
         from autosam3d.checkpoints.describe import describe_model
 
-        if overrides or model:
-            raise UsageError("USAGE", "--set" if overrides else "--model", "a trained model keeps its recipe",
+        if overrides or model or data:
+            given = "--set" if overrides else "--model" if model else "--data"
+            raise UsageError("USAGE", given, "a trained model keeps its recipe",
                              "name a recipe, or leave it out")
         typer.echo(dump_recipe(recipe_of(read_meta(json_path), json_path)) if as_yaml else describe_model(json_path))
         return
-    from autosam3d.checkpoints.describe import describe_recipe
+    from autosam3d.checkpoints.describe import describe_cases, describe_recipe
 
     plan = load_recipe(what, overrides or (), model)
     typer.echo(dump_recipe(plan) if as_yaml else describe_recipe(plan))
+    if data:
+        from autosam3d.data.datasets import open_datasets, organ_counts
+
+        cases = open_datasets(data, plan)
+        counts = organ_counts(cases.train, plan, cases.folder.name)
+        typer.echo("\n".join(["", *describe_cases(counts)]))
 
 
 def recipes() -> None:

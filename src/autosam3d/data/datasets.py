@@ -64,13 +64,17 @@ def open_datasets(folders: Sequence[str | Path], recipe: Recipe) -> CaseSet:
                    further_folders=tuple(folder for _, folder in places[1:]))
 
 
-def organ_counts(cases: Iterable[Case], recipe: Recipe) -> dict[str, dict[str, int]]:
-    """Organ to {dataset: its cases in which that organ was looked for}; super-classes stand behind the organs."""
+def organ_counts(cases: Iterable[Case], recipe: Recipe, only: str) -> dict[str, dict[str, int]]:
+    """Organ to {dataset: its cases in which that organ was looked for}; super-classes stand behind the organs.
+
+    Args:
+        only: name of the dataset where there is one only.
+    """
     counts: dict[str, Counter[str]] = {name: Counter() for name in recipe.labels.values}
     for case in cases:
         for name, value in recipe.labels.values.items():
             if value in case.drawn if case.drawn is not None else value < recipe.labels.num_outputs:
-                counts[name][case.source] += 1
+                counts[name][case.source or only] += 1
     return {name: dict(sources) for name, sources in counts.items()}
 
 

@@ -82,6 +82,8 @@ class Run:
     """Steps in a row, up to the last one, whose gradient was not finite."""
     data_sha256: str = ""
     """Of everything that the preprocessed cases were made from."""
+    organ_cases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Organ to {dataset: its training cases in which the organ was looked for}."""
     saved: Position | None = None
     """Where the state on disk stands; None where there is none."""
     teacher: Teacher | None = None
@@ -217,6 +219,7 @@ def _meta(run: Run, kind: str) -> dict[str, Any]:
         "recipe": run.recipe.as_dict(),
         "sam": vars(run.sam) if run.sam else None,
         "teacher": run.teacher.origin if run.teacher else None,
+        "cases": run.organ_cases,
         "epoch": run.position.epoch,
         "torch": torch.__version__,
     }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from autosam3d.data.cache import CachedCase, demand_organs
 from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
+from autosam3d.data.datasets import organ_counts
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference.out_of_memory import memory_named
@@ -138,6 +139,7 @@ def _take_up(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase
     demand_organs(train_cases, run.recipe, cases.folder)
     keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
     run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+    run.organ_cases = organ_counts(cases.train, run.recipe, cases.folder.name)
     resume_run(run)
     return ask_teacher(run, train_cases, cache_dir), val_cases
 
