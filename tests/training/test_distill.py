@@ -267,7 +267,8 @@ def test_crops_carry_probabilities_of_the_same_place(cases: CaseSet, teacher: Pa
     perfect = [replace(case, probs=np.stack([(case.labels == k) * np.uint8(255) for k in (1, 2)])) for case in plain]
     dataset = CropDataset(perfect, recipe)
     for position in range(12):
-        _, labels, probs = dataset[(0, position, position % 4)]
+        crop = dataset[(0, position, position % 4)]
+        labels, probs = crop["labels"], crop["probs"]
         assert torch.equal(probs.argmax(0).to(torch.uint8), labels)
     assert loaded_teacher.origin["recipe"] == "mini"
 
