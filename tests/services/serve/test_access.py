@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running import Running, fault, outcome, running
+from running import Running, answer_of, connected, fault, head, outcome, running
 
 from autosam3d.errors import UsageError
 from autosam3d.services.addresses import is_loopback
@@ -80,10 +80,26 @@ def test_the_token_is_in_no_log_url_or_error(closed: Running, ct: Path) -> None:
     assert TOKEN.encode() not in arguments and kept == []
 
 
+def test_login_bodies_that_are_none(closed: Running) -> None:
+    """Without a token: nothing is a bug of the service, and the right password among 16 fields is right."""
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    with closed.client() as client:
+        for content, status, code in ((b"a=b&" * 17, 413, "PARTS"), (b"a=b&" * 1000, 413, "PARTS"),
+                                      (b"a" * 5000, 413, "TOO_LARGE"), (b"", 401, "TOKEN"),
+                                      (b"password=\xff\xfe%ff%00", 401, "TOKEN"), (b"%" * 4000, 401, "TOKEN")):
+            fault(client.post("/auth/token", content=content, headers=kind), status, code)
+        assert client.post("/auth/token", content=f"{'a=b&' * 15}password={TOKEN}", headers=kind).status_code == 200
+    with connected(closed) as raw:
+        raw.sendall(head(closed, "Content-Length: 4000", path="/auth/token") + b"password=x")
+    with closed.client() as client:
+        assert client.get("/health").status_code == 200
+    assert " 500 " not in closed.log.read_text()
+
+
 @pytest.mark.parametrize(("host", "status"), [
     ("127.0.0.1", 200), ("localhost", 200), ("[::1]", 200), ("ct.example.org", 200), ("CT.example.org:80", 200),
     ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("192.0.2.7", 403),
-    ("0.0.0.0", 403), ("", 403), ("x" * 1000, 403),
+    ("0.0.0.0", 403), ("", 403), ("x" * 1000, 403), ("[::1]evil", 403), ("127.0.0.1]", 403), ("127.0.0.1:evil", 403),
 ])
 def test_only_its_own_names(closed: Running, host: str, status: int) -> None:
     with closed.client() as client:
@@ -91,6 +107,16 @@ def test_only_its_own_names(closed: Running, host: str, status: int) -> None:
     assert answer.status_code == status, answer.text
     if status == 403:
         fault(answer, 403, "HOST")
+
+
+def test_ten_thousand_headers(closed: Running) -> None:
+    """They come in one piece, so that no limit on what is incomplete meets them."""
+    with connected(closed) as raw:
+        raw.sendall(head(closed, *(f"X{i}: y" for i in range(10_000)), method="GET", path="/health"))
+        assert answer_of(raw).split()[1] in (b"431", b"400")
+    with closed.client() as client:
+        fault(client.get("/health", headers=[(f"x{i}", "y") for i in range(300)]), 431, "HEADERS")
+        assert client.get("/health", headers=[(f"x{i}", "y") for i in range(150)]).status_code == 200
 
 
 @pytest.mark.parametrize(("headers", "status"), [

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from autosam3d.io import ReadOptions
+from autosam3d.services.serve.connection import REFUSED
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import request_id_of
 from autosam3d.services.serve.intake import ScanService
@@ -162,6 +163,7 @@ def _answer_faults(app: FastAPI) -> None:
     async def answer(request: Request, fault: ServiceFault) -> JSONResponse:
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if has_body and not request.scope["state"].get("body_begun"):
+            request.scope["state"][REFUSED] = True
             await discard(request, places)
         return JSONResponse(fault.body(request_id_of(request)), fault.status, fault.headers)
 

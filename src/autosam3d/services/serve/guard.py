@@ -7,6 +7,7 @@ import binascii
 import ipaddress
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ _log = logging.getLogger(__name__)
 OPEN = ("/health", "/auth/", "/auth", "/auth/token")
 """Paths that need no token: for monitoring, and for clients that ask whether a token is needed."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_MAX_RANGES = 8
+_MAX_RANGES, _MAX_HEADERS = 8, 200
+_HOST = re.compile(r"(\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9._-]{1,253}))(:[0-9]{0,5})?")
 _PAGE = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-embedder-policy": "require-corp",
@@ -43,7 +45,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
         self._app, self._settings = app, settings
-        self._names = {name.lower() for name in settings.allow_hosts}
+        self._names = {host_name(name) or name.lower() for name in settings.allow_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,6 +89,8 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ServiceFault | None:
         headers = Headers(scope=scope)
+        if len(scope["headers"]) > _MAX_HEADERS:
+            return ServiceFault(431, "HEADERS", f"expected at most {_MAX_HEADERS} headers")
         if not self._is_our_name(headers.getlist("host"), scope):
             return ServiceFault(403, "HOST", "the service is not known by this name; start it with --allow-host NAME")
         if not _is_our_page(headers, scope["method"]):
@@ -101,14 +105,16 @@ class Guard:
         """Refuse DNS rebinding: a page whose host name was made to resolve to this machine sends that name."""
         if len(hosts) != 1:
             return False
-        name = _without_port(hosts[0]).lower()
+        name = host_name(hosts[0])
+        if name is None:
+            return False
         if name in self._names:
             return True
         local = str((scope.get("server") or ("",))[0])
         if is_loopback(local) and is_loopback(name):
             return True
         try:
-            return ipaddress.ip_address(name.strip("[]")) == ipaddress.ip_address(local.partition("%")[0])
+            return ipaddress.ip_address(name) == ipaddress.ip_address(local.partition("%")[0])
         except ValueError:
             return False
 
@@ -157,10 +163,20 @@ def _is_our_page(headers: Headers, method: str) -> bool:
     return method in _SAFE or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
 
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
+def host_name(host: str) -> str | None:
+    """The name or address in a Host header, in lower case, without port and brackets; None where it is neither.
+
+    *Source*: RFC 9110 section 7.2, RFC 3986 section 3.2.2.
+    """
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return None
+    if found["six"] is None:
+        return found["name"].lower()
+    try:
+        return str(ipaddress.IPv6Address(found["six"]))
+    except ValueError:
+        return None
 
 
 def _has_body(scope: Scope) -> bool:

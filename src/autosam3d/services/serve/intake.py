@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 from autosam3d.io import ReadOptions
 from autosam3d.io.dicom.archive import is_zip
+from autosam3d.services.serve.connection import RECEIVING
 from autosam3d.services.serve.faults import NO_SUCH_JOB, ServiceFault
 from autosam3d.services.serve.guard import request_id_of
 from autosam3d.services.serve.runner import UPLOAD, Runner
@@ -86,7 +87,7 @@ class ScanService:
         if once:
             self._receiving_once.add(once)
         try:
-            request.scope["state"]["body_begun"] = True
+            request.scope["state"] |= {"body_begun": True, RECEIVING: True}
             upload = await receive(request, folder / UPLOAD, self.settings, self.threads, file_fields)
             name = await self.on_disk(lambda: _named(upload, folder))
             content = {"upload": name, "forms": list(forms), "read": asdict(read_options), "overlap": overlap,
@@ -97,6 +98,7 @@ class ScanService:
             self.threads.submit(shutil.rmtree, folder, True)
             raise
         finally:
+            request.scope["state"][RECEIVING] = False
             self.receiving -= 1
             self._receiving_once.discard(once or "")
         self.runner.wake()

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
 
 from autosam3d.io import ReadOptions
 from autosam3d.services.serve.app import result_file
@@ -24,7 +25,7 @@ from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import is_token, shown_token
 from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, SESSION
-from autosam3d.services.serve.uploads import MULTIPART
+from autosam3d.services.serve.uploads import MULTIPART, body_cut, too_slow
 from autosam3d.version import __version__
 
 Output = Literal["image", "json", "all", "dicom_seg"]
@@ -32,7 +33,7 @@ _FORMS: dict[str, tuple[str, ...]] = {"image": ("nifti", "json"), "all": ("nifti
                                       "dicom_seg": ("seg", "json")}
 _POLL_SECONDS = 0.1
 _CHUNK = 1 << 18
-_MAX_LOGIN = 4096
+_MAX_LOGIN, _MAX_FIELDS = 4096, 16
 
 
 def add_monai_label(app: FastAPI, service: ScanService) -> None:
@@ -117,12 +118,12 @@ def _add_login(app: FastAPI, service: ScanService) -> None:
     async def login(request: Request) -> JSONResponse:
         token = service.settings.token
         request.scope["state"]["body_begun"] = True
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _MAX_LOGIN:
-                raise ServiceFault(413, "TOO_LARGE", "expected a name and a password")
-        fields = parse_qs(body.decode("utf-8", errors="replace"), max_num_fields=16)
+        body = await _login_body(request, service.settings.chunk_seconds)
+        try:
+            fields = parse_qs(body.decode("utf-8", errors="replace"), max_num_fields=_MAX_FIELDS)
+        except ValueError:
+            raise ServiceFault(413, "PARTS", f"expected a name and a password, got more than {_MAX_FIELDS} fields"
+                               ) from None
         password = (fields.get("password") or [""])[0]
         if token is None or not is_token(password, token):
             raise ServiceFault(401, "TOKEN", "expected the service's token as the password")
@@ -132,6 +133,26 @@ def _add_login(app: FastAPI, service: ScanService) -> None:
     async def valid(request: Request) -> dict[str, Any]:
         token = service.settings.token  # the guard has refused wrong tokens already
         return {"valid": token is None or is_token(shown_token(request.headers.get("authorization", "")), token)}
+
+
+async def _login_body(request: Request, seconds: float) -> bytes:
+    """The whole body, which is small and must come in so many seconds.
+
+    Raises:
+        ServiceFault: 408 SLOW, 413 TOO_LARGE, 400 BODY_CUT.
+    """
+    body = b""
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > _MAX_LOGIN:
+                    raise ServiceFault(413, "TOO_LARGE", "expected a name and a password")
+    except TimeoutError:
+        raise too_slow() from None
+    except ClientDisconnect:
+        raise body_cut() from None
+    return body
 
 
 async def _answer(service: ScanService, request: Request, job_id: str, form: str) -> Response:

@@ -25,7 +25,7 @@ from autosam3d.io.lock_file import hold_folder
 from autosam3d.scans.open_model import kept_export
 from autosam3d.services.addresses import cannot_listen, no_such_address
 from autosam3d.services.serve.app import make_app
-from autosam3d.services.serve.connection import patient_protocol
+from autosam3d.services.serve.connection import ConnectionLimits, patient_protocol
 from autosam3d.services.serve.guard import Guard
 from autosam3d.services.serve.intake import ScanService
 from autosam3d.services.serve.monai import add_monai_label
@@ -45,6 +45,10 @@ _MODE = 0o700
 _REMEDY = "name another folder with --folder"
 _DISK_THREADS = 8
 _BACKLOG = 512
+# Connections that are accepted in one go: between two goes those that are there are answered.
+_ACCEPTED_AT_ONCE = 32
+# What the system keeps of an answer for a client that does not read; it would grow to megabytes a connection.
+_SEND_BUFFER_BYTES = 1 << 18
 
 
 def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[str], None]) -> None:
@@ -81,9 +85,9 @@ def serve(settings: ServeSettings, workers: WorkerSettings, on_ready: Callable[[
         _add_page(app, settings, workers.model)
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its tracebacks may quote what was sent
         config = uvicorn.Config(
-            Guard(app, settings), http=patient_protocol(settings.header_seconds), ws="none", lifespan="off",
+            Guard(app, settings), http=patient_protocol(ConnectionLimits.of(settings)), ws="none", lifespan="off",
             loop="asyncio", access_log=False, log_config=None, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), backlog=_BACKLOG,
+            timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), backlog=_ACCEPTED_AT_ONCE,
         )
         server = _Server(config, runner, deadline)
         listening.listen(_BACKLOG)  # from here on connections are accepted
@@ -111,6 +115,11 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, runner: Runner, deadline: _Deadline) -> None:
         super().__init__(config)
         self._runner, self._deadline = runner, deadline
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)  # uvicorn has set what waits to what is accepted at once
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._deadline.begin()
@@ -176,6 +185,7 @@ def _bind(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind(address)

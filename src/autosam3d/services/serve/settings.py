@@ -42,6 +42,10 @@ class ServeSettings:
     rate_seconds: float = 20.0
     upload_seconds: float = 1800.0
     header_seconds: float = 20.0
+    max_connections: int = 1000
+    """Fewer where the process may open few files."""
+    max_peer_connections: int = 256
+    """From one address; one more takes the place of the one that has been silent for longest."""
     app: bool = True
     """Give out the browser app, too."""
 

@@ -136,7 +136,6 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
     total, began = 0, time.monotonic()
     window_began, window_bytes = began, 0
     expected = int(request.headers.get("content-length") or -1)
-    slow = ServiceFault(408, "SLOW", "the body came too slowly; try again over a better connection")
     stream = request.stream()
     while True:
         try:
@@ -144,9 +143,9 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
             async with asyncio.timeout(settings.chunk_seconds):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise slow from None
+            raise too_slow() from None
         except ClientDisconnect:
-            raise ServiceFault(400, "BODY_CUT", "the body ended too early") from None
+            raise body_cut() from None
         if chunk is None:
             break
         now = time.monotonic()
@@ -155,14 +154,14 @@ async def _chunks(request: Request, settings: ServeSettings) -> AsyncIterator[by
         if total > settings.max_upload_bytes:
             raise _too_large(settings)
         if now - began > settings.upload_seconds:
-            raise slow
+            raise too_slow()
         if now - window_began > settings.rate_seconds:
             if window_bytes < settings.min_rate * (now - window_began):
-                raise slow
+                raise too_slow()
             window_began, window_bytes = now, 0
         yield chunk
     if 0 <= expected != total:
-        raise ServiceFault(400, "BODY_CUT", "the body ended too early")
+        raise body_cut()
 
 
 class _Sink:
@@ -294,6 +293,16 @@ def _content_type(request: Request) -> str:
 
 def _too_large(settings: ServeSettings) -> ServiceFault:
     return ServiceFault(413, "TOO_LARGE", f"expected at most {settings.max_upload_bytes >> 20} MiB")
+
+
+def too_slow() -> ServiceFault:
+    """The answer to a body that does not come, or comes a few bytes at a time."""
+    return ServiceFault(408, "SLOW", "the body came too slowly; try again over a better connection")
+
+
+def body_cut() -> ServiceFault:
+    """The answer, which nobody reads, to a sender who has gone."""
+    return ServiceFault(400, "BODY_CUT", "the body ended too early")
 
 
 def _bad_form() -> ServiceFault:
