@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -160,6 +161,26 @@ def test_an_end_between_two_answers_is_no_fault(ct: Path, tmp_path: Path) -> Non
     with pytest.raises(JobCancelled):
         worker.segment(_job(ct, tmp_path / "out"), close)
     assert worker.pid is None and not (tmp_path / "out" / "labels.nii.gz").exists()
+
+
+def test_where_no_thread_or_process_can_be_begun(ct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scan fails by name, no process is forgotten, and the next scan is done."""
+    pytest.importorskip("onnxruntime")
+    worker = Worker(WorkerSettings(model=mini_export(), backend="onnxruntime", threads=1))
+
+    def refuse(*args: object, **how: object) -> None:
+        raise RuntimeError("can't start new thread") if not how else BlockingIOError(11, "no more processes")
+
+    with contextlib.closing(worker):
+        for kind, name, at_work in ((threading.Timer, "start", False), (subprocess, "Popen", False),
+                                    (threading.Timer, "start", True)):
+            if at_work:
+                worker.start()
+            with monkeypatch.context() as refusing, pytest.raises(ResourceError) as caught:
+                refusing.setattr(kind, name, refuse)
+                worker.segment(_job(ct, tmp_path / "a", "nifti"))
+            assert caught.value.code == "NO_PROCESS" and worker.pid is None and worker._process is None
+        assert worker.segment(_job(ct, tmp_path / "b", "nifti")).files
 
 
 def test_a_scan_that_takes_too_long_is_given_up(ct: Path, tmp_path: Path) -> None:

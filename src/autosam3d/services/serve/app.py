@@ -51,9 +51,14 @@ def make_app(service: ScanService) -> FastAPI:
     _add_jobs(app, service)
 
     @app.get("/health", summary="Whether the service works, and how much there is to do")
-    async def health() -> dict[str, Any]:
-        return {"status": "stopping" if service.runner.stopping else "ok", "queued": service.store.num_queued,
-                "receiving": service.receiving, "version": __version__}
+    async def health() -> JSONResponse:
+        runner = service.runner
+        status = "stopping" if runner.stopping else "ok" if runner.works else "failing"
+        workers = {"alive": runner.num_workers, "expected": service.settings.workers}
+        told = {"status": status, "queued": service.store.num_queued, "running": runner.num_running,
+                "receiving": service.receiving, "workers": workers, "unwritten": service.store.num_unwritten,
+                "version": __version__}
+        return JSONResponse(told, 503 if status == "failing" else 200)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -141,7 +141,7 @@ class ScanService:
         if self.receiving >= self.settings.max_receiving:
             raise ServiceFault(503, "BUSY", "too many scans are being sent right now; try again", BUSY_SECONDS)
         if state == SESSION:
-            if self.store.num_sessions() >= _SESSIONS_PER_PLACE * self.settings.queue:
+            if self.store.num_sessions >= _SESSIONS_PER_PLACE * self.settings.queue:
                 raise ServiceFault(429, "SESSIONS", "too many sessions are open; try again later", 60)
         elif self.store.num_queued + self.receiving >= self.settings.queue:
             raise ServiceFault(429, "QUEUE_FULL", "the queue is full; try again later", BUSY_SECONDS)

@@ -15,6 +15,7 @@ from autosam3d.io import ReadOptions
 from autosam3d.services.serve.faults import ServiceFault, disk_failed
 from autosam3d.services.serve.settings import ServeSettings, SteadyClock
 from autosam3d.services.serve.store import DONE, FAILED, JobStore, StoredJob
+from autosam3d.services.unforeseen import UNFORESEEN
 from autosam3d.services.workers.messages import ModelFacts, WorkerSettings, result_message
 from autosam3d.services.workers.scan import ScanJob
 from autosam3d.services.workers.worker import JobCancelled, Worker
@@ -25,7 +26,8 @@ UPLOAD = "upload"
 """Name of the folder in a job's folder with the files that were sent."""
 RESULT = "result"
 _SWEEP_SECONDS = 30.0
-_MAX_PAUSE_SECONDS = 30.0
+_MIN_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 1.0, 30.0
+_MEND_SECONDS = 2.0
 
 
 @dataclass
@@ -70,8 +72,10 @@ class Runner:
         self._running: dict[str, tuple[Worker, ScanStatus]] = {}
         self._deleted: set[str] = set()
         self._lock, self._wake = threading.Lock(), threading.Condition()
-        self._stopping = False
+        self._stopping = self._table_fails = False
         self._threads: list[threading.Thread] = []
+        self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        self._maybe_strays: set[str] = set()
 
     def start(self) -> ModelFacts:
         """Load the model and start the threads.
@@ -80,12 +84,24 @@ class Runner:
             AutoSam3dError: as `Worker.start`.
         """
         facts = self._workers[0].start()
-        self._threads = [threading.Thread(target=self._work, args=(worker,), name=f"worker-{number}", daemon=True)
-                         for number, worker in enumerate(self._workers)]
-        self._threads.append(threading.Thread(target=self._sweep, name="sweep", daemon=True))
-        for thread in self._threads:
+        self._threads = [self._thread(number) for number in range(len(self._workers))]
+        for thread in (*self._threads, self._sweeper):
             thread.start()
         return facts
+
+    @property
+    def num_workers(self) -> int:
+        """Threads that take jobs from the queue; as many as there are to be, unless something is wrong."""
+        return sum(thread.is_alive() for thread in self._threads)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def works(self) -> bool:
+        """Whether jobs are taken, and what becomes of them is written."""
+        return self.num_workers == len(self._workers) and not self._table_fails and not self._store.num_unwritten
 
     @property
     def worker_pids(self) -> list[int]:
@@ -131,26 +147,35 @@ class Runner:
             time.sleep(0.05)
         for worker in self._workers:
             worker.close()
-        for thread in self._threads:
-            thread.join(10)
+        for thread in (*self._threads, self._sweeper):
+            if thread.is_alive():
+                thread.join(10)
+
+    def _thread(self, number: int) -> threading.Thread:
+        return threading.Thread(target=self._work, args=(self._workers[number],), name=f"worker-{number}", daemon=True)
 
     def _work(self, worker: Worker) -> None:
-        pause = 1.0
+        pause = _MIN_PAUSE_SECONDS
         while not self._stopping:
             try:
                 job = self._store.take()
-                if job is not None:
-                    self._run(worker, job)
-                else:
-                    with self._wake:
-                        self._wake.wait(0.5)
-                pause = 1.0
             except (OSError, sqlite3.Error) as error:
                 # The disk may work again, for example a network disk.
-                _log.error("the folder of jobs cannot be used (%s), next try in %.0f s", type(error).__name__, pause)
-                time.sleep(pause)
+                self._table_fails = True
+                _log.error("the table of jobs cannot be written (%s), next try in %.0f s", type(error).__name__, pause)
+                self._wait(pause)
                 pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+                continue
+            pause, self._table_fails = _MIN_PAUSE_SECONDS, False
+            if job is not None:
+                self._run(worker, job)
+            else:
+                self._wait(0.5)
         worker.close()
+
+    def _wait(self, seconds: float) -> None:
+        with self._wake:
+            self._wake.wait(seconds)
 
     def _run(self, worker: Worker, job: StoredJob) -> None:
         status = ScanStatus()
@@ -162,6 +187,10 @@ class Runner:
             outcome = self._segment(worker, job, folder, status)
         except JobCancelled:
             outcome = None
+        except UNFORESEEN as error:
+            # Whatever it is, this job has an end and the next one its turn.
+            _log.error("job of request %s: %s", job.request.get("request_id"), type(error).__name__)
+            outcome = FAILED, _failed().as_dict()
         finally:
             with self._lock:
                 del self._running[job.id]
@@ -179,6 +208,8 @@ class Runner:
                 shutil.rmtree(folder / RESULT, ignore_errors=True)
             self._store.end(job.id, state, content, self._clock.now())
             shutil.rmtree(folder / UPLOAD, ignore_errors=True)
+            if self._store.num_unwritten:
+                _log.error("job of request %s: its end cannot be written yet", job.request.get("request_id"))
         _log.info("job of request %s: %s after %.1f s", job.request.get("request_id"),
                   "deleted" if deleted else "put back" if outcome is None else
                   outcome[0] if outcome[0] == DONE else outcome[1]["code"], time.monotonic() - began)
@@ -204,12 +235,16 @@ class Runner:
         return DONE, result_message(result, (source, folder))
 
     def _sweep(self) -> None:
+        due = 0.0
         while not self._stopping:
             try:
-                self.sweep()
-            except (OSError, sqlite3.Error) as error:
-                _log.error("old jobs cannot be deleted (%s)", type(error).__name__)
-            until = time.monotonic() + min(_SWEEP_SECONDS, self._settings.keep_seconds / 2)
+                self.mend()
+                if time.monotonic() >= due:
+                    due = time.monotonic() + min(_SWEEP_SECONDS, self._settings.keep_seconds / 2)
+                    self.sweep()
+            except (OSError, sqlite3.Error, *UNFORESEEN) as error:  # this thread watches the others
+                _log.error("jobs cannot be looked after (%s)", type(error).__name__)
+            until = time.monotonic() + _MEND_SECONDS
             while not self._stopping and time.monotonic() < until:
                 time.sleep(0.2)
 
@@ -217,6 +252,27 @@ class Runner:
         """Delete jobs that ended more than `keep_seconds` ago."""
         for job_id in self._store.old(self._clock.now() - self._settings.keep_seconds):
             self.delete(job_id)
+
+    def mend(self) -> None:
+        """Put a new thread in the place of one that died; give each job that is told as running, and that no worker has
+        held at this look and the last, back to the queue."""
+        for number, thread in enumerate(self._threads):
+            if not thread.is_alive() and not self._stopping:
+                _log.error("the thread of worker %d has died; another takes its place", number)
+                self._threads[number] = self._thread(number)
+                self._threads[number].start()
+        strays = {job.id: job for job in self._store.strays(self._held())}
+        for job_id in strays.keys() & self._maybe_strays - self._held():
+            self._store.begin_again(strays[job_id], self._clock.now())
+        self._maybe_strays = set(strays)
+
+    def _held(self) -> set[str]:
+        with self._lock:
+            return set(self._running)
+
+
+def _failed() -> ServiceFault:
+    return ServiceFault(503, "WORKER_FAILED", "the service could not work on the scan; send it again later")
 
 
 def worker_settings(base: WorkerSettings, settings: ServeSettings) -> WorkerSettings:

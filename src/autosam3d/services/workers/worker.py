@@ -160,14 +160,22 @@ class Worker:
                 raise JobCancelled
             self._ended_by = ""
             self._process = self._spawn()
-        self._send(self.settings.as_dict())
-        with self._deadline(self.settings.start_seconds):
-            return self._answer("it loaded its model")
+        try:
+            self._send(self.settings.as_dict())
+            with self._deadline(self.settings.start_seconds):
+                return self._answer("it loaded its model")
+        except BaseException:
+            self._end()  # or the process would be forgotten while it runs
+            raise
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        # In a session of its own, so that Ctrl-C at the terminal reaches the owner alone.
-        return subprocess.Popen([sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, env=_environment(self.settings), start_new_session=True)
+        try:
+            # In a session of its own, so that Ctrl-C at the terminal reaches the owner alone.
+            return subprocess.Popen([sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                    env=_environment(self.settings), start_new_session=True)
+        except OSError as error:
+            raise _no_process(error.strerror or type(error).__name__) from None
 
     def _send(self, message: Mapping[str, Any]) -> None:
         process = self._process
@@ -205,7 +213,10 @@ class Worker:
 
         timer = threading.Timer(seconds, late)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # Python's word where the system allows no more threads
+            raise _no_process("no thread can be begun") from None
         try:
             yield
         finally:
@@ -230,6 +241,11 @@ class Worker:
             if pipe is not None:
                 with contextlib.suppress(OSError, ValueError):
                     pipe.close()
+
+
+def _no_process(why: str) -> ResourceError:
+    return ResourceError("NO_PROCESS", "scan", f"expected to begin a process for the scan, the system refuses ({why})",
+                         "try again later, or allow the service more processes, files and memory")
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
