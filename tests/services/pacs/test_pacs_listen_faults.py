@@ -45,6 +45,7 @@ from autosam3d.services.pacs.rule import Rule
 from autosam3d.services.pacs.service import ArchiveService
 from autosam3d.services.pacs.sinks import DimseSink
 from autosam3d.services.pacs.state_folder import StateFolder
+from autosam3d.services.pacs.troubles import Troubles
 
 LIMITS = RoomLimits(max_object_bytes=300_000, max_objects=12, max_series=3, min_free_bytes=1 << 20)
 FIRST = f"{bad.SERIES_UID}.1"
@@ -327,28 +328,28 @@ def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
         put("1.2", f"1.2.{n}", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
         put("1.3", f"1.3.{n}", StudyInstanceUID=f"1.2.{n}")
     put("1.4", "1.4.0", NumberOfFrames=3, SOPClassUID=EnhancedCTImageStorage)
-    assert look(service, incoming, how) == 0  # they may still grow
+    assert look(service, incoming, how, Troubles()) == 0  # they may still grow
     clock[0] = 9.0
     put("1.1", "1.1.3")
     clock[0] = 11.0
-    assert look(service, incoming, how) == 1  # frames are slices
+    assert look(service, incoming, how, Troubles()) == 1  # frames are slices
     clock[0] = 20.0
-    assert look(service, incoming, how) == 1
+    assert look(service, incoming, how, Troubles()) == 1
     assert {job.series: job.num for job in ledger.jobs()} == {"1.1": 4, "1.4": 1}
     # While one waits it keeps its files; what nobody needs goes.
     clock[0] = 500.0
-    look(service, incoming, how)
+    look(service, incoming, how, Troubles())
     assert {path.name for path in state.incoming.iterdir()} == {"receiving", hash_of("1.1"), hash_of("1.4")}
     while service.work_once():
         pass
     assert {job.state for job in ledger.jobs()} == {DONE}
-    look(service, incoming, how)
+    look(service, incoming, how, Troubles())
     assert [path.name for path in state.incoming.iterdir()] == ["receiving"]
     # Given up, its images are kept for a while; once they are gone, sending it again begins anew.
     for n in range(3):
         put("1.5", f"1.5.{n}")
     clock[0] = 600.0
-    assert look(service, incoming, how) == 1
+    assert look(service, incoming, how, Troubles()) == 1
     service.segmenter = None  # type: ignore[assignment]
     job = ledger.due(clock[0], 1.0)
     assert job is not None
@@ -358,7 +359,7 @@ def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
     assert state.series(job.id).is_dir()
     clock[0] += 86_401.0
     forget_failed(service, how)
-    look(service, incoming, how)
+    look(service, incoming, how, Troubles())
     assert not state.job(job.id).exists() and not (state.incoming / hash_of("1.5")).exists()
     assert ledger.requeue(None, clock[0]) == 1
     service.segmenter = NoSegmenter()
@@ -367,6 +368,6 @@ def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
     for n in range(3):
         put("1.5", f"1.5.{n}")
     clock[0] += 10.0
-    assert look(service, incoming, how) == 1 and service.work_once()
+    assert look(service, incoming, how, Troubles()) == 1 and service.work_once()
     assert ledger.get(job.id).state == DONE  # type: ignore[union-attr]
     ledger.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from autosam3d.errors import ResourceError, VolumeError
@@ -13,6 +14,7 @@ from autosam3d.services.pacs.incoming import Incoming
 from autosam3d.services.pacs.ledger import DEAD, WAITING, SeriesJob, job_id
 from autosam3d.services.pacs.rule import Rule, SeriesFacts
 from autosam3d.services.pacs.service import ArchiveService, named_faults
+from autosam3d.services.pacs.troubles import Troubles
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ _LOOK_SECONDS = 1.0
 _AFTER_FAULT_SECONDS = 10.0
 _HOUSEKEEPING_SECONDS = 3600.0
 _DAY_SECONDS = 86_400.0
+# What the files of one series are the reason of; all else is the ledger's or the disk's as a whole.
+_OF_SERIES = ("IO",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +42,29 @@ class Arrivals:
     """Files of a series whose job is dead are kept for so long, since they cannot be fetched again."""
 
 
-def look(service: ArchiveService, incoming: Incoming, how: Arrivals) -> int:
-    """Make jobs for series that are complete and meet the rule, delete old files; returns the number of new jobs."""
-    with named_faults():
-        num_new = sum(_take_up(key, service, incoming, how) for key in incoming.due(how.settle_seconds))
-        for key in incoming.old(max(how.keep_seconds, how.settle_seconds)):
-            # A waiting job has not linked its files yet.
-            job = _job_of(key, service, incoming, how)
-            if job is None or job.state != WAITING:
-                incoming.drop(key)
+def look(service: ArchiveService, incoming: Incoming, how: Arrivals, troubles: Troubles) -> int:
+    """Make jobs for series that are complete and meet the rule, delete old files; returns the number of new jobs.
+
+    A series whose files cannot be read now is put off, and the others go on.
+
+    Args:
+        troubles: what was put off by earlier looks, and is by this one.
+
+    Raises:
+        ResourceError: the ledger cannot be written.
+    """
+    num_new = 0
+    for key in incoming.due(how.settle_seconds):
+        if not troubles.puts_off(_name(key), service.now()):
+            with _passed_over(key, service, troubles):
+                num_new += _take_up(key, service, incoming, how)
+    for key in incoming.old(max(how.keep_seconds, how.settle_seconds)):
+        if not troubles.puts_off(_name(key), service.now()):
+            with _passed_over(key, service, troubles):
+                # A waiting job has not linked its files yet.
+                job = _job_of(key, service, incoming, how)
+                if job is None or job.state != WAITING:
+                    incoming.drop(key)
     return num_new
 
 
@@ -61,13 +79,13 @@ def run_forever(
     service: ArchiveService, incoming: Incoming, how: Arrivals, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     """Make jobs and work on them until the process is stopped; a full disk is waited for, and logged once."""
-    kept_house, is_faulty = float("-inf"), False
+    kept_house, is_faulty, troubles = float("-inf"), False, Troubles()
     while True:
         try:
             if time.monotonic() - kept_house > _HOUSEKEEPING_SECONDS:
                 forget_failed(service, how)
                 kept_house = time.monotonic()
-            look(service, incoming, how)
+            look(service, incoming, how, troubles)
             if not service.work_once():
                 sleep(_LOOK_SECONDS)
             is_faulty = False
@@ -78,6 +96,24 @@ def run_forever(
             sleep(_AFTER_FAULT_SECONDS)
 
 
+def _name(key: str) -> str:
+    return f"series {key[:16]}"
+
+
+@contextlib.contextmanager
+def _passed_over(key: str, service: ArchiveService, troubles: Troubles) -> Iterator[None]:
+    """Inside, a disk that fails under this series does not keep the others from being looked at."""
+    try:
+        with named_faults():
+            yield
+    except ResourceError as error:
+        if error.code not in _OF_SERIES:
+            raise
+        troubles.failed(_name(key), error, service.now())
+    else:
+        troubles.well(_name(key))
+
+
 def _take_up(key: str, service: ArchiveService, incoming: Incoming, how: Arrivals) -> bool:
     names = incoming.objects(key)
     if not names:  # a process was killed after it made the folder and before it put the first object there
@@ -86,16 +122,18 @@ def _take_up(key: str, service: ArchiveService, incoming: Incoming, how: Arrival
     job = _job_of(key, service, incoming, how)
     if job is not None and job.is_open:
         return False  # looked at again when that job has ended
-    incoming.looked(key, len(names))
     # The job is dead and its images are deleted: the series was sent again on purpose.
     is_anew = job is not None and job.state == DEAD and not service.state.series(job.id).is_dir()
     if job is not None and not is_anew and not _is_more(job, names, service):
+        incoming.looked(key, len(names))
         return False
     try:
-        images = [identify_image(incoming.folder / key / name, f"series {key[:16]}") for name in sorted(names)]
+        images = [identify_image(incoming.folder / key / name, _name(key)) for name in sorted(names)]
     except VolumeError as error:
+        incoming.looked(key, len(names))
         _log.warning("%s: passed over: %s: %s", error.where, error.code, error.fault)
         return False
+    incoming.looked(key, len(names))
     missed = _missed(images, how.rule)
     if missed:
         _log.info("series %s: passed over by the rule (%s)", key[:16], missed)

@@ -55,6 +55,9 @@ class Limits:
     """Longest wait for the next byte."""
     answer_seconds: float = 120.0
     """For a whole answer other than image data."""
+    min_rate: float = 256.0
+    """Bytes a second of such an answer, over `rate_seconds`: a list that drips would hold up all others."""
+    rate_seconds: float = 5.0
     fetch_seconds: float = 3600.0
     max_json_bytes: int = 64 << 20
     max_file_bytes: int = 512 << 20
@@ -114,17 +117,15 @@ class DicomWeb:
         if since is not None:
             wish["StudyDate"] = f"{since}-"
         for item in self._search("studies", wish, _STUDY):
-            yield FoundStudy(_uid(item, _STUDY, self.name), _integer(item, _NUM_IN_STUDY))
+            yield FoundStudy(_uid(item, _STUDY), _integer(item, _NUM_IN_STUDY))
 
-    def series(self, study: str) -> list[FoundSeries]:
+    def series(self, study: str) -> Iterator[FoundSeries]:
         """All series of a study."""
         fields = (_MODALITY, _BODY_PART, _DESCRIPTION, _NUM_IN_SERIES)
-        found = []
         for item in self._search(f"studies/{study}/series", {"includefield": fields}, _SERIES):
             facts = SeriesFacts(modality=_text(item, _MODALITY), body_part=_text(item, _BODY_PART),
                                 description=_text(item, _DESCRIPTION), num_instances=_integer(item, _NUM_IN_SERIES))
-            found.append(FoundSeries(study, _uid(item, _SERIES, self.name), facts))
-        return found
+            yield FoundSeries(study, _uid(item, _SERIES), facts)
 
     def instances(self, study: str, series: str) -> dict[str, tuple[str, float | None]]:
         """SOPInstanceUID to (ImageType with backslashes, SliceThickness in mm or None) of a series."""
@@ -132,13 +133,21 @@ class DicomWeb:
         found = {}
         for item in self._search(f"studies/{study}/series/{series}/instances", {"includefield": fields}, _INSTANCE):
             thickness = _number(item, _THICKNESS)
-            found[_uid(item, _INSTANCE, self.name)] = "\\".join(map(str, _values(item, _IMAGE_TYPE))), thickness
+            found[_uid(item, _INSTANCE)] = "\\".join(map(str, _values(item, _IMAGE_TYPE))), thickness
         return found
+
+    def demand_present(self) -> None:
+        """Ask for one study, whatever it is.
+
+        Raises:
+            ArchiveError: the archive does not answer.
+        """
+        self._page("studies", {"limit": "1"})
 
     def has(self, study: str, series: str, instance: str) -> bool:
         """Whether the archive has this object."""
         items = self._page(f"studies/{study}/instances", {"SOPInstanceUID": instance, "SeriesInstanceUID": series})
-        return any(_values(item, _INSTANCE) == [instance] for item in items)
+        return any(_uid(item, _INSTANCE) == instance for item in items)
 
     def fetch(self, study: str, series: str, folder: Path) -> int:
         """Write all objects of a series as 000000.dcm and so on into `folder`, which exists; returns their number.
@@ -187,41 +196,59 @@ class DicomWeb:
             raise self._fault("NOT_STORED", "it does not name the result as stored")
 
     def _search(self, path: str, wish: Mapping[str, Any], identity: str) -> Iterator[Mapping[str, Any]]:
-        """Ask for pages until one has nothing new: some archives ignore the offset, some give short pages."""
-        seen: set[str] = set()
-        for _ in range(_MAX_PAGES):
-            items = self._page(path, {**wish, "limit": str(_PAGE), "offset": str(len(seen))})
-            fresh = [item for item in items if _uid(item, identity, self.name) not in seen]
-            for item in fresh:
-                uid = _uid(item, identity, self.name)
-                if uid not in seen:
-                    seen.add(uid)
-                    yield item
-            if not fresh:
-                return
-        raise self._fault("ANSWER_TOO_LARGE", f"more than {_MAX_PAGES} pages of answers")
+        """Ask for pages until one has nothing new: some archives ignore the offset, some give short pages.
 
-    def _page(self, path: str, wish: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        Raises:
+            ArchiveError: `partial` where entries have no valid UID, after all the others were given.
+        """
+        seen: set[str] = set()
+        num_odd = 0
+        for _ in range(_MAX_PAGES):
+            num_seen = len(seen)
+            for item in self._page(path, {**wish, "limit": str(_PAGE), "offset": str(num_seen)}):
+                uid = _uid(item, identity)
+                # An entry that names nothing is known by its content, so that the pages go on behind it.
+                key = uid or repr(item)
+                if key in seen:
+                    continue
+                seen.add(key)
+                num_odd += not uid
+                if uid:
+                    yield item
+            if len(seen) == num_seen:
+                break
+        else:
+            raise self._fault("ANSWER_TOO_LARGE", f"more than {_MAX_PAGES} pages of answers")
+        if num_odd:
+            raise ArchiveError("BROKEN_ANSWER", self.name, f"expected a valid UID in each entry of a list, {num_odd} "
+                               f"of {len(seen)} have none", "look at the archive; it is tried again", partial=True)
+
+    def _page(self, path: str, wish: Mapping[str, Any]) -> list[Any]:
         with self._answer("GET", path, headers={"Accept": _JSON}, params=dict(wish)) as answer:
             self._demand_status(answer, (200, 204))
             items = [] if answer.status_code == 204 else self._json(answer)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        if not isinstance(items, list):
             raise self._fault("BROKEN_ANSWER", "expected a list of datasets in JSON, got something else")
         return items
 
     @contextmanager
     def _answer(self, method: str, path: str, **how: Any) -> Iterator[Any]:
-        limits = self._limits
+        limits, has_begun = self._limits, False
         try:
             with self._session.request(method, f"{self._root}/{path}", stream=True, allow_redirects=False,
                                        timeout=(limits.connect_seconds, limits.read_seconds), **how) as answer:
+                has_begun = True
                 yield answer
         except requests.exceptions.SSLError:
             raise self._fault("TLS", "its certificate cannot be trusted",
                               "name its authority with --set ca_file=FILE") from None
-        except requests.exceptions.Timeout:
+        except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
+            if has_begun:
+                raise self._fault("SERVER_SLOW", f"its answer stops for {limits.read_seconds:g} s") from None
             raise self._fault("SERVER_DOWN", f"no answer within {limits.read_seconds:g} s") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError):
+            if has_begun:
+                raise self._fault("BROKEN_ANSWER", "its answer is cut, or packed as no program unpacks it") from None
             raise self._fault("SERVER_DOWN", "it cannot be reached, or ends the connection") from None
 
     def _demand_status(self, answer: Any, good: Sequence[int]) -> None:
@@ -236,14 +263,17 @@ class DicomWeb:
         raise self._fault("SERVER_STATUS", f"it answers {status}")
 
     def _json(self, answer: Any) -> Any:
-        deadline = time.monotonic() + self._limits.answer_seconds
+        limits, began = self._limits, time.monotonic()
         content = bytearray()
-        for chunk in self._chunks(answer, deadline):
+        for chunk in self._chunks(answer, began + limits.answer_seconds):
             content += chunk
+            took = time.monotonic() - began
+            if took > limits.rate_seconds and len(content) < limits.min_rate * took:
+                raise self._fault("SERVER_SLOW", "the answer comes a few bytes at a time")
             if len(content) > self._limits.max_json_bytes:
                 raise self._fault("ANSWER_TOO_LARGE", "an answer is larger than allowed")
         try:
-            return json.loads(content.decode("utf-8"))
+            return json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError):
             raise self._fault("BROKEN_ANSWER", "expected JSON, got something else or a part of it") from None
 
@@ -293,13 +323,13 @@ def _number(item: Mapping[str, Any], tag: str) -> float | None:
     value = next(iter(_values(item, tag)), None)
     try:  # some archives send numbers as text
         return float(value) if isinstance(value, (int, float, str)) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
-def _uid(item: Mapping[str, Any], tag: str, where: str) -> str:
-    """A UID of an answer; only digits and dots go into a URL or the ledger."""
-    values = _values(item, tag)
+def _uid(item: Any, tag: str) -> str:
+    """A UID of an answer, in which only digits and dots go into a URL or the ledger; empty where there is none."""
+    values = _values(item, tag) if isinstance(item, dict) else []
     if len(values) == 1 and isinstance(values[0], str) and _UID.fullmatch(values[0].strip()):
         return values[0].strip()
-    raise ArchiveError("BROKEN_ANSWER", where, "expected a valid UID in each answer", "look at the archive")
+    return ""

@@ -26,6 +26,7 @@ from autosam3d.services.pacs.faults import ArchiveError
 from autosam3d.services.pacs.ledger import DEAD, DONE, FETCHED, SEGMENTED, WAITING, Ledger, Retry, SeriesJob
 from autosam3d.services.pacs.sinks import Sink
 from autosam3d.services.pacs.state_folder import StateFolder
+from autosam3d.services.unforeseen import UNFORESEEN
 from autosam3d.services.workers.scan import ScanJob
 from autosam3d.services.workers.worker import Worker
 
@@ -100,6 +101,11 @@ class ArchiveService:
                     job = self._step(job)
         except AutoSam3dError as error:
             self._failed(self.ledger.get(job.id) or job, error)
+            return True
+        except UNFORESEEN as error:
+            # Whatever it is, it is this series' failure: a process that ended here would begin with it again.
+            self._failed(self.ledger.get(job.id) or job, ResourceError(
+                "STEP_FAILED", job.id, f"a step failed ({type(error).__name__})", "report this if it happens again"))
             return True
         self.state.forget(job.id)
         self.num_done += 1
