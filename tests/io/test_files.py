@@ -24,6 +24,7 @@ from autosam3d.io.files import (
     readable,
     remove_stale_temporaries,
     sha256_of,
+    temporary_beside,
     write_bytes_atomic,
     write_text_atomic,
 )
@@ -153,6 +154,39 @@ def test_only_the_temporaries_of_dead_writers_are_swept(tmp_path: Path) -> None:
         path.write_text("x")
     assert remove_stale_temporaries(tmp_path) == [dead]
     assert mine.exists() and not dead.exists() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_process_of_our_number_before_us_is_dead(tmp_path: Path) -> None:
+    """In a container that is started again, the next process has the same number on the same host."""
+    mine = temporary_beside(tmp_path / "a")
+    before = mine.with_name(mine.name[:-16] + "0123456789abcdef")
+    for path in (mine, before):
+        path.write_text("x")
+    assert remove_stale_temporaries(tmp_path) == [before] and mine.exists()
+
+
+def test_a_folder_that_was_being_replaced_comes_back_and_a_half_made_one_goes(tmp_path: Path) -> None:
+    def of_the_dead(name: str) -> Path:
+        path = temporary_beside(tmp_path / name)
+        return path.with_name(path.name.replace(f"-{os.getpid()}-", "-4194999-"))
+
+    for name, ending in (("export", ""), ("export", ".old"), ("whole", ".old")):
+        folder = of_the_dead(name)
+        folder = folder.with_name(folder.name + ending)
+        folder.mkdir()
+        (folder / "model.onnx").write_text(name + ending)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/model.onnx").write_text("new")
+    assert len(remove_stale_temporaries(tmp_path)) == 2
+    assert {p.parent.name: p.read_text() for p in tmp_path.rglob("*.onnx")} == {"export": "export.old", "whole": "new"}
+
+
+def test_the_first_write_into_a_folder_sweeps_it(tmp_path: Path) -> None:
+    stray = temporary_beside(tmp_path / "b")
+    stray = stray.with_name(stray.name.replace(f"-{os.getpid()}-", "-4194999-"))
+    stray.write_text("x")
+    write_text_atomic(tmp_path / "a", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

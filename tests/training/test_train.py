@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import autosam3d.checkpoints.checkpoint as checkpoint_module
+import autosam3d.checkpoints.tensor_file as tensor_file_module
 import autosam3d.data.cache as cache_module
 import autosam3d.data.entries as entries_module
 import autosam3d.training.run as run_module
@@ -176,7 +177,7 @@ def test_killed_anywhere_and_resumed_is_as_if_never_killed(
     demand_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("function", ["write_text_atomic", "atomic_write"])
+@pytest.mark.parametrize("function", ["write_text_atomic", "write_tensors"])
 def test_killed_inside_every_save(function: str, whole: Path, start: Callable[..., TrainResult], tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     # Each start dies in its third write: the best model and the state after it are two, so each start gets further.
@@ -473,19 +474,26 @@ def test_another_number_of_processes_goes_on_at_the_same_crop(stopped: Path, sta
 
 def test_a_full_disk_ends_the_run_and_what_was_saved_stays(whole: Path, start: Callable[..., TrainResult],
                                                            monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real, count = checkpoint_module.save_file, itertools.count()
+    real, count = tensor_file_module._chunks, itertools.count()
 
-    def full(tensors: Any, path: Path) -> None:
-        if next(count) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+    def full(tensors: Any) -> Iterator[bytes | memoryview]:
+        yield b"half"
+        raise OSError(28, "No space left on device")
+
+    def save(path: Path, tensors: Any) -> None:
+        if next(count) < 2:
+            return tensor_file_module.write_tensors(path, tensors)
+        calls = itertools.count()
+        with monkeypatch.context() as inner:  # the hash and the size are told first, then the file is written
+            inner.setattr(tensor_file_module, "_chunks", lambda t: full(t) if next(calls) == 2 else real(t))
+            return tensor_file_module.write_tensors(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", full)
+        patch.setattr(checkpoint_module, "write_tensors", save)
         with pytest.raises(ResourceError) as caught:
             start(RECIPE, tmp_path / "run")
     assert caught.value.code == "NO_SPACE" and caught.value.exit_code == 5
+    assert not [p.name for p in (tmp_path / "run").iterdir() if ".tmp" in p.name]
     assert read_checkpoint(tmp_path / "run" / "last.json").meta["progress"]["global_step"] == 4
     start(RECIPE, tmp_path / "run")
     demand_equal(tmp_path / "run", whole)

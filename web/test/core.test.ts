@@ -104,6 +104,18 @@ describe("the body", () => {
   });
 });
 
+describe("a foreign model", () => {
+  it("overlaps its windows by nine tenths at most", () => {
+    const model = structuredClone(vectors.cases[0].model);
+    model.use.overlap = 0.9;
+    expect(describedModel(model).overlap).toBe(0.9);
+    for (const overlap of [0.91, 1, -0.1]) {
+      model.use.overlap = overlap;
+      expect(() => describedModel(model)).toThrow(/expected an overlap of 0 to 0.9, got/);
+    }
+  });
+});
+
 describe("memory", () => {
   const model = describedModel(vectors.cases[0].model);
 

@@ -8,7 +8,6 @@ which the new checkpoint exists. Whoever is killed in between leaves the old one
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autosam3d.checkpoints.model_file import find_checkpoint, meta_text, packaged_model, read_meta, recipe_of, sealed
 from autosam3d.checkpoints.sam_files import read_sam_state
+from autosam3d.checkpoints.tensor_file import read_tensors, tensors_sha256, write_tensors
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference.out_of_memory import memory_named
-from autosam3d.io.files import atomic_write, sha256_of, write_bytes_atomic, write_text_atomic
+from autosam3d.io.files import sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.io.folders import make_folder
 from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names, load_sam
 from autosam3d.models.build import build_network
@@ -109,19 +107,19 @@ def save_checkpoint(
     """
     folder, stem = json_path.parent, json_path.stem
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    staged = folder / f".{stem}.weights.tmp"
-    atomic_write(staged, lambda path: _write_tensors(path, plain), size_bytes=sum(t.nbytes for t in plain.values()))
-    digest = sha256_of(staged)
+    digest = tensors_sha256(plain)
     weights = folder / f"{stem}-{digest[:16]}.safetensors"
-    staged.replace(weights)
+    write_tensors(weights, plain)
     entry = {"file": weights.name, "sha256": digest, "bytes": weights.stat().st_size}
     whole = sealed({**meta, "weights": entry})
-    if previous is not None and json_path.exists():
-        before = json_path.read_bytes()
-        if weights.name.encode() not in before:
-            write_bytes_atomic(previous, before)
-    write_text_atomic(json_path, meta_text(whole))
-    _remove_unnamed_weights(folder, stem)
+    try:
+        if previous is not None and json_path.exists():
+            before = json_path.read_bytes()
+            if weights.name.encode() not in before:
+                write_bytes_atomic(previous, before)
+        write_text_atomic(json_path, meta_text(whole))
+    finally:  # also where the JSON does not fit on the disk: then the new weights are those that nothing names
+        remove_unnamed_weights(folder, stem)
 
 
 def read_checkpoint(json_path: Path) -> Checkpoint:
@@ -148,7 +146,7 @@ def read_checkpoint(json_path: Path) -> Checkpoint:
                               "copy the file again")
     if sha256_of(path) != entry.get("sha256"):
         raise CheckpointError("HASH", path, "its SHA-256 is not the one that its JSON names", "copy the file again")
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     for tensor_name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError("NONFINITE", path, f"{tensor_name} holds values that are not finite",
@@ -304,34 +302,16 @@ def demand_fit(network: nn.Module, tensors: Mapping[str, Tensor], expected: set[
                               "use the recipe that it was trained with")
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(dict(tensors), path)
-        path.chmod(0o644)  # safetensors makes it private, and a group shares its models
-    except SafetensorError as error:
-        # It tells of a full disk in words only; an OSError is what `atomic_write` understands.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError("CORRUPT", path, f"not a readable safetensors file ({error})",
-                              "copy the file again") from None
-
-
-def _remove_unnamed_weights(folder: Path, stem: str) -> None:
-    """Delete the weight files called `stem` that no JSON of the folder names any more."""
+def remove_unnamed_weights(folder: Path, stem: str) -> None:
+    """Delete the weight files called `stem` that no JSON of the folder names: those of before, and those of a process
+    that was killed before it had written their JSON. Where a JSON is damaged none is deleted: it may be its own."""
     named = set()
     for json_path in folder.glob("*.json"):
         try:
             named.add(json.loads(json_path.read_text("utf-8"))["weights"]["file"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
+            return
+        except (KeyError, TypeError):
             continue
     for path in folder.glob(f"{stem}-*.safetensors"):
         if _WEIGHT_FILE.fullmatch(path.name) and path.name not in named:

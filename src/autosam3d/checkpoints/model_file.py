@@ -101,7 +101,9 @@ def recipe_of(meta: Mapping[str, Any], json_path: Path) -> Recipe:
     try:
         return recipe_from_dict(meta["recipe"], json_path)
     except RecipeError as error:
-        raise CheckpointError("MISMATCH", json_path, f"its recipe is not valid here: {error.fault}",
+        key = str(error.where).removeprefix(str(json_path)).removeprefix(": ")
+        told = f"{key}: {error.fault}" if key else error.fault
+        raise CheckpointError("MISMATCH", json_path, f"its recipe is not valid here: {told}",
                               "use the version of autosam3d that wrote it") from None
 
 

@@ -4,7 +4,6 @@ is the same."""
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -96,12 +95,13 @@ def export_web(
         set_threads(threads)
         from autosam3d.checkpoints.checkpoint import load_model
         from autosam3d.export.export import export_model
+        from autosam3d.io.folders import temporary_folder
 
         trained = load_model(model, sam=sam)
-        with TemporaryDirectory(prefix="autosam3d-web-") as scratch, progress_bars() as bars:
+        with temporary_folder("web") as scratch, progress_bars() as bars:
             on_step = on_task(bars, bars.add_task("exporting", total=None))
-            export_model(trained, Path(scratch) / "export", threads=cores(threads), progress=on_step)
-            made = write_web_folder(open_export(Path(scratch) / "export"), folder, overwrite=overwrite)
+            export_model(trained, scratch / "export", threads=cores(threads), progress=on_step)
+            made = write_web_folder(open_export(scratch / "export"), folder, overwrite=overwrite)
     typer.echo(f"wrote {folder}: {len(made.sizes)} files, {made.total_bytes / 1e6:.1f} MB, version {made.version}")
     typer.echo(f"try it with: python -m http.server --bind 127.0.0.1 --directory {folder} 8000, then open "
                "http://127.0.0.1:8000; other machines need https, without which browsers give neither threads nor "

@@ -11,6 +11,12 @@ from autosam3d.cli.console import BatchView, one_line, progress_bars
 from autosam3d.cli.options import AssumeRas, Device, Force, Prefer, Sam, Threads, cores
 from autosam3d.errors import BatchError, UsageError
 
+# Mapped and never touched. While libraries are loaded they map much before anything is known of their use.
+_LOADING_SLACK = 1 << 30
+_SLACK = 128 << 20
+# A stack of 8 MiB in each of the pools that a runtime, PyTorch and BLAS may begin.
+_SLACK_A_THREAD = 3 * (8 << 20)
+
 
 def segment(
     paths: Annotated[list[Path], typer.Argument(
@@ -41,7 +47,7 @@ def segment(
     threads: Threads = 0,
 ) -> None:
     """Segment one CT scan, or a folder of them."""
-    from autosam3d.geometry.patches import Tiling
+    from autosam3d.geometry.patches import MAX_OVERLAP, Tiling
     from autosam3d.inference.pipeline import SegmentOptions
     from autosam3d.io import ReadOptions
     from autosam3d.io.dicom.archive import unpacked_scan
@@ -49,9 +55,8 @@ def segment(
     from autosam3d.scans.batch import segment_batch
     from autosam3d.scans.jobs import check_inputs
 
-    # Beyond 0.9 each voxel is seen a thousand times and more.
-    if overlap is not None and not 0 <= overlap <= 0.9:
-        raise UsageError("USAGE", f"--overlap {overlap}", "expected 0 to 0.9", "the paper uses 0.75")
+    if overlap is not None and not 0 <= overlap <= MAX_OVERLAP:
+        raise UsageError("USAGE", f"--overlap {overlap}", f"expected 0 to {MAX_OVERLAP}", "the paper uses 0.75")
     if max_ram is not None and not 0 < max_ram <= 2**20:
         raise UsageError("USAGE", f"--max-ram {max_ram}", "expected a positive number of GiB", "try 8")
     if not abs(intensity_offset) <= 1e5:
@@ -62,11 +67,8 @@ def segment(
     form = output_format(output_form, output)
     with unpacked_scan(source) as scan:
         jobs = check_inputs(scan, output, form)
-        from autosam3d.scans.open_model import ModelWish, open_model
-
         max_ram_bytes = max(1, int(max_ram * 2**30)) if max_ram is not None else None
-        loaded = open_model(model, ModelWish(backend=backend, device=device, threads=cores(threads), sam=sam,
-                                             max_ram_bytes=max_ram_bytes))
+        loaded = _open_within(model, backend, device, cores(threads), sam, max_ram_bytes)
         tiling = loaded.recipe.inference
         if overlap is not None:
             tiling = Tiling(overlap=overlap, importance=tiling.importance)
@@ -77,6 +79,24 @@ def segment(
                 preview=preview, progress=BatchView(bars),
             )
     _report_batch(result)
+
+
+def _open_within(
+    model: Path | None, backend: str, device: str, threads: int, sam: str | None, max_ram_bytes: int | None,
+) -> Any:
+    """The model, opened; from then on the system refuses what would lead this process above its limit."""
+    from autosam3d.io.memory import limit_memory
+    from autosam3d.scans.open_model import ModelWish, may_use_gpu, open_model
+
+    # A GPU's driver maps more than all memory there is.
+    limit = max_ram_bytes if max_ram_bytes is not None and not may_use_gpu(device) else None
+    if limit is not None:
+        limit_memory(limit, _LOADING_SLACK)
+    wish = ModelWish(backend=backend, device=device, threads=threads, sam=sam, max_ram_bytes=max_ram_bytes)
+    loaded = open_model(model, wish)
+    if limit is not None:
+        limit_memory(limit, _SLACK + threads * _SLACK_A_THREAD)
+    return loaded
 
 
 def _model_and_scans(paths: list[Path]) -> tuple[Path | None, Path, Path]:

@@ -19,7 +19,6 @@ import importlib.util
 import io
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from autosam3d.inference.openvino_runtime import OpenVinoPredictor, openvino_cor
 from autosam3d.inference.pipeline import label_prepared
 from autosam3d.inference.quiet import quiet
 from autosam3d.io import ReadOptions, read_ct
+from autosam3d.io.folders import temporary_folder
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Volume
 
@@ -162,10 +162,10 @@ def write_int8(
     truths = [judge.label(exact, scan) for scan in scans.calibrating]
     windows = _calibrating_windows(scans.calibrating, truths, recipe)
     seconds = judge.cpu_seconds(exact, windows[0])
-    with tempfile.TemporaryDirectory(prefix="autosam3d-int8-") as folder:
-        chosen, way = _safest(exact, Path(folder), windows, recipe), "weights"
+    with temporary_folder("int8") as folder:
+        chosen, way = _safest(exact, folder, windows, recipe), "weights"
         spent = judge.cpu_seconds(chosen, windows[0])
-        bolder = _bolder(exact, Path(folder), windows, recipe)
+        bolder = _bolder(exact, folder, windows, recipe)
         if bolder is not None and (bold := judge.cpu_seconds(bolder, windows[0])) < _FASTER * spent:
             found = [compare_labels(judge.label(bolder, scan), truth, recipe.labels.organs)
                      for scan, truth in zip(scans.calibrating, truths, strict=True)]

@@ -36,7 +36,7 @@ class OnnxPredictor:
     def __init__(self, content: bytes, where: Path, patch_size: Size, labels: Sequence[str], threads: int,
                  activation_bytes: int = 0, output: str = "probs") -> None:
         demand_labels(demand_self_contained(content, where).notes.get("labels", ""), labels, where)
-        self.patch_size, self.num_outputs = patch_size, len(labels)
+        self.patch_size, self.num_outputs, self._where = patch_size, len(labels), where
         self._activation_bytes, self._has_run, self._output = activation_bytes, False, output
         runtime = _import()
         options = runtime.SessionOptions()
@@ -49,6 +49,8 @@ class OnnxPredictor:
         try:
             self._session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except _faults() as error:
+            if _is_memory(error):
+                raise self._no_memory(error) from None
             raise CheckpointError("CORRUPT", where, f"ONNX Runtime does not take it ({_first_line(error)})",
                                   "export the model again") from None
         given = {i.name: (i.type, tuple(i.shape)) for i in (*self._session.get_inputs(), *self._session.get_outputs())}
@@ -75,17 +77,25 @@ class OnnxPredictor:
             try:
                 self._session.run_with_iobinding(binding)
             except _faults() as error:
-                if "alloc" not in str(error):
-                    raise
-                raise ResourceError("MEMORY", "onnxruntime", f"one patch of {self.patch_size} voxels does not fit "
-                                    f"({_first_line(error)})", "take a model with a smaller patch or a machine with "
-                                    "more memory") from None
+                if _is_memory(error):
+                    raise self._no_memory(error) from None
+                raise CheckpointError("CORRUPT", self._where, f"ONNX Runtime cannot run it ({_first_line(error)})",
+                                      "export the model again") from None
         self._has_run = True
         return results
 
     def activation_bytes(self, batch_size: int) -> int:
         """What the first call takes; it is kept for the next ones."""
         return 0 if self._has_run else self._activation_bytes
+
+    def _no_memory(self, error: BaseException) -> ResourceError:
+        return ResourceError("MEMORY", "onnxruntime", f"one patch of {self.patch_size} voxels does not fit "
+                             f"({_first_line(error)})", "take a model with a smaller patch or a machine with more "
+                             "memory")
+
+
+def _is_memory(error: BaseException) -> bool:
+    return "alloc" in str(error)
 
 
 def _import() -> Any:

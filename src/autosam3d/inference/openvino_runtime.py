@@ -38,7 +38,7 @@ class OpenVinoPredictor:
     def __init__(self, xml_path: Path, patch_size: Size, labels: Sequence[str], threads: int,
                  activation_bytes: int = 0, output: str = "probs", name: str = "openvino") -> None:
         self.name, self.patch_size, self.num_outputs = name, patch_size, len(labels)
-        self._activation_bytes, self._has_run = activation_bytes, False
+        self._activation_bytes, self._has_run, self._where = activation_bytes, False, xml_path
         core = openvino_core()
         self._ov = _import()
         try:
@@ -55,6 +55,8 @@ class OpenVinoPredictor:
                 "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
             })
         except RuntimeError as error:
+            if _is_memory(error):
+                raise self._no_memory(error) from None
             raise CheckpointError("CORRUPT", xml_path, f"OpenVINO does not take it ({_first_line(error)})",
                                   "export the model again") from None
         self._request, self._output = compiled.create_infer_request(), output
@@ -73,17 +75,21 @@ class OpenVinoPredictor:
             try:
                 self._request.infer()
             except RuntimeError as error:
-                if "alloc" not in str(error) and "memory" not in str(error):
-                    raise
-                raise ResourceError("MEMORY", "openvino", f"one patch of {self.patch_size} voxels does not fit "
-                                    f"({_first_line(error)})", "take a model with a smaller patch or a machine with "
-                                    "more memory") from None
+                if _is_memory(error):
+                    raise self._no_memory(error) from None
+                raise CheckpointError("CORRUPT", self._where, f"OpenVINO cannot run it ({_first_line(error)})",
+                                      "export the model again") from None
         self._has_run = True
         return results
 
     def activation_bytes(self, batch_size: int) -> int:
         """What the first call takes; it is kept for the next ones."""
         return 0 if self._has_run else self._activation_bytes
+
+    def _no_memory(self, error: BaseException) -> ResourceError:
+        return ResourceError("MEMORY", "openvino", f"one patch of {self.patch_size} voxels does not fit "
+                             f"({_first_line(error)})", "take a model with a smaller patch or a machine with more "
+                             "memory")
 
     def _demand_form(self, model: Any, where: Path) -> None:
         ports = {name: (port.get_element_type().get_type_name(), tuple(port.get_partial_shape().to_shape()))
@@ -116,6 +122,10 @@ def _import() -> Any:
         raise MissingExtraError("MISSING_EXTRA", "openvino", "expected the package openvino, got none",
                                 'pip install "autosam3d[fast]"') from None
     return openvino
+
+
+def _is_memory(error: BaseException) -> bool:
+    return "alloc" in str(error) or "memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

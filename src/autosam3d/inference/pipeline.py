@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from autosam3d.errors import CheckpointError, ResourceError
 from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
 from autosam3d.geometry.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer, restore_labels
+from autosam3d.inference.duration import Duration
 from autosam3d.inference.memory import MemoryPlan, estimate_ram_bytes, fit_memory
 from autosam3d.inference.predictor import Predictor
 from autosam3d.io.memory import resident_bytes, size_text
@@ -118,7 +120,7 @@ def begin_segment(
     undo = plan_grid(volume, recipe.preprocess)
     memory = plan_memory(undo, predictor, segment_options, volume.name)
     voxels = prepare_ct(volume, recipe.preprocess, undo).voxels
-    walk = _Walk(predictor, segment_options.tiling or recipe.inference, recipe.preprocess.air, memory)
+    walk = _Walk(predictor, segment_options.tiling or recipe.inference, recipe.preprocess.air, memory, volume.name)
     found = log_warnings(volume.name, [*_small_scan(undo, predictor), *([_HALF_WARNING] if memory.half else [])])
     affine, source, warnings = volume.affine, volume.source, (*volume.warnings, *found)
 
@@ -254,6 +256,8 @@ class _Walk:
     """Normalised value beside the scan."""
     memory: MemoryPlan | None = None
     """None: one window at a time, sums in memory."""
+    name: str = ""
+    """Of the scan, to say how long it takes; empty says nothing."""
     _blank: dict[float, np.ndarray] = field(default_factory=dict)
     """The least value that a window held throughout, and its probabilities."""
 
@@ -268,23 +272,29 @@ class _Walk:
     def _windows(self, ct: np.ndarray, starts: list[Size]) -> Iterator[tuple[np.ndarray, Size]]:
         """(probabilities [K, D, H, W], start) in order. One batch ahead runs in a thread, while the last is added."""
         step = self.memory.batch_size if self.memory else 1
+        duration = Duration(self.name, sum(not _is_blank(self._crop(ct, s)) for s in starts)) if self.name else None
         batches = [starts[i : i + step] for i in range(0, len(starts), step)]
         with ThreadPoolExecutor(1, thread_name_prefix="predict") as pool:
-            coming = pool.submit(self._predict, ct, batches[0])
+            coming = pool.submit(self._predict, ct, batches[0], duration)
             for batch, following in itertools.zip_longest(batches, batches[1:]):
                 probs = coming.result()
                 if following is not None:
-                    coming = pool.submit(self._predict, ct, following)
+                    coming = pool.submit(self._predict, ct, following, duration)
                 yield from zip(probs, batch, strict=True)
 
-    def _predict(self, ct: np.ndarray, starts: list[Size]) -> list[np.ndarray]:
-        size = self.predictor.patch_size
-        crops = [ct[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))] for start in starts]
+    def _crop(self, ct: np.ndarray, start: Size) -> np.ndarray:
+        return ct[tuple(slice(s, s + n) for s, n in zip(start, self.predictor.patch_size, strict=True))]
+
+    def _predict(self, ct: np.ndarray, starts: list[Size], duration: Duration | None) -> list[np.ndarray]:
+        crops = [self._crop(ct, start) for start in starts]
         values = [float(crop[0, 0, 0]) if _is_blank(crop) else None for crop in crops]
         known = dict(self._blank)
         # Of equal windows in one batch the first is seen.
         seen = [i for i, v in enumerate(values) if v is None or (v not in known and v not in values[:i])]
+        began = time.perf_counter()
         fresh = self.predictor.predict(np.stack([crops[i] for i in seen])[:, None]) if seen else ()
+        if duration is not None and seen:
+            duration.add(len(seen), time.perf_counter() - began)
         probs = dict(zip(seen, fresh, strict=True))
         for i in seen:
             if (value := values[i]) is not None:

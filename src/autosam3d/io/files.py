@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -28,6 +29,11 @@ _FAILING = {errno.EIO} | {getattr(errno, name) for name in ("ESTALE", "ETIMEDOUT
                                                              "EHOSTDOWN") if hasattr(errno, name)}
 # The host is part of a temporary file's name: in a shared folder only files of this host's dead processes are removed.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+# So is a number of this start of the process: in a container that is started again, the next one has the same number.
+_START = secrets.token_hex(4)
+_MAX_NAME_BYTES = 180
+REPLACED = ".old"
+"""How the name of a folder ends that makes room for its successor (`folders.staged_folder`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def atomic_write(
 
     `write` fills a temporary file beside `path`; it is flushed to disk, checked by `verify`, and renamed. On any
     failure, an exception raised by a signal handler included, the temporary file is removed and `path` is untouched.
+    What killed processes left in the folder goes when a process first writes there.
 
     Raises:
         ResourceError: NO_SPACE, NOT_WRITABLE or IO; the message names the path, the bytes needed and the bytes free.
@@ -71,7 +78,8 @@ def atomic_write_all(files: Iterable[FileToWrite]) -> None:
     temporaries: list[Path] = []
     try:
         for file in files:
-            temporary = _temporary_beside(file.path)
+            _sweep_once(str(file.path.parent), os.getpid())
+            temporary = temporary_beside(file.path)
             temporaries.append(temporary)
             with _explained(file, temporary):
                 file.write(temporary)
@@ -116,15 +124,45 @@ def bytes_to_write(path: str | Path, content: bytes) -> FileToWrite:
 
 
 def remove_stale_temporaries(folder: str | Path) -> list[Path]:
-    """Remove the temporary files that killed writers of this host left in `folder`; living writers keep theirs."""
+    """Remove the temporary files and folders that killed writers of this host left in `folder`; living writers keep
+    theirs. Of a folder that was being replaced the old one is put back, if the new one did not take its place.
+
+    Returns:
+        What is gone.
+    """
     removed = []
     for path in Path(folder).glob(f".*.tmp-*-{_HOST}*"):
-        pid_text = path.name.rpartition(".tmp-")[2].partition("-")[0]
-        if pid_text.isdigit() and not _is_alive(int(pid_text)):
-            with contextlib.suppress(OSError):
+        name, _, rest = path.name[1:].rpartition(".tmp-")
+        pid_text, _, token = rest.partition("-")
+        if not pid_text.isdigit() or _is_at_work(int(pid_text), token.removeprefix(_HOST)):
+            continue
+        with contextlib.suppress(OSError):
+            if path.name.endswith(REPLACED):
+                if len(os.fsencode(name)) > _MAX_NAME_BYTES - 4:
+                    continue  # it may be the beginning of a longer name
+                if not path.with_name(name).exists():
+                    path.rename(path.with_name(name))
+                    continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
-                removed.append(path)
+            removed.append(path)
     return removed
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name beside `path` for what will take its place, by which `remove_stale_temporaries` knows it."""
+    # A file name may have at most 255 bytes on common file systems; bytes that are not UTF-8 are left out.
+    name = os.fsencode(path.name)[:_MAX_NAME_BYTES].decode("utf-8", errors="ignore")
+    return path.with_name(f".{name}.tmp-{os.getpid()}-{_HOST}{_START}{secrets.token_hex(4)}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sweep_once(folder: str, pid: int) -> None:
+    """Sweep a folder when the process `pid` first writes there."""
+    with contextlib.suppress(OSError):
+        remove_stale_temporaries(folder)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -224,12 +262,6 @@ def _demand_regular(mode: int, path: str | Path) -> None:
     raise VolumeError("NOT_A_FILE", path, f"expected a regular file, got {kind}", "name the image file itself")
 
 
-def _temporary_beside(path: Path) -> Path:
-    # A file name may have at most 255 bytes on common file systems; bytes that are not UTF-8 are left out.
-    name = os.fsencode(path.name)[:180].decode("utf-8", errors="ignore")
-    return path.with_name(f".{name}.tmp-{os.getpid()}-{_HOST}{secrets.token_hex(6)}")
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -279,7 +311,9 @@ def _reason(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
-def _is_alive(pid: int) -> bool:
+def _is_at_work(pid: int, token: str) -> bool:
+    if pid == os.getpid():
+        return token.startswith(_START)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from autosam3d.errors import ResourceError, UsageError
+from autosam3d.io.files import REPLACED, remove_stale_temporaries, temporary_beside
 
 
 def demand_replaceable(folder: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
@@ -45,11 +46,12 @@ def staged_folder(path: Path) -> Iterator[Path]:
         UsageError: OUTPUT_PATH, there is no such place.
         ResourceError: NOT_WRITABLE.
     """
-    stage = path.with_name(f".{path.name[:150]}.tmp-{os.getpid()}-{secrets.token_hex(6)}")
+    stage = temporary_beside(path)
     with writable_folder(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(path.parent)
         stage.mkdir()
-    old = stage.with_name(f"{stage.name}.old")
+    old = stage.with_name(stage.name + REPLACED)
     try:
         yield stage
         with writable_folder(path):
@@ -64,6 +66,29 @@ def staged_folder(path: Path) -> Iterator[Path]:
     finally:
         for folder in (stage, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """A new folder in the system's place for temporary files, which its owner alone can read; gone when the block ends.
+
+    What killed processes left there goes, too.
+
+    Args:
+        kind: of work, for its name.
+
+    Raises:
+        ResourceError: NO_SPACE or NOT_WRITABLE.
+    """
+    place = Path(tempfile.gettempdir())
+    remove_stale_temporaries(place)
+    folder = temporary_beside(place / f"autosam3d-{kind}")
+    with writable_folder(place, "name another folder in TMPDIR"):
+        folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folder(path: Path, *, mode: int | None = None, remedy: str = "name another folder") -> None:

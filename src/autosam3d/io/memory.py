@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,24 @@ def demand_ram(
     if available is not None and needed_bytes > int(available * _USABLE_SHARE):
         raise ResourceError("MEMORY", where, f"{work} needs {size_text(needed_bytes)} of memory, "
                             f"{size_text(int(available * _USABLE_SHARE))} are free", remedy)
+
+
+def limit_memory(max_ram_bytes: int, slack_bytes: int) -> None:
+    """Have the system refuse this process more memory than a limit leaves: what no plan foresaw then ends as an error
+    that says so. Only Linux counts this; elsewhere nothing changes.
+
+    Args:
+        max_ram_bytes: the limit for the whole process.
+        slack_bytes: what may be mapped beyond it without ever being touched: stacks of threads, an allocator's reserve.
+    """
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        if mapped := _status("VmData"):
+            limit = mapped + max(0, max_ram_bytes - resident_bytes()) + slack_bytes
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def size_text(num_bytes: int) -> str:

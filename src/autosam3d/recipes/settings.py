@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from autosam3d.geometry.patches import MAX_OVERLAP
+
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -227,7 +229,7 @@ class Training:
         demand(self.epochs <= 10**6, "epochs", "at most a million", self.epochs)
         demand(0 <= self.seed < 2**63, "seed", "0 up to less than 2**63", self.seed)
         demand(self.dice_weight + self.ce_weight > 0, "dice_weight", "a weight above 0 here or in ce_weight", 0)
-        demand(0 <= self.val_overlap < 1, "val_overlap", "0 up to less than 1", self.val_overlap)
+        demand(0 <= self.val_overlap <= MAX_OVERLAP, "val_overlap", f"0 to {MAX_OVERLAP}", self.val_overlap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,4 +250,4 @@ class Distillation:
 
     def __post_init__(self) -> None:
         demand(0 <= self.label_weight <= 1, "lambda", "0 to 1", self.label_weight)
-        demand(0 <= self.teacher_overlap < 1, "teacher_overlap", "0 up to less than 1", self.teacher_overlap)
+        demand(0 <= self.teacher_overlap <= MAX_OVERLAP, "teacher_overlap", f"0 to {MAX_OVERLAP}", self.teacher_overlap)

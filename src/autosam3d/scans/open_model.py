@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autosam3d.checkpoints.exported import (
     BACKENDS,
@@ -21,6 +23,7 @@ from autosam3d.checkpoints.exported import (
     open_export,
 )
 from autosam3d.checkpoints.model_file import find_checkpoint, packaged_model, read_meta, recipe_of
+from autosam3d.checkpoints.weight_sizes import network_bytes
 from autosam3d.errors import AutoSam3dError, CheckpointError, ResourceError, UsageError
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.memory import demand_ram
@@ -29,10 +32,15 @@ from autosam3d.scans.batch import SourcedModel
 from autosam3d.user_folders import cache_folder
 from autosam3d.version import __version__
 
+if TYPE_CHECKING:
+    from autosam3d.checkpoints.checkpoint import LoadedModel
+
 _log = logging.getLogger(__name__)
 
 _STUDENTS = ("swin_unetr", "res_unet")
 """Networks that were made to be exported: it takes them half a minute."""
+_TORCH_BYTES = 200 << 20
+"""Of importing it: 205 MiB with PyTorch 2.13 for CPUs."""
 _GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidia0", "/dev/kfd")
 
 
@@ -61,8 +69,6 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     """
     backend = wished_backend(wish.backend)
     json_path = find_checkpoint(path) if path is not None else packaged_model()
-    if wish.max_ram_bytes is not None:
-        demand_model_ram(json_path, wish.max_ram_bytes)
     if read_meta(json_path).get("kind") == "export":
         if backend == "torch":
             raise UsageError("BACKEND", "torch", "expected a checkpoint for PyTorch, got an export",
@@ -71,13 +77,7 @@ def open_model(path: Path | None, wish: ModelWish) -> SourcedModel:
     if backend == "auto" and (model := _run_student(json_path, wish)) is not None:
         return model
     if backend in ("auto", "torch"):
-        import torch
-
-        from autosam3d.checkpoints.checkpoint import load_model
-        from autosam3d.inference.torch_runtime import pick_device
-
-        torch.set_num_threads(wish.threads)
-        return load_model(json_path, sam=wish.sam, device=pick_device(wish.device))
+        return _load_trained(json_path, wish, wish.device)
     if backend == INT8:  # it takes scans to make it
         raise no_int8(json_path)
     if backend not in BACKENDS:
@@ -140,9 +140,16 @@ def _run_student(json_path: Path, wish: ModelWish) -> SourcedModel | None:
         return None
 
 
+def may_use_gpu(device: str) -> bool:
+    """Whether PyTorch could run a model on a GPU; a cheap question, which is answered with yes where in doubt."""
+    if device != "auto":
+        return device != "cpu"
+    return any(Path(driver).exists() for driver in _GPU_DRIVERS) or shutil.which("nvidia-smi") is not None
+
+
 def _has_gpu() -> bool:
     """Whether PyTorch would take one; it is asked only where a driver is there, because the question takes a second."""
-    if not any(Path(driver).exists() for driver in _GPU_DRIVERS) and shutil.which("nvidia-smi") is None:
+    if not may_use_gpu("auto"):
         return False
     from autosam3d.inference.torch_runtime import pick_device
 
@@ -194,14 +201,11 @@ def _weights_sha256(json_path: Path) -> str:
 def _make_export(json_path: Path, wish: ModelWish) -> Export:
     """The export of a checkpoint, made now in the user's cache in the place of whatever lies there."""
     folder = _export_folder(json_path)
-    _log.warning("%s: exporting it once to %s; the next runs begin at once", json_path, folder)
-    import torch
-
-    from autosam3d.checkpoints.checkpoint import load_model
+    _log.warning("%s: exporting it once to %s, which takes half a minute for a student and minutes for a teacher; the "
+                 "next runs begin at once", json_path, folder)
+    model = _load_trained(json_path, wish, "cpu")
     from autosam3d.export.export import export_model
 
-    torch.set_num_threads(wish.threads)
-    model = load_model(json_path, sam=wish.sam)
     # The cache is ours: whatever lies there and is not a whole export of this model makes room.
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
@@ -214,8 +218,20 @@ def _make_export(json_path: Path, wish: ModelWish) -> Export:
     return open_export(folder)
 
 
+def _load_trained(json_path: Path, wish: ModelWish, device: str) -> LoadedModel:
+    if wish.max_ram_bytes is not None:
+        demand_model_ram(json_path, wish.max_ram_bytes)
+    import torch
+
+    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.inference.torch_runtime import pick_device
+
+    torch.set_num_threads(wish.threads)
+    return load_model(json_path, sam=wish.sam, device=pick_device(device))
+
+
 def demand_model_ram(json_path: Path, max_ram_bytes: int) -> None:
-    """Refuse to load a model whose weights alone do not fit; nothing is read but its JSON.
+    """Refuse to load a checkpoint whose weights alone do not fit, and torch; neither is loaded.
 
     Args:
         json_path: of a checkpoint.
@@ -226,16 +242,10 @@ def demand_model_ram(json_path: Path, max_ram_bytes: int) -> None:
         CheckpointError: the JSON is none of a model.
     """
     meta = read_meta(json_path)
-    if meta.get("kind") == "export":
-        return  # runtimes map the file, and what they hold is part of the plan of the first scan
-    from autosam3d.models.parameters import count_parameters  # torch, which other runtimes do without
-
-    try:
-        network_bytes = 4 * count_parameters(recipe_of(meta, json_path).model).total
-    except RuntimeError:
-        return  # sizes that no tensor can have: loading will say so
+    own_bytes = network_bytes(json_path, meta, recipe_of(meta, json_path))
     # The tensors of the files (this one, and SAM's where it is apart) and the network that they are copied into.
     size = meta["weights"].get("bytes")
-    file_bytes = max(size if isinstance(size, int) else 0, network_bytes)
-    demand_ram(network_bytes + file_bytes, json_path, max_ram_bytes, work="loading the model",
+    file_bytes = max(size if isinstance(size, int) else 0, own_bytes)
+    torch_bytes = 0 if "torch" in sys.modules else _TORCH_BYTES
+    demand_ram(own_bytes + file_bytes + torch_bytes, json_path, max_ram_bytes, work="loading the model",
                remedy="take a smaller model or a machine with more memory")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_fabric import Fabric
 
+from autosam3d.checkpoints.checkpoint import remove_unnamed_weights
 from autosam3d.errors import RecipeError, ResourceError, UsageError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.io.folders import writable_folder
@@ -51,6 +52,7 @@ def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
 
 def claim_run_folder(folder: Path, name: str, text: str) -> None:
     """Write the file that says which run a folder is of. A run that has not saved anything yet is none: it gives way.
+    What a killed process left there goes.
 
     Args:
         name: of that file.
@@ -62,6 +64,8 @@ def claim_run_folder(folder: Path, name: str, text: str) -> None:
     path = folder / name
     with writable_folder(folder, "name another folder with --out"):
         remove_stale_temporaries(folder)
+        for stem in ("last", "best"):
+            remove_unnamed_weights(folder, stem)
         begun = any((folder / f"{saved}.json").exists() for saved in ("last", "previous", "best"))
         if not begun and (not path.exists() or path.read_bytes() != text.encode()):
             write_text_atomic(path, text)

@@ -3,6 +3,8 @@ import { AppError } from "./errors.ts";
 import type { Triple } from "./grid.ts";
 import type { Bounds } from "./parity.ts";
 
+const MAX_OVERLAP = 0.9;
+
 export interface Organ {
   value: number;
   name: string;
@@ -52,6 +54,9 @@ export function describedModel(json: unknown): ModelDescription {
     return { value: label.value, name: label.name, rgb: numbers(label.rgb, 3, "a colour of each organ") as Triple,
       snomed: typeof label.snomed === "string" && /^\d{1,16}$/.test(label.snomed) ? label.snomed : null };
   });
+  const overlap = number(use.overlap, "overlap");
+  // Each voxel is seen a thousand times there.
+  if (overlap < 0 || overlap > MAX_OVERLAP) throw fault(`an overlap of 0 to ${MAX_OVERLAP}, got ${overlap}`);
   const memory = meta.memory?.onnxruntime;
   return {
     name: String(meta.recipe?.name ?? "model"),
@@ -63,7 +68,7 @@ export function describedModel(json: unknown): ModelDescription {
     subtractHu: number(use.subtract_hu, "subtract_hu"),
     divideHu: number(use.divide_hu, "divide_hu"),
     air: number(use.air, "air"),
-    overlap: number(use.overlap, "overlap"),
+    overlap,
     gaussian: String(use.importance).startsWith("gaussian"),
     organs,
     numOutputs: organs.length + 1,

@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io.files import open_regular, readable
+from autosam3d.io.folders import temporary_folder
 from autosam3d.io.memory import size_text
 
 _MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
@@ -71,15 +71,20 @@ def unpacked_scan(path: Path, scratch: Path | None = None, limits: ZipLimits | N
     if path.is_dir() or not is_zip(path):
         yield path
         return
-    base = Path(tempfile.mkdtemp(prefix="autosam3d-zip-")) if scratch is None else scratch
+    if scratch is None:
+        with temporary_folder("zip") as base:
+            yield _unpacked(path, base / _stem(path), limits)
+        return
     try:
-        if scratch is not None:
-            base.mkdir(mode=0o700)
-        folder = base / (_stem(path) if scratch is None else "scan")
-        folder.mkdir(mode=0o700)
-        yield _one_scan(unpack_zip(path, folder, limits or ZipLimits()), folder)
+        scratch.mkdir(mode=0o700)
+        yield _unpacked(path, scratch / "scan", limits)
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unpacked(path: Path, folder: Path, limits: ZipLimits | None) -> Path:
+    folder.mkdir(mode=0o700)
+    return _one_scan(unpack_zip(path, folder, limits or ZipLimits()), folder)
 
 
 def unpack_zip(path: Path, folder: Path, limits: ZipLimits) -> list[Path]:
