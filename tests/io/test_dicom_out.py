@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import make_dicom as bad
 import pydicom
 from matplotlib.path import Path as Polygon
 
-from autosam3d.errors import AutoSam3dError, VolumeError
+from autosam3d.errors import AutoSam3dError, ResourceError, VolumeError
 from autosam3d.io import ReadOptions, read_ct
 from autosam3d.io.dicom import rtstruct as dicom_rtstruct
 from autosam3d.io.dicom import seg as dicom_seg
@@ -229,6 +231,31 @@ def test_what_reads_back_otherwise_is_not_kept(kind: str, tmp_path: Path, monkey
         WRITERS[kind](tmp_path / "out" / "x.dcm", Segmentation(segmentation.labels, moved, volume.source), series,
                       LABELS, ALGORITHM)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_is_told_with_the_bytes_of_the_whole_object(kind: str, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    _, segmentation, series = _read(_series(tmp_path / "ct", _organs()))
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out/x.dcm"
+    WRITERS[kind](path, segmentation, series, LABELS, ALGORITHM)
+    size, whole = path.stat().st_size, pydicom.Dataset.save_as
+    path.write_text("old")
+
+    def full(self: pydicom.Dataset, to: Any, **options: Any) -> None:
+        if not isinstance(to, Path):
+            return whole(self, to, **options)
+        to.write_bytes(bytes(500))
+        raise OSError("With tag (3006,0050) got exception") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pydicom.Dataset, "save_as", full)
+    with pytest.raises(ResourceError) as caught:
+        WRITERS[kind](path, segmentation, series, LABELS, ALGORITHM)
+    needed, words = caught.value.fault.split(" ", 1)
+    assert caught.value.code == "NO_SPACE" and words.startswith("bytes needed, ")
+    assert abs(int(needed) - size) <= 16  # the time of day has more digits at times
+    assert "bytes free" in caught.value.fault and path.read_text() == "old" and len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -25,6 +25,7 @@ from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference.out_of_memory import memory_named
 from autosam3d.io.files import sha256_of, write_bytes_atomic, write_text_atomic
 from autosam3d.io.folders import make_folder
+from autosam3d.io.room import demand_room
 from autosam3d.models.autosam.sam_weights import freeze_sam, frozen_names, load_sam
 from autosam3d.models.build import build_network
 from autosam3d.models.side_outputs import without_side_outputs
@@ -217,6 +218,9 @@ def pack_model(path: str | Path, destination: Path, *, sam: str | Path | None = 
     out = destination / "model.json"
     if out.exists() and not _is_model(out, meta):
         raise UsageError("OUTPUT_EXISTS", out, "expected a new folder, it holds another model", "name another folder")
+    size = meta["weights"].get("bytes")
+    if meta.get("kind") != "training" and isinstance(size, int):
+        demand_room(destination, size // 2 if half else size)
     model = load_model(source, sam=sam)
     make_folder(destination)
     kept = {key: meta[key] for key in ("recipe", "sam", "teacher", "epoch", "metrics", "torch") if key in meta}

@@ -24,26 +24,26 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Compare segmentations with the truth: Dice, NSD, HD95, volumes, and a report with pictures."""
-    from autosam3d.evaluation.evaluate import evaluate_folder, write_csv, write_json
-    from autosam3d.evaluation.report import write_report
+    from autosam3d.evaluation.evaluate import evaluate_folder
+    from autosam3d.evaluation.report import write_evaluation
     from autosam3d.evaluation.scores import counted
     from autosam3d.io import ReadOptions
     from autosam3d.io.folders import make_folder
+    from autosam3d.io.room import demand_room
     from autosam3d.recipes.recipe import load_recipe
 
     labels = load_recipe(recipe).labels if recipe else None
     read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     with progress_bars() as bars:
         comparing = bars.add_task("comparing", total=None)
+        demand_room(out)
         result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tuple(tolerance or (1.0,)),
                                  ct_folder=ct, read_options=read_options, progress=on_task(bars, comparing))
         make_folder(out)
-        write_csv(result, out / "scores.csv")
-        write_json(result, out / "scores.json")
         drawing = bars.add_task("drawing the report", total=None)
-        write_report(result, out / "report.html", read_options=read_options, progress=on_task(bars, drawing))
+        written = write_evaluation(result, out, read_options=read_options, progress=on_task(bars, drawing))
     typer.echo(result.summary())
-    typer.echo(f"wrote {out / 'scores.csv'}, {out / 'scores.json'} and {out / 'report.html'}")
+    typer.echo("wrote {}, {} and {}".format(*written))
     if result.missing:
         cases = counted(len(result.missing), "case")
         raise BatchError("MISSING_PREDICTIONS", predictions, f"{cases} of the truth without a prediction: "

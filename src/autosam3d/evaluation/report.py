@@ -17,16 +17,16 @@ from autosam3d.errors import AutoSam3dError
 from autosam3d.evaluation.evaluate import read_pair
 from autosam3d.evaluation.metrics import ABSENT_RULE, HD95_RULE
 from autosam3d.evaluation.overlay import SOFT_TISSUE, draw_planes, encode, organ_color, overlay_png
-from autosam3d.evaluation.scores import MEAN_RULE, CaseResult, Evaluation
+from autosam3d.evaluation.scores import MEAN_RULE, CaseResult, Evaluation, csv_text, json_text
 from autosam3d.evaluation.statistics import Estimate
 from autosam3d.geometry.preprocess import HuWindow
 from autosam3d.io import ReadOptions, read_ct
-from autosam3d.io.files import write_text_atomic
+from autosam3d.io.files import atomic_write_all, bytes_to_write, write_text_atomic
 from autosam3d.io.options import DEFAULTS
 from autosam3d.version import __version__
 from autosam3d.volume import SAME_GRID_VOX, Volume, same_grid
 
-__all__ = ["overlay_png", "write_report"]
+__all__ = ["overlay_png", "write_evaluation", "write_report"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,33 @@ class _Picture:
     note: str
 
 
+def write_evaluation(
+    evaluation: Evaluation,
+    folder: Path,
+    *,
+    read_options: ReadOptions = DEFAULTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Path, Path, Path]:
+    """``scores.csv``, ``scores.json`` and ``report.html`` of one evaluation: all three, or none of them changes.
+
+    Args:
+        folder: that exists.
+        read_options: for reading, those of the evaluation.
+        progress: called with (pictures drawn, pictures in all).
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ResourceError, UsageError: as `io.files.atomic_write_all`.
+    """
+    csv_path, json_path, page_path = (folder / name for name in ("scores.csv", "scores.json", "report.html"))
+    texts = {page_path: report_html(evaluation, read_options=read_options, progress=progress),
+             csv_path: csv_text(evaluation), json_path: json_text(evaluation)}
+    atomic_write_all([bytes_to_write(path, text.encode()) for path, text in texts.items()])
+    return csv_path, json_path, page_path
+
+
 def write_report(
     evaluation: Evaluation,
     path: str | Path,
@@ -51,7 +78,18 @@ def write_report(
     read_options: ReadOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the page atomically. Pictures are drawn from the files of the evaluation, read anew.
+    """`report_html` into a file, atomically."""
+    write_text_atomic(path, report_html(evaluation, hu_window=hu_window, read_options=read_options, progress=progress))
+
+
+def report_html(
+    evaluation: Evaluation,
+    *,
+    hu_window: HuWindow = SOFT_TISSUE,
+    read_options: ReadOptions = DEFAULTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """The page. Pictures are drawn from the files of the evaluation, read anew.
 
     A case whose files cannot be read any more is shown without picture, one whose CT cannot be read is shown on black.
 
@@ -66,7 +104,7 @@ def write_report(
     environment.filters |= {"number": _number, "interval": _interval, "rgb": _rgb}
     cases = sorted(evaluation.cases, key=lambda case: (math.isnan(case.dice), case.dice, case.name))
     summary = evaluation.summary()
-    page = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         evaluation=evaluation, summary=summary, cases=cases,
         pictures=_pictures(evaluation, hu_window, read_options, progress),
         colors={label: organ_color(label, organ) for label, organ in evaluation.organs.items()},
@@ -75,7 +113,6 @@ def write_report(
         rules=(MEAN_RULE, ABSENT_RULE, HD95_RULE), hu_window=hu_window, version=__version__,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), warnings=_warnings(evaluation),
     )
-    write_text_atomic(path, page)
 
 
 def _pictures(

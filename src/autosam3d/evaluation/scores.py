@@ -207,7 +207,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def write_csv(evaluation: Evaluation, path: str | Path) -> None:
-    """One row for each organ of each case, atomically; a value that is not defined is empty, a missed HD95 ``inf``."""
+    """`csv_text` into a file, atomically."""
+    write_text_atomic(path, csv_text(evaluation))
+
+
+def csv_text(evaluation: Evaluation) -> str:
+    """One row for each organ of each case; a value that is not defined is empty, a missed HD95 ``inf``."""
     buffer = text_io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     tolerances = [f"nsd_{t:g}mm" for t in evaluation.tolerances_mm]
@@ -219,11 +224,16 @@ def write_csv(evaluation: Evaluation, path: str | Path) -> None:
             volumes = s.truth_ml, s.prediction_ml, s.volume_error_ml, s.volume_error_percent
             numbers = ["" if v is None else f"{v:.6f}" for v in (s.dice, *nsd, s.hd95_mm, *volumes)]
             writer.writerow([case.name, s.organ, s.label, s.status, *numbers])
-    write_text_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_json(evaluation: Evaluation, path: str | Path) -> None:
-    """Everything, with settings, rules and versions, atomically; for `read_json`. An infinite HD95 is null."""
+    """`json_text` into a file, atomically."""
+    write_text_atomic(path, json_text(evaluation))
+
+
+def json_text(evaluation: Evaluation) -> str:
+    """Everything, with settings, rules and versions; for `read_json`. An infinite HD95 is null."""
     summary = evaluation.summary()
     tree = {
         "format": FORMAT,
@@ -243,7 +253,7 @@ def write_json(evaluation: Evaluation, path: str | Path) -> None:
         "warnings": evaluation.warnings,
         "cases": [_case_dict(case) for case in evaluation.cases],
     }
-    write_text_atomic(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    return json.dumps(tree, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Evaluation:

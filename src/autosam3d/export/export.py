@@ -5,7 +5,9 @@ The proof comes before the folder: a backend that does not say what PyTorch says
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +46,7 @@ from autosam3d.inference.onnx_file import labels_note
 from autosam3d.inference.openvino_runtime import openvino_core
 from autosam3d.io import folders
 from autosam3d.io.files import sha256_of
+from autosam3d.io.room import demand_room, free_bytes
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import Volume
 
@@ -96,6 +99,7 @@ def export_model(
         CheckpointError: PARITY, a backend differs from PyTorch beyond the bounds of `parity`; INT8, that one does.
         UsageError: OUTPUT_EXISTS, or TARGET, one that is none or does not run this network.
         MissingExtraError: a package that writes or runs one of the files is not installed.
+        ResourceError: NO_SPACE, before the work where its weights alone do not fit.
     """
     recipe = model.recipe
     targets = sorted(set(targets), key=list(MOBILE).index) if set(targets) <= set(MOBILE) else targets
@@ -104,6 +108,9 @@ def export_model(
     demand_packages(targets)
     demand_replaceable(folder, overwrite)
     trained = model.network.to("cpu").float().eval()
+    # Every form holds all weights at half their bytes at least.
+    num_forms = len(BACKENDS) + len(targets) + (int8 is not None)
+    demand_room(folder, num_forms * sum(2 * p.numel() for p in trained.parameters()))
     step = _Steps(_STEPS + 2 * len(targets) + _INT8_STEPS * (int8 is not None), progress)
     work = _Work(model, trained, with_half_weights(trained), tuple(targets), threads, folder, step)
     with folders.staged_folder(folder) as stage:
@@ -246,7 +253,12 @@ def _write_graphs(stored: nn.Module, recipe: Recipe, stage: Path) -> None:
     ir = openvino_core().read_model(onnx_path)
     ir.set_rt_info(labels, ["autosam3d", "labels"])
     # The large weights are float16 already; compressing the rest, biases and norms, costs accuracy and saves nothing.
-    openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)
+    try:
+        openvino.save_model(ir, stage / "openvino.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # it tells of a full disk in words of its own, or not at all
+        if (free_bytes(stage) or 0) >= onnx_path.stat().st_size:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _write_mobile(target: str, stored: nn.Module, recipe: Recipe, stage: Path) -> None:

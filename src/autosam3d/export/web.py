@@ -15,6 +15,7 @@ from autosam3d.checkpoints.exported import Export
 from autosam3d.errors import CheckpointError
 from autosam3d.export.parity import BOUNDS
 from autosam3d.io import folders
+from autosam3d.io.room import demand_room
 
 MARKER = "autosam3d-web.json"
 """Says that a folder is one of ours, and what is in it."""
@@ -57,6 +58,7 @@ def write_web_folder(export: Export, folder: Path, *, overwrite: bool = False) -
     with folders.staged_folder(folder) as stage, as_file(files("autosam3d") / "web_app") as app:
         if not (app / "index.html").is_file():
             raise CheckpointError("NO_APP", app, "expected the built page, got none", "run npm run build in web/")
+        demand_room(folder, onnx.stat().st_size + sum(p.stat().st_size for p in app.rglob("*") if p.is_file()))
         shutil.copytree(app, stage, dirs_exist_ok=True)
         (stage / MODEL_FOLDER).mkdir()
         shutil.copyfile(onnx, stage / MODEL_FOLDER / "model.onnx")

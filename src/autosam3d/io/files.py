@@ -18,13 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
-from autosam3d.io.memory import size_text
+from autosam3d.io.room import reason, write_error
 
-# Errors of the operating system where there is no space, and where a file may not be written.
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
-_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-# Its errors where the disk fails, or the network over which a folder is mounted.
+# Errors of the operating system where the disk fails, or the network over which a folder is mounted.
 _FAILING = {errno.EIO} | {getattr(errno, name) for name in ("ESTALE", "ETIMEDOUT", "EREMOTEIO", "ECONNRESET",
                                                              "EHOSTDOWN") if hasattr(errno, name)}
 # The host is part of a temporary file's name: in a shared folder only files of this host's dead processes are removed.
@@ -45,8 +41,8 @@ class FileToWrite:
     """Fills the temporary file that it is given."""
     verify: Callable[[Path], None] | None = None
     """Reads the temporary file back and raises where its content is not as intended."""
-    size_bytes: int | None = None
-    """How large it will be, where known; only for the message on a full disk."""
+    size_bytes: int | Callable[[], int] | None = None
+    """How large it will be, where known; only for the message on a full disk, so that a function is asked then."""
 
 
 def atomic_write(
@@ -54,7 +50,7 @@ def atomic_write(
     write: Callable[[Path], None],
     verify: Callable[[Path], None] | None = None,
     *,
-    size_bytes: int | None = None,
+    size_bytes: int | Callable[[], int] | None = None,
 ) -> None:
     """Write a file so that `path` holds, at every moment, the old content or the whole new one.
 
@@ -244,9 +240,9 @@ def readable(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FAILING:
-            raise ResourceError("IO", path, f"reading failed ({_reason(error)})",
+            raise ResourceError("IO", path, f"reading failed ({reason(error)})",
                                 "check the disk or the network that it lies on, and try again") from None
-        raise VolumeError("UNREADABLE", path, f"cannot be read ({_reason(error)})",
+        raise VolumeError("UNREADABLE", path, f"cannot be read ({reason(error)})",
                           "check that it exists and that you may read it") from None
     except ValueError as error:
         if "null byte" not in str(error):
@@ -277,38 +273,12 @@ def _explained(file: FileToWrite, temporary: Path) -> Iterator[None]:
     except AutoSam3dError:
         raise
     except OSError as error:
-        raise _write_error(error, file, temporary) from error
-
-
-def _write_error(error: OSError, file: FileToWrite, temporary: Path) -> AutoSam3dError:
-    """The error for the user: the path, the bytes needed, the bytes free."""
-    if error.errno in _NO_SUCH_PLACE:
-        return UsageError("OUTPUT_PATH", file.path, f"cannot be written there ({_reason(error)})",
-                          "name a file in a folder that exists")
-    if error.errno in _NOT_WRITABLE:
-        return ResourceError("NOT_WRITABLE", file.path, f"expected a place that may be written ({_reason(error)})",
-                             "change the permissions or write elsewhere")
-    try:
-        written = temporary.stat().st_size
-    except OSError:
-        written = 0
-    needed = f"{file.size_bytes} bytes needed" if file.size_bytes else f"more than {written} bytes needed"
-    try:
-        free_bytes = shutil.disk_usage(file.path.parent).free
-        free = f"{free_bytes} bytes free ({size_text(free_bytes)})"
-    except OSError:
-        free_bytes, free = 1 << 62, "free space unknown"
-    # numpy raises an OSError without errno when a write falls short.
-    short = error.errno is None and file.size_bytes is not None and free_bytes < file.size_bytes
-    if error.errno in _NO_SPACE or short:
-        return ResourceError("NO_SPACE", file.path, f"{needed}, {free} ({_reason(error)})",
-                             "free some space, raise the quota or write elsewhere")
-    return ResourceError("IO", file.path, f"writing failed ({_reason(error)}); {needed}, {free}",
-                         "check the disk and try again")
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()
+        try:
+            written = temporary.stat().st_size
+        except OSError:
+            written = 0
+        size = file.size_bytes() if callable(file.size_bytes) else file.size_bytes
+        raise write_error(error, file.path, written=written, size_bytes=size) from error
 
 
 def _is_at_work(pid: int, token: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from autosam3d.errors import ResourceError, UsageError
 from autosam3d.io.files import REPLACED, remove_stale_temporaries, temporary_beside
+from autosam3d.io.room import NO_SPACE, room_named, write_error
 
 
 def demand_replaceable(folder: Path, overwrite: bool, is_ours: Callable[[Path], bool], what: str) -> None:
@@ -44,7 +45,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: OUTPUT_PATH, there is no such place.
-        ResourceError: NOT_WRITABLE.
+        ResourceError: NOT_WRITABLE, or NO_SPACE, also of what is written inside.
     """
     stage = temporary_beside(path)
     with writable_folder(path):
@@ -53,7 +54,8 @@ def staged_folder(path: Path) -> Iterator[Path]:
         stage.mkdir()
     old = stage.with_name(stage.name + REPLACED)
     try:
-        yield stage
+        with room_named(path):
+            yield stage
         with writable_folder(path):
             if path.exists():
                 path.rename(old)  # between the two renames nothing lies at `path`: folders cannot trade places
@@ -120,12 +122,14 @@ def writable_folder(path: Path, remedy: str = "name another folder") -> Iterator
 
     Raises:
         UsageError: OUTPUT_PATH, something else than a folder lies there, or there is no such place.
-        ResourceError: NOT_WRITABLE, any other refusal.
+        ResourceError: NO_SPACE; NOT_WRITABLE, any other refusal.
     """
     try:
         yield
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise UsageError("OUTPUT_PATH", path, f"expected a folder ({error.strerror})", remedy) from None
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise write_error(error, path) from None
         raise ResourceError("NOT_WRITABLE", path, f"expected a folder that can be made and written to "
                             f"({error.strerror})", remedy) from None

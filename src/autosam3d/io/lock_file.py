@@ -121,8 +121,8 @@ def _lock(file: TextIO, inherit: bool) -> bool:
 def _sign(file: TextIO) -> None:
     """Write into a file that was locked who has it."""
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    # Past the file's buffer: what a full disk refuses would be written, and refused, again when the file is closed.
+    os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _read_owner(file: TextIO) -> str:

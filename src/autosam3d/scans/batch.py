@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ from autosam3d.io.files import sha256_of, write_text_atomic
 from autosam3d.io.folders import make_folder
 from autosam3d.io.itk.read import files_of
 from autosam3d.io.output_formats import NIFTI, label_writer
+from autosam3d.io.room import demand_room
 from autosam3d.io.volume_table import organ_volumes
 from autosam3d.scans.jobs import BatchJob
 from autosam3d.scans.outputs import State, refuse_foreign
@@ -102,7 +104,7 @@ def segment_batch(
 
     Raises:
         UsageError: OUTPUT_EXISTS.
-        ResourceError: NOT_WRITABLE, the output folder, before any work.
+        ResourceError: NOT_WRITABLE or NO_SPACE, the output folder, before any work.
     """
     segment_options = segment_options or SegmentOptions()
     read_options = _within(read_options or ReadOptions(), segment_options.max_ram_bytes)
@@ -150,6 +152,8 @@ class _Batch:
         identity = self._identity(job)
         write = label_writer(job.output.form, job.source, volume.source, self.read_options, self.model.recipe.name,
                              self.model.sha256)
+        if job.output.path.name.lower().endswith(".nii"):
+            demand_room(job.output.path, math.prod(volume.shape))  # a byte a voxel
         finish = begin_segment(volume, self.model, self.segment_options)
         if not self.preview:
             volume = None  # its place in memory is what the windows take
@@ -212,6 +216,7 @@ def _demand_writable(folder: Path) -> None:
         raise UsageError("OUTPUT_PATH", there, "expected a folder, got a file", "choose another output")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ResourceError("NOT_WRITABLE", there, "the folder may not be written to", "choose another output")
+    demand_room(folder)
 
 
 def _sha256_of_scan(source: Path) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from autosam3d.checkpoints.checkpoint import load_model
 from autosam3d.data.folder import CaseSet, open_dataset
 from autosam3d.data.phantom import write_phantom_dataset
-from autosam3d.evaluation.evaluate import evaluate_folder, write_csv, write_json
+from autosam3d.evaluation.evaluate import evaluate_folder
 from autosam3d.evaluation.overlay import overlay_png
-from autosam3d.evaluation.report import write_report
+from autosam3d.evaluation.report import write_evaluation
 from autosam3d.io import read_ct, read_segmentation
 from autosam3d.recipes.recipe import Recipe, load_recipe
 from autosam3d.scans.batch import segment_batch
@@ -58,9 +58,7 @@ def run_demo(folder: Path, observer: Observer, show: Show) -> DemoResult:
         predictions, data / "labelsTs", labels=recipe.labels, ct_folder=data / "imagesTs",
         progress=lambda done, total: show("evaluating", done, total),
     )
-    write_csv(result, folder / "scores.csv")
-    write_json(result, folder / "scores.json")
-    write_report(result, folder / "report.html", progress=lambda done, total: show("drawing the report", done, total))
+    write_evaluation(result, folder, progress=lambda done, total: show("drawing the report", done, total))
     for done, case in enumerate(cases.test, start=1):
         assert case.label_path is not None  # a phantom has its truth
         overlay_png(read_ct(case.image_path), read_segmentation(predictions / f"{case.name}.nii.gz"),

@@ -24,6 +24,7 @@ from autosam3d.io.dicom.source import (
     derived_uid,
     read_back_error,
     series_description,
+    written_bytes,
 )
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom
 from autosam3d.io.files import atomic_write
@@ -68,7 +69,8 @@ def write_rtstruct(
     with quiet_pydicom():
         dataset = _build(planes, series, labels, present, algorithm)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
-                     lambda temporary: _verify(temporary, path, segmentation, planes, series, present))
+                     lambda temporary: _verify(temporary, path, segmentation, planes, series, present),
+                     size_bytes=lambda: written_bytes(dataset))
     return log_warnings(path, warnings)
 
 

@@ -25,6 +25,7 @@ from autosam3d.io.dicom.source import (
     label_centres,
     read_back_error,
     series_description,
+    written_bytes,
 )
 from autosam3d.io.dicom.stack import place_tolerance_vox
 from autosam3d.io.dicom.tags import DAMAGE, quiet_pydicom
@@ -88,7 +89,8 @@ def write_dicom_seg(
     with quiet_pydicom():
         dataset = _build(numbers[planes], series, labels, present, algorithm, kind)
         atomic_write(path, lambda temporary: dataset.save_as(temporary, enforce_file_format=True),
-                     lambda temporary: _verify(temporary, path, segmentation, planes, labels, present))
+                     lambda temporary: _verify(temporary, path, segmentation, planes, labels, present),
+                     size_bytes=lambda: written_bytes(dataset))
     return log_warnings(path, warnings)
 
 

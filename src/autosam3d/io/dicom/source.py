@@ -6,6 +6,7 @@ Only a fixed list of tags is copied, each checked; no message repeats a patient'
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -161,6 +162,13 @@ def read_back_error(path: Path, fault: str) -> VolumeError:
     """The error for a file that differs from the segmentation when it is read back; the file is not kept."""
     return VolumeError("READ_BACK", path, f"what was written differs from the segmentation: {fault}",
                        "write NIfTI, and report this as a bug")
+
+
+def written_bytes(dataset: Dataset) -> int:
+    """The size of the file that a DICOM object becomes; made for it, so asked only where the file has failed."""
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return len(buffer.getbuffer())
 
 
 def label_centres(labels: np.ndarray, affine: np.ndarray, values: Iterable[int]) -> dict[int, np.ndarray]:

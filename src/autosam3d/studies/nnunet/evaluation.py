@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from autosam3d.errors import VolumeError
-from autosam3d.evaluation.evaluate import case_name, evaluate_folder, write_csv, write_json
-from autosam3d.evaluation.report import write_report
+from autosam3d.evaluation.evaluate import case_name, evaluate_folder
+from autosam3d.evaluation.report import write_evaluation
 from autosam3d.evaluation.scores import Evaluation
 from autosam3d.io.files import write_text_atomic
 from autosam3d.studies.nnunet.agreement import BOUND, Agreement, compare
@@ -38,9 +38,7 @@ def evaluate_run(
     images = result.truth[part].with_name("images" + result.truth[part].name.removeprefix("labels"))
     evaluation = evaluate_folder(predictions, truth, labels=result.organs, tolerances_mm=tolerances_mm,
                                  ct_folder=images, progress=progress)
-    write_csv(evaluation, out / "scores.csv")
-    write_json(evaluation, out / "scores.json")
-    write_report(evaluation, out / "report.html")
+    write_evaluation(evaluation, out)
     summary = _nnunets_metrics(result, part, truth, out / "summary.json", python, threads, on_event)
     agreement = compare(summary, evaluation)
     write_text_atomic(out / "agreement.json", json.dumps(asdict(agreement) | {"bound": BOUND}, indent=1) + "\n")
