@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -61,11 +62,12 @@ class Volume:
     """One CT scan.
 
     Attributes:
-        voxels_hu: float32 [z, y, x] in Hounsfield units.
+        voxels_hu: float32 [z, y, x] in Hounsfield units, or as they are stored where `intensity` is raw.
         affine: 4x4 float64, voxel (x, y, z) to RAS+ mm, for `voxels_hu` as it lies here.
         source: the grid of the file it came from, None for an array made in memory.
         warnings: what the reader put right or found odd, one sentence each.
         name: what messages call it; of a scan that was read, its path.
+        intensity: what the numbers are.
     """
 
     voxels_hu: np.ndarray
@@ -73,6 +75,7 @@ class Volume:
     source: SourceGrid | None = None
     warnings: tuple[str, ...] = ()
     name: str = "scan"
+    intensity: Literal["hu", "raw"] = "hu"
 
     def __post_init__(self) -> None:
         if self.voxels_hu.ndim != 3:

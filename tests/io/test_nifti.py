@@ -113,7 +113,7 @@ def test_not_hu_names_the_measured_percentiles(tmp_path: Path) -> None:
     with pytest.raises(VolumeError) as caught:
         read_ct(bad.BROKEN["38_from_zero"][0](tmp_path))
     values = np.percentile((bad.ct_array() + 1024).clip(0, 4095), 50)
-    assert f"/{values:.4g}/" in caught.value.fault and "--intensity-offset -1024" in caught.value.remedy
+    assert f"/{values:.4g}/" in caught.value.fault and "ReadOptions(intensity_offset=-1024)" in caught.value.remedy
 
 
 def test_unit_scaling_reaches_the_affine(tmp_path: Path) -> None:

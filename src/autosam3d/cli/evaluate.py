@@ -18,7 +18,8 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, scores.json and report.html.")] = Path("evaluation"),
     tolerance: Tolerances = None,
     ct: Annotated[Path | None, typer.Option(help="Folder of the scans, for the pictures.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Take the organ names from this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take the organ names, and how scans are read, from "
+                                                "this recipe.")] = None,
     prefer: Prefer = None,
     assume_ras: AssumeRas = False,
     force: Force = False,
@@ -32,16 +33,21 @@ def evaluate(
     from autosam3d.io.room import demand_room
     from autosam3d.recipes.recipe import load_recipe
 
-    labels = load_recipe(recipe).labels if recipe else None
-    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
+    plan = load_recipe(recipe) if recipe else None
+    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, asked_by="evaluate")  # type: ignore[arg-type]
+    if plan is not None:
+        read_options = plan.reading.answers(read_options)
+    window = {"hu_window": plan.preprocess.hu_window} if plan is not None and read_options.is_raw else {}
     with progress_bars() as bars:
         comparing = bars.add_task("comparing", total=None)
         demand_room(out)
-        result = evaluate_folder(predictions, truth, labels=labels, tolerances_mm=tuple(tolerance or (1.0,)),
-                                 ct_folder=ct, read_options=read_options, progress=on_task(bars, comparing))
+        result = evaluate_folder(predictions, truth, labels=plan.labels if plan else None,
+                                 tolerances_mm=tuple(tolerance or (1.0,)), ct_folder=ct, read_options=read_options,
+                                 progress=on_task(bars, comparing))
         make_folder(out)
         drawing = bars.add_task("drawing the report", total=None)
-        written = write_evaluation(result, out, read_options=read_options, progress=on_task(bars, drawing))
+        written = write_evaluation(result, out, read_options=read_options, progress=on_task(bars, drawing),
+                                   **window)
     typer.echo(result.summary())
     typer.echo("wrote {}, {} and {}".format(*written))
     if result.missing:

@@ -49,10 +49,12 @@ def export(
     from autosam3d.checkpoints.targets import demand_mobile
     from autosam3d.io import ReadOptions, read_ct
 
-    read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force)  # type: ignore[arg-type]
     paths = _int8_scans(int8, ct is not None)
     json_path = find_checkpoint(model)
-    demand_mobile(recipe_of(read_meta(json_path), json_path).model, target or ())
+    recipe = recipe_of(read_meta(json_path), json_path)
+    demand_mobile(recipe.model, target or ())
+    read_options = recipe.reading.answers(
+        ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, asked_by="evaluate"))  # type: ignore[arg-type]
     volume = read_ct(ct, read_options) if ct is not None else None
     set_threads(threads)
     from autosam3d.checkpoints.checkpoint import load_model

@@ -34,7 +34,7 @@ def nnunet(
 
     Keys of --set: configuration (3d_fullres, 3d_lowres or 2d), fold (of splits_final.json), epochs, iterations (steps
     of an epoch), patch=[Z,Y,X] and batch (less than nnU-Net plans; the result is named reduced), tta (false predicts
-    without mirror images), seed.
+    without mirror images), seed, and a recipe's reading.* for how our scores and pictures read the files.
     """
     from autosam3d.recipes.settings_file import read_settings
     from autosam3d.studies.nnunet.evaluation import evaluate_run, write_result
@@ -55,7 +55,8 @@ def nnunet(
         for part in result.truth:
             task = bars.add_task(f"comparing {part}", total=None)
             scored[part] = evaluate_run(result, part, tolerances_mm=tuple(tolerance or (1.0,)), python=python,
-                                        threads=threads, progress=on_task(bars, task), on_event=view.on_event)
+                                        threads=threads, reading=plan.reading, progress=on_task(bars, task),
+                                        on_event=view.on_event)
     write_result(result)
     size = " x ".join(map(str, result.patch))
     typer.echo(f"{result.name} {result.nnunet}, {result.network} with {result.parameters / 1e6:.2f} M parameters, crop "

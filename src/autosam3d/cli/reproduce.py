@@ -148,10 +148,9 @@ def _embeddings(wish: Wish) -> None:
     scans = []
     for name, folder in wish.folders:
         recipe = load_recipe(name, wish.overrides)
-        window = recipe.preprocess.hu_window
         cases = open_dataset(folder, recipe)
         paths = [case.image_path for case in (*cases.train, *cases.val)]
-        scans.append((DATASETS.get(recipe.name, recipe.name), paths, window.low_hu, window.high_hu))
+        scans.append((DATASETS.get(recipe.name, recipe.name), paths, recipe))
     wish.out.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:
         task = bars.add_task("embedding", total=None)

@@ -35,7 +35,7 @@ def segment(
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three planes.")] = False,
     prefer: Prefer = None,
     assume_ras: AssumeRas = False,
-    intensity_offset: Annotated[float, typer.Option(help="Added to every voxel to make it HU.")] = 0.0,
+    intensity_offset: Annotated[float | None, typer.Option(help="Added to every voxel to make it HU.")] = None,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, from 0.")] = None,
     series: Annotated[str | None, typer.Option(help="DICOM SeriesInstanceUID, where a folder has several.")] = None,
     acquisition: Annotated[int | None, typer.Option(help="Which of several in one DICOM series.")] = None,
@@ -46,7 +46,7 @@ def segment(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Segment one CT scan, or a folder of them."""
+    """Segment one CT scan, or a folder of them. What the options of reading leave open the model's recipe says."""
     from autosam3d.geometry.patches import MAX_OVERLAP, Tiling
     from autosam3d.inference.pipeline import SegmentOptions
     from autosam3d.io import ReadOptions
@@ -59,10 +59,11 @@ def segment(
         raise UsageError("USAGE", f"--overlap {overlap}", f"expected 0 to {MAX_OVERLAP}", "the paper uses 0.75")
     if max_ram is not None and not 0 < max_ram <= 2**20:
         raise UsageError("USAGE", f"--max-ram {max_ram}", "expected a positive number of GiB", "try 8")
-    if not abs(intensity_offset) <= 1e5:
+    if intensity_offset is not None and not abs(intensity_offset) <= 1e5:
         raise UsageError("USAGE", f"--intensity-offset {intensity_offset}", "expected a number of HU", "try -1024")
     read_options = ReadOptions(prefer=prefer, assume_ras=assume_ras, intensity_offset=intensity_offset,  # type: ignore[arg-type]
-                               volume_index=volume, series=series, acquisition=acquisition, force=force)
+                               volume_index=volume, series=series, acquisition=acquisition, force=force,
+                               asked_by="segment")
     model, source, output = _model_and_scans(paths)
     form = output_format(output_form, output)
     with unpacked_scan(source) as scan:

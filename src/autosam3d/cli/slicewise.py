@@ -52,7 +52,7 @@ def segment(
 
     Keys of --set beside the recipe's: cases=[a,b]; prompts.num_points (random points instead of the deepest),
     prompts.jitter_px (sides of boxes move out by 0 to so many pixels of a square of 1024), prompts.seed;
-    reading.prefer, reading.assume_ras, reading.force as the options of autosam3d segment.
+    those of the recipe's section reading say how the scans are read.
     """
     if sam is None and tuned is None:
         raise UsageError("USAGE", "--sam", "expected a SAM weight file or a tuning, got neither",
@@ -75,7 +75,7 @@ def segment(
     prompts = keys.prompt_spec(prompt or told.get("prompt", "point"))
     with progress_bars() as bars:
         settings = SlicewiseSettings(framing=_framing(plan, style or told.get("framing", {}).get("style", "sam")),
-                                     prompts=prompts, read_options=keys.reading.options)
+                                     prompts=prompts, read_options=plan.reading.options())
         result = segment_cases(chosen, model, out, plan.labels, settings, cache=cache, overwrite=overwrite,
                                progress=BatchView(bars, "cases", "slices"))
     for path in result.written:
@@ -127,7 +127,8 @@ def tune(
     settings = tune_settings(own, _framing(plan, style or "medsam"), prompt)
     model = load_slice_sam(sam, device=pick_device(device))
     with TrainingView() as view:
-        result = run_tuning(plan, cases, model, out, settings, cache=cache, observer=view.observer)
+        result = run_tuning(plan, cases, model, out, settings, cache=cache, read_options=plan.reading.options(),
+                            observer=view.observer)
     if result.stopped_by is not None:
         typer.echo(f"stopped and saved in {out}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)

@@ -24,10 +24,11 @@ from autosam3d.data.entries import Entry, open_entry, open_or_build
 from autosam3d.data.order import learns_background_from_labels
 from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
-from autosam3d.io import ReadOptions, read_ct, read_segmentation
+from autosam3d.io import read_ct, read_segmentation
 from autosam3d.io.files import sha256_of
 from autosam3d.io.grid import demand_same_grid
 from autosam3d.labels import remap
+from autosam3d.recipes.reading import Reading
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.volume import log_warnings
 
@@ -176,6 +177,8 @@ def _cache_key(case: Case, recipe: Recipe) -> str:
         "table": sorted(_label_table(case, recipe).items()),
         "values": recipe.labels.num_values,
     }
+    if recipe.reading != Reading():  # else entries of versions that knew no other way to read stay true
+        parts["reading"] = recipe.digest("reading")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[: 2 * KEY_BYTES]
 
 
@@ -196,9 +199,10 @@ def _read(case: Case, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
 
 def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
     """Preprocess a case into its entry."""
-    volume = read_ct(case.image_path, ReadOptions())
+    reading = recipe.reading.options()
+    volume = read_ct(case.image_path, reading)
     assert case.label_path is not None  # _cache_key demands it
-    truth = read_segmentation(case.label_path)
+    truth = read_segmentation(case.label_path, reading)
     log_warnings(case.label_path, demand_same_grid(truth, case.label_path, volume, "the scan"))
     table = _label_table(case, recipe)
     try:

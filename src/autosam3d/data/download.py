@@ -27,6 +27,7 @@ from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_tex
 from autosam3d.io.folders import writable_folder
 from autosam3d.io.grid import demand_same_grid
 from autosam3d.labels import remap
+from autosam3d.recipes.reading import Reading
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.recipes.settings import Download
 
@@ -185,6 +186,8 @@ def _open_journal(recipe: Recipe, destination: Path) -> dict[str, Any]:
     whole = recipe.as_dict()
     plan = {"version": JOURNAL_VERSION, "name": recipe.name, "organs": whole["labels"]["organs"],
             "download": whole["dataset"]["download"]}
+    if recipe.reading != Reading():
+        plan["reading"] = whole["reading"]
     # What the split is made of may change: it is written anew at the end, only its test part decides on folders.
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     path = destination / JOURNAL
@@ -237,12 +240,13 @@ def _is_finished(record: Any, job: _Job, destination: Path) -> bool:
 def _prepare_case(job: _Job, recipe: Recipe, destination: Path) -> dict[str, Any]:
     """Checks a case and puts it in its place; returns its entry in the journal."""
     image_target, label_target = _targets(job, destination)
-    volume = io.read_ct(job.image)
+    reading = recipe.reading.options()
+    volume = io.read_ct(job.image, reading)
     notes = [f"{job.name}: {note}" for note in volume.warnings]
     organ_voxels: dict[str, int] = {}
     truth = written = None
     if job.label is not None:
-        truth = io.read_segmentation(job.label)
+        truth = io.read_segmentation(job.label, reading)
         notes += [f"{job.name}, labels: {note}" for note in truth.warnings]
         apart = demand_same_grid(truth, job.label, volume, "the scan")
         notes += [f"{job.name}, labels: {note}" for note in apart]
@@ -260,7 +264,8 @@ def _prepare_case(job: _Job, recipe: Recipe, destination: Path) -> dict[str, Any
     if volume.source is not None and volume.source.kind == "nifti" and job.image.name.endswith(".nii.gz"):
         _place(job.image, image_target)
     else:
-        io.write_ct(image_target, volume)
+        # As it was stored: training adds the offset itself.
+        io.write_ct(image_target, replace(volume, voxels_hu=volume.voxels_hu - np.float32(reading.offset)))
     if written is not None:
         io.write_segmentation(label_target, written, recipe.labels)
     elif truth is not None and job.label is not None and job.label.name.endswith(".nii.gz"):

@@ -47,6 +47,7 @@ def write_evaluation(
     evaluation: Evaluation,
     folder: Path,
     *,
+    hu_window: HuWindow = SOFT_TISSUE,
     read_options: ReadOptions = DEFAULTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Path, Path, Path]:
@@ -54,6 +55,7 @@ def write_evaluation(
 
     Args:
         folder: that exists.
+        hu_window: of the pictures.
         read_options: for reading, those of the evaluation.
         progress: called with (pictures drawn, pictures in all).
 
@@ -64,7 +66,7 @@ def write_evaluation(
         ResourceError, UsageError: as `io.files.atomic_write_all`.
     """
     csv_path, json_path, page_path = (folder / name for name in ("scores.csv", "scores.json", "report.html"))
-    texts = {page_path: report_html(evaluation, read_options=read_options, progress=progress),
+    texts = {page_path: report_html(evaluation, hu_window=hu_window, read_options=read_options, progress=progress),
              csv_path: csv_text(evaluation), json_path: json_text(evaluation)}
     atomic_write_all([bytes_to_write(path, text.encode()) for path, text in texts.items()])
     return csv_path, json_path, page_path

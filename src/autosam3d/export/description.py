@@ -25,15 +25,20 @@ def describe_use(recipe: Recipe, opset: int, mobile: Sequence[str] = (), int8: b
         int8: whether an INT8 network lies beside it.
     """
     pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
+    window = pre.hu_window
+    is_raw = recipe.reading.intensity == "raw"
+    widest = f"{min(-1024.0, window.low_hu):g}..{max(3071.0, window.high_hu):g}{'' if is_raw else ' HU'}"
+    crops = pre.crop_to_body and not is_raw
     spacing = None if pre.spacing_mm is None else list(pre.spacing_mm)
     return {
         "what": "3D organ segmentation of CT; for research, not a medical device",
         "axes": "arrays are [z, y, x]: z grows to the head, y to the front, x to the patient's right",
         "steps": [
-            "read the CT in Hounsfield units and bring its axes into that order",
+            "take the numbers as they are stored, which are no Hounsfield units, and bring the axes into that order"
+            if is_raw else "read the CT in Hounsfield units and bring its axes into that order",
             "crop to the body where crop_to_body is true: any box that holds the whole patient will do; outside it "
-            "everything is background" if pre.crop_to_body else "keep the whole scan",
-            "clip to -1024..3071 HU, then resample linearly to spacing_mm, both grids covering the same cuboid corner "
+            "everything is background" if crops else "keep the whole scan",
+            f"clip to {widest}, then resample linearly to spacing_mm, both grids covering the same cuboid corner "
             "on corner: m = max(1, round(n * spacing / target)) voxels an axis, and prepared index j lies at native "
             "index (j + 0.5) * n / m - 0.5" if spacing else "keep the scan's own spacing",
             "clip to hu_window, subtract subtract_hu, divide by divide_hu",
@@ -55,8 +60,8 @@ def describe_use(recipe: Recipe, opset: int, mobile: Sequence[str] = (), int8: b
                     "phones give logits alone"},
         "patch": size,
         "spacing_mm": spacing,
-        "crop_to_body": pre.crop_to_body,
-        "hu_window": [pre.hu_window.low_hu, pre.hu_window.high_hu],
+        "crop_to_body": crops,
+        "hu_window": [window.low_hu, window.high_hu],
         "subtract_hu": pre.subtract_hu,
         "divide_hu": pre.divide_hu,
         "air": pre.air,

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class _Work:
             CheckpointError: PARITY or INT8.
         """
         recipe = self.model.recipe
-        scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom()
+        scan, source = (ct, "windows of a real CT, chosen by what the model finds there") if ct else _phantom(recipe)
         windows, trained_logits = golden_windows(scan, recipe, _runner(self.trained),
                                                  _WINDOWS["scan" if ct else "phantom"])
         self.step()
@@ -331,7 +331,8 @@ def demand_replaceable(folder: Path, overwrite: bool) -> None:
     folders.demand_replaceable(folder, overwrite, is_export, "an export")
 
 
-def _phantom() -> tuple[Volume, str]:
+def _phantom(recipe: Recipe) -> tuple[Volume, str]:
     from autosam3d.data.phantom import make_phantom
 
-    return make_phantom(_PHANTOM_SEED)[0], f"windows of a synthetic abdomen (phantom {_PHANTOM_SEED}), no patient"
+    phantom = replace(make_phantom(_PHANTOM_SEED)[0], intensity=recipe.reading.intensity)
+    return phantom, f"windows of a synthetic abdomen (phantom {_PHANTOM_SEED}), no patient"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autosam3d.checkpoints.exported import Export
-from autosam3d.errors import CheckpointError
+from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.export.parity import BOUNDS
 from autosam3d.io import folders
 from autosam3d.io.room import demand_room
@@ -50,9 +50,14 @@ def write_web_folder(export: Export, folder: Path, *, overwrite: bool = False) -
         folder: new, or with `overwrite` one that this function wrote before.
 
     Raises:
-        UsageError: OUTPUT_EXISTS.
+        UsageError: OUTPUT_EXISTS; INTENSITY, a model for numbers that the page does not read.
         CheckpointError: CORRUPT or HASH, the export is damaged; NO_APP, this installation lacks the built page.
     """
+    reading = export.recipe.reading
+    if reading.intensity != "hu" or reading.intensity_offset:
+        wish = "intensity raw" if reading.intensity == "raw" else f"intensity_offset {reading.intensity_offset:g}"
+        raise UsageError("INTENSITY", export.folder, "expected a model for Hounsfield units as they are stored, which "
+                         f"is all that the page reads, got one with reading.{wish}", "run it with autosam3d segment")
     demand_replaceable(folder, overwrite)
     onnx = export.path("model.onnx")
     with folders.staged_folder(folder) as stage, as_file(files("autosam3d") / "web_app") as app:

@@ -171,7 +171,8 @@ def plan_grid(volume: Volume, spec: Preprocess) -> Undo:
 
     Per axis ``m = max(1, round(n * spacing / target))`` voxels; the effective spacing is then ``n * spacing / m``.
     """
-    box = find_body(volume.voxels_hu, volume.spacing_mm) if spec.crop_to_body else Box((0, 0, 0), volume.shape)
+    crops = spec.crop_to_body and volume.intensity == "hu"  # a body is found by Hounsfield units
+    box = find_body(volume.voxels_hu, volume.spacing_mm) if crops else Box((0, 0, 0), volume.shape)
     target_mm = spec.spacing_mm or volume.spacing_mm
     shape = (
         max(1, round(n * mm / wish)) for n, mm, wish in zip(box.shape, volume.spacing_mm, target_mm, strict=True)

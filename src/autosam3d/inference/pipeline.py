@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from autosam3d.axes import Size
-from autosam3d.errors import CheckpointError, ResourceError
+from autosam3d.errors import CheckpointError, ResourceError, UsageError
 from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, stitch, unpad_slabs
 from autosam3d.geometry.preprocess import Box, Undo, plan_grid, prepare_ct
 from autosam3d.geometry.restore import SlabRestorer, restore_labels
@@ -32,6 +32,9 @@ _HALF_WARNING = "Memory was short: window sums were kept in half precision, labe
 
 Progress = Callable[[int, int], None]
 """Called with the windows (or cases) done and their number."""
+
+
+_SCALES = {"hu": "Hounsfield units", "raw": "numbers as they are stored (reading.intensity: raw)"}
 
 
 class Model(Protocol):
@@ -81,7 +84,7 @@ def segment(
     lies outside the body is background.
 
     Args:
-        volume: one CT, in HU.
+        volume: one CT, in HU; of another scale where the recipe's `reading.intensity` is raw.
         model: recipe and network, as `load_model` gives them.
         tiling: how the windows walk; None takes the recipe's.
         batch_size: windows per call of the network; 1 is best on a CPU.
@@ -95,6 +98,7 @@ def segment(
     Raises:
         ResourceError: MEMORY or NO_SPACE, before the work where it can be foreseen.
         CheckpointError: NONFINITE, the network returned NaN or infinity.
+        UsageError: INTENSITY, the scan was read as another scale than the model is for.
     """
     segment_options = SegmentOptions(tiling=tiling, batch_size=batch_size, tta=tta, max_ram_bytes=max_ram_bytes)
     return segment_with(volume, model, segment_options, progress)
@@ -115,6 +119,10 @@ def begin_segment(
     It needs the scan's voxels no more: a caller that lets go of them has their memory back before the windows.
     """
     recipe, predictor = model.recipe, model.predictor
+    if volume.intensity != recipe.reading.intensity:
+        raise UsageError("INTENSITY", volume.name, f"expected {_SCALES[recipe.reading.intensity]}, as the model was "
+                         f"trained on, got {_SCALES[volume.intensity]}",
+                         f"read it with ReadOptions(intensity={recipe.reading.intensity!r})")
     if segment_options.tta:
         predictor = MirrorPredictor(predictor, recipe)
     undo = plan_grid(volume, recipe.preprocess)

@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.orientations import io_orientation
 
 from autosam3d.errors import VolumeError
+from autosam3d.io.options import ReadOptions
 from autosam3d.volume import SAME_GRID_VOX, Segmentation, SourceGrid, Volume, grid_apart_vox, same_grid
 
 # Off-orthonormal: the largest |cosine| between two axes. Rounding to float32 or to DICOM's 16 characters stays
@@ -89,21 +90,24 @@ def _to_file(shape: tuple[int, int, int], axis_of: tuple[int, int, int], flipped
     return matrix
 
 
-def check_affine(affine: np.ndarray, where: str | Path, name: str = "affine") -> tuple[np.ndarray, list[str]]:
+def check_affine(affine: np.ndarray, where: str | Path, name: str = "affine", remedy: str = "repair the header"
+                 ) -> tuple[np.ndarray, list[str]]:
     """The affine, checked and where possible corrected, with a warning for each correction.
+
+    Args:
+        remedy: where nothing can be made of it.
 
     Raises:
         VolumeError: AFFINE_NONFINITE, AFFINE_SINGULAR or AFFINE_SHEAR.
     """
     if not (np.abs(affine) <= _MAX_ENTRY_MM).all():
-        raise VolumeError("AFFINE_NONFINITE", where, f"the {name} has NaN, infinite or absurdly large entries",
-                          "repair the header; --prefer takes the other transform where that one is sound")
+        raise VolumeError("AFFINE_NONFINITE", where, f"the {name} has NaN, infinite or absurdly large entries", remedy)
     linear = affine[:3, :3]
     lengths = np.linalg.norm(linear, axis=0)
     directions = linear / np.where(lengths > 0, lengths, 1)
     if (lengths == 0).any() or abs(np.linalg.det(directions)) < 1e-3:
         raise VolumeError("AFFINE_SINGULAR", where, f"the {name} does not map voxels to three directions of space",
-                          "repair the header; --prefer takes the other transform where that one is sound")
+                          remedy)
     gram = directions.T @ directions
     cosine = float(np.abs(gram - np.diag(np.diag(gram))).max())
     if cosine <= _ROUNDING_COSINE:
@@ -117,8 +121,8 @@ def check_affine(affine: np.ndarray, where: str | Path, name: str = "affine") ->
     return repaired, [f"the {name} is off right angles by a cosine of {cosine:.5f}; the nearest rotation is taken"]
 
 
-def check_extent(affine: np.ndarray, shape: tuple[int, int, int], where: str | Path, force: bool) -> list[str]:
-    """Refuse spacings and fields of view that no CT of a human has; a list of warnings where `force` is set.
+def check_extent(affine: np.ndarray, shape: tuple[int, int, int], where: str | Path, options: ReadOptions) -> list[str]:
+    """Refuse spacings and fields of view that no CT of a human has; a list of warnings where that is forced.
 
     Raises:
         VolumeError: SPACING.
@@ -134,9 +138,10 @@ def check_extent(affine: np.ndarray, shape: tuple[int, int, int], where: str | P
         fault = f"expected a field of view from {_MIN_FOV_MM:g} to {_MAX_FOV_MM:g} mm, got {fov_text}"
     if fault is None:
         return []
-    if force:
+    if options.force:
         return [f"accepted by force: {fault}"]
-    raise VolumeError("SPACING", where, fault, "correct the header, or use --force if it is right")
+    raise VolumeError("SPACING", where, fault,
+                      options.remedy("force", True, "correct the header", ", or use {} if it is right"))
 
 
 def demand_same_grid(labels: Segmentation, path: str | Path, other: Volume | Segmentation, what: str) -> list[str]:

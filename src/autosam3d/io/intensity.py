@@ -1,4 +1,5 @@
-"""Are these numbers Hounsfield units? The checks that every CT passes before anything is computed from it."""
+"""Are these numbers Hounsfield units? The checks that every CT passes before anything is computed from it, and those
+of a scan whose numbers are of another scale: exactly what one takes the other refuses."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from autosam3d.errors import VolumeError
+from autosam3d.io.options import ReadOptions
 
 AIR_HU = -1024.0
 # Scanners fill what lies outside their field with -2000 to -3024; no tissue and no noise reaches so low.
@@ -23,13 +25,35 @@ _MIN_CONTRAST_HU = 100.0
 _MAX_SAMPLES = 2_000_000
 
 
-def check_hounsfield(voxels: np.ndarray, where: str | Path, may_be_nonfinite: bool = True) -> list[str]:
-    """Check float32 [z, y, x] and put right, in place, what has one meaning only.
-
-    Not finite (at most 1 %) and padding below -1500 become -1024; a few voxels beyond the CT scale are clipped.
+def settle_intensity(
+    voxels: np.ndarray, where: str | Path, options: ReadOptions, may_be_nonfinite: bool = True
+) -> list[str]:
+    """Bring float32 [z, y, x] to the scale that `options` ask for, in place, and check that it is that.
 
     Args:
         may_be_nonfinite: False spares a pass where the voxels come from integers.
+
+    Returns:
+        What was changed, one sentence each.
+
+    Raises:
+        VolumeError: as `check_hounsfield`; of numbers that are to be raw NO_CONTENT, VOXELS_NONFINITE or IS_HU.
+    """
+    if options.is_raw:
+        return _check_raw(voxels, where, options, may_be_nonfinite)
+    warnings = []
+    if options.offset:
+        voxels += np.float32(options.offset)
+        warnings.append(f"{options.offset:g} HU added to every voxel, as asked")
+    return warnings + check_hounsfield(voxels, where, options, may_be_nonfinite)
+
+
+def check_hounsfield(
+    voxels: np.ndarray, where: str | Path, options: ReadOptions, may_be_nonfinite: bool = True
+) -> list[str]:
+    """Check float32 [z, y, x] and put right, in place, what has one meaning only.
+
+    Not finite (at most 1 %) and padding below -1500 become -1024; a few voxels beyond the CT scale are clipped.
 
     Returns:
         What was put right, one sentence each.
@@ -37,13 +61,13 @@ def check_hounsfield(voxels: np.ndarray, where: str | Path, may_be_nonfinite: bo
     Raises:
         VolumeError: NO_CONTENT, VOXELS_NONFINITE, WRAPAROUND or NOT_HU (with the measured percentiles).
     """
-    warnings = _fill_nonfinite(voxels, where) if may_be_nonfinite else []
+    warnings = _fill_nonfinite(voxels, where, AIR_HU) if may_be_nonfinite else []
     low, high = float(voxels.min()), float(voxels.max())
     if low == high:
         raise VolumeError("NO_CONTENT", where, f"every voxel is {low:g}", "check what was exported")
     if max(high, -low) > _MAX_HU:
         warnings += _clip_overflow(voxels, where)
-    _demand_hounsfield(voxels, where)
+    _demand_hounsfield(voxels, where, options)
     if low < _PADDING_BELOW_HU:
         num_padding = 0
         for slab in voxels:
@@ -61,7 +85,23 @@ def percentiles_text(voxels: np.ndarray) -> str:
     return "percentiles 0.5/5/50/95/99.5 = " + "/".join(f"{v:.4g}" for v in p)
 
 
-def _fill_nonfinite(voxels: np.ndarray, where: str | Path) -> list[str]:
+def _check_raw(voxels: np.ndarray, where: str | Path, options: ReadOptions, may_be_nonfinite: bool) -> list[str]:
+    warnings: list[str] = []
+    if may_be_nonfinite:
+        finite = (slab[np.isfinite(slab)] for slab in voxels)
+        lowest = min((float(slab.min()) for slab in finite if slab.size), default=0.0)
+        warnings = _fill_nonfinite(voxels, where, lowest)
+    if voxels.min() == voxels.max():
+        raise VolumeError("NO_CONTENT", where, f"every voxel is {float(voxels.min()):g}", "check what was exported")
+    if _is_hounsfield(voxels):
+        raise VolumeError("IS_HU", where, "expected numbers of another scale than Hounsfield units (reading.intensity: "
+                          f"raw), got {percentiles_text(voxels)}",
+                          options.remedy("intensity", "hu", "take a model for Hounsfield units", ", or read it as {}"))
+    return warnings
+
+
+def _fill_nonfinite(voxels: np.ndarray, where: str | Path, fill: float) -> list[str]:
+    as_what = f"air, {AIR_HU:g} HU" if fill == AIR_HU else f"the lowest number, {fill:g}"
     num_bad = sum(slab.size - int(np.count_nonzero(np.isfinite(slab))) for slab in voxels)
     if num_bad == 0:
         return []
@@ -70,10 +110,10 @@ def _fill_nonfinite(voxels: np.ndarray, where: str | Path) -> list[str]:
     share = num_bad / voxels.size
     if share > _MAX_NONFINITE_SHARE:
         raise VolumeError("VOXELS_NONFINITE", where, f"expected numbers, got {num_bad} NaN or infinite voxels "
-                          f"({100 * share:.1f} %)", "repair the scan; up to 1 % would be taken as air")
+                          f"({100 * share:.1f} %)", f"repair the scan; up to 1 % would be taken as {as_what}")
     for slab in voxels:
-        np.nan_to_num(slab, copy=False, nan=AIR_HU, posinf=AIR_HU, neginf=AIR_HU)
-    return [f"{num_bad} NaN or infinite voxels are taken as air, {AIR_HU:g} HU"]
+        np.nan_to_num(slab, copy=False, nan=fill, posinf=fill, neginf=fill)
+    return [f"{num_bad} NaN or infinite voxels are taken as {as_what}"]
 
 
 def _clip_overflow(voxels: np.ndarray, where: str | Path) -> list[str]:
@@ -90,14 +130,31 @@ def _clip_overflow(voxels: np.ndarray, where: str | Path) -> list[str]:
     return [f"{num_beyond} voxels beyond {_MAX_HU:g} HU are clipped"]
 
 
-def _demand_hounsfield(voxels: np.ndarray, where: str | Path) -> None:
+def _is_hounsfield(voxels: np.ndarray) -> bool:
+    low, high = _ends(voxels)
+    in_range = -_MAX_HU <= low <= _LOW_MUST_BE_BELOW_HU and _HIGH_MUST_BE_ABOVE_HU <= high <= _MAX_HU
+    return in_range and high - low >= _MIN_CONTRAST_HU
+
+
+def _ends(voxels: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(_sample(voxels), (0.5, 99.5))
-    sound = low <= _LOW_MUST_BE_BELOW_HU and high >= _HIGH_MUST_BE_ABOVE_HU and high - low >= _MIN_CONTRAST_HU
-    if sound:
+    return float(low), float(high)
+
+
+def _demand_hounsfield(voxels: np.ndarray, where: str | Path, options: ReadOptions) -> None:
+    if _is_hounsfield(voxels):
         return
+    low, high = _ends(voxels)
     remedy = "export the scan with its rescale slope and intercept"
-    if low > _LOW_MUST_BE_BELOW_HU and high > 500:
-        remedy = "if it is CT stored from 0, use --intensity-offset -1024; otherwise export it as Hounsfield units"
+    if options.offset:
+        remedy = options.remedy("intensity_offset", 0, f"{options.offset:g} HU were added to its numbers, see whether "
+                                "they are Hounsfield units already", "; {} adds none")
+    elif low > _LOW_MUST_BE_BELOW_HU and high > 500:
+        answer = options.spelled("intensity_offset", -1024)
+        stored_from_0 = f"use {answer}; otherwise export" if answer else "subtract 1024; otherwise export"
+        remedy = f"if it is CT stored from 0, {stored_from_0} it as Hounsfield units"
+    if options.asked_by == "recipe":  # who trains a model says what it is for
+        remedy += f"; a model for numbers of another scale is made with {options.spelled('intensity', 'raw')}"
     raise VolumeError("NOT_HU", where, "expected Hounsfield units (air or fat well below 0, tissue near 50), got "
                       + percentiles_text(voxels), remedy)
 

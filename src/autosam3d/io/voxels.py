@@ -8,7 +8,7 @@ import numpy as np
 
 from autosam3d.errors import VolumeError
 from autosam3d.io.grid import canonical_affine, to_canonical
-from autosam3d.io.intensity import check_hounsfield
+from autosam3d.io.intensity import settle_intensity
 from autosam3d.io.options import ReadOptions
 from autosam3d.volume import Segmentation, SourceGrid, Volume, log_warnings
 
@@ -40,11 +40,9 @@ def as_ct(stored: np.ndarray, source: SourceGrid, scaling: tuple[float, float], 
             # In float64 a slab at a time, so that the sum is rounded once, as in nibabel.
             for slab, stored_slab in zip(voxels, to_canonical(stored, source), strict=True):
                 slab[...] = stored_slab * np.float64(slope) + intercept
-    if options.intensity_offset:
-        voxels += np.float32(options.intensity_offset)
-        warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
-    warnings += check_hounsfield(voxels, path, may_be_nonfinite=stored.dtype.kind == "f")
-    return Volume(voxels, canonical_affine(source), source, log_warnings(path, warnings), str(path))
+    warnings += settle_intensity(voxels, path, options, may_be_nonfinite=stored.dtype.kind == "f")
+    return Volume(voxels, canonical_affine(source), source, log_warnings(path, warnings), str(path),
+                  options.intensity or "hu")
 
 
 def as_labels(stored: np.ndarray, source: SourceGrid, scaling: tuple[float, float], path: str | Path,
@@ -83,7 +81,7 @@ def _check_slices(shape: tuple[int, int, int], path: str | Path, options: ReadOp
         return
     fault = f"expected at least {MIN_SLICES} voxels along each axis, got {' x '.join(map(str, shape))}"
     if not options.force:
-        raise VolumeError("FEW_SLICES", path, fault, "give the whole scan, or use --force")
+        raise VolumeError("FEW_SLICES", path, fault, options.remedy("force", True, "give the whole scan"))
     warnings.append(f"accepted by force: {fault}")
 
 

@@ -29,6 +29,7 @@ from autosam3d.models.spec import (
     UnetrSpec,
 )
 from autosam3d.recipes.data_source import DataSource
+from autosam3d.recipes.reading import Reading
 from autosam3d.recipes.settings import (
     STRICT,
     Augment,
@@ -72,6 +73,7 @@ class Recipe:
     """One line."""
     labels: LabelMap
     dataset: Dataset
+    reading: Reading = field(default_factory=Reading)
     preprocess: Preprocess
     model: _Model
     sampling: Sampling = field(default_factory=Sampling)
@@ -119,6 +121,8 @@ class Recipe:
     def digest(self, *sections: str) -> str:
         """SHA-256 of the named sections (of all, where none is named); equal settings, equal digest."""
         whole = self.as_dict()
+        if self.reading == Reading() and "reading" not in sections:  # digests of versions without the section stay true
+            del whole["reading"]
         part = {key: whole[key] for key in sections} if sections else whole
         return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 

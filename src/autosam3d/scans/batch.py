@@ -93,7 +93,7 @@ def segment_batch(
     Args:
         jobs: of `check_inputs`.
         model: is asked for its predictor once per scan.
-        read_options: answers to what the scans leave open.
+        read_options: answers to what the scans leave open; the model's recipe answers the rest.
         segment_options: how the windows walk, and within which memory.
         overwrite: replace outputs that are there and are not this very batch's; without it nothing is begun.
         preview: also write a picture, ``CASE.png``.
@@ -103,11 +103,11 @@ def segment_batch(
         Also where cases failed; a failure is an `AutoSam3dError`, anything else is a bug and passes through.
 
     Raises:
-        UsageError: OUTPUT_EXISTS.
+        UsageError: OUTPUT_EXISTS; INTENSITY, an offset for a model of raw numbers.
         ResourceError: NOT_WRITABLE or NO_SPACE, the output folder, before any work.
     """
     segment_options = segment_options or SegmentOptions()
-    read_options = _within(read_options or ReadOptions(), segment_options.max_ram_bytes)
+    read_options = _within(model.recipe.reading.answers(read_options or ReadOptions()), segment_options.max_ram_bytes)
     result = BatchResult(jobs[0].output.path.parent)
     _demand_writable(result.output)
     batch = _Batch(model, read_options, segment_options, preview)
@@ -174,9 +174,7 @@ class _Batch:
         settings = asdict(tiling) | {"tta": self.segment_options.tta}
         if job.output.form is not NIFTI:
             settings["format"] = job.output.form.name
-        settings["reading"] = {k: v for k, v in asdict(self.read_options).items() if k != "max_ram_bytes"}
-        if self.read_options.acquisition is None:  # reports of versions that knew no acquisitions stay true
-            del settings["reading"]["acquisition"]
+        settings["reading"] = self.read_options.as_settings()
         return {
             "model_sha256": self.model.sha256,
             "recipe_sha256": self.model.recipe.digest(),

@@ -66,6 +66,10 @@ def load_teacher(path: str | Path, student: Recipe, *, sam: str | Path | None, d
                               f"background, {', '.join(student.labels.organs)}; got one of "
                               f"{teacher.labels.num_outputs}, background, {', '.join(teacher.labels.organs)}",
                               "take a teacher that was trained on the same organs in the same order")
+    if teacher.reading.intensity != student.reading.intensity:
+        raise CheckpointError("MISMATCH", where, f"expected a teacher with the student's reading.intensity "
+                              f"{student.reading.intensity}, got one with {teacher.reading.intensity}",
+                              "take a teacher that was trained on scans of the same scale")
     if teacher.preprocess != student.preprocess:
         ours, theirs = (recipe.as_dict()["preprocess"] for recipe in (student, teacher))
         key = next(key for key in ours if ours[key] != theirs[key])

@@ -18,6 +18,7 @@ import numpy as np
 
 from autosam3d.errors import UsageError
 from autosam3d.io.dicom.tags import tag_text
+from autosam3d.io.options import ReadOptions
 
 # What tells acquisitions apart, the tags that a scanner sets for that first. *Source*: DICOM PS3.3 C.7.3.1, C.8.2.1,
 # C.8.15.3.8 and C.7.6.16.2.2.
@@ -85,7 +86,7 @@ def _day(date: str) -> int:
         return 0
 
 
-def demand_one_acquisition(found: list[Acquired], places: list[int], heights_mm: np.ndarray, wanted: int | None,
+def demand_one_acquisition(found: list[Acquired], places: list[int], heights_mm: np.ndarray, options: ReadOptions,
                            where: str | Path, warnings: list[str]) -> np.ndarray:
     """bool [slice]: the slices of one volume.
 
@@ -93,24 +94,28 @@ def demand_one_acquisition(found: list[Acquired], places: list[int], heights_mm:
         found: of each slice, in the order of their heights.
         places: of each slice, counted from below; slices in one place have one number.
         heights_mm: of each slice.
-        wanted: which acquisition, by its number in the list that the error tells; None takes the only one.
+        options: which acquisition, by its number in the list that the error tells; None takes the only one.
         where: what messages call the series.
         warnings: are added to.
 
     Raises:
         UsageError: ACQUISITION_CHOICE with the list.
     """
+    wanted = options.acquisition
     groups, woven = _parted(_keys(found), places)
     if wanted is not None and not woven:
         groups = _by_label([acquired.marks[0] for acquired in found])
     numbered = _numbered(groups, found)
+    if options.of_dataset and not woven and wanted not in numbered:
+        wanted = None
     if wanted is None:
         if woven:
-            raise _choice(numbered, found, heights_mm, where, f"expected one acquisition, found {len(numbered)} that "
-                          f"lie in one another (by {', '.join(woven)})")
+            raise _choice(numbered, found, heights_mm, where, options, "expected one acquisition, found "
+                          f"{len(numbered)} that lie in one another (by {', '.join(woven)})")
         return np.ones(len(found), bool)
     if wanted not in numbered:
-        raise _choice(numbered, found, heights_mm, where, f"no acquisition {wanted}; the series has {len(numbered)}")
+        raise _choice(numbered, found, heights_mm, where, options,
+                      f"no acquisition {wanted}; the series has {len(numbered)}")
     chosen = np.zeros(len(found), bool)
     chosen[numbered[wanted]] = True
     if not chosen.all():
@@ -195,8 +200,8 @@ def _start_s(group: list[int], found: list[Acquired]) -> float:
     return min((time for index in group if (time := found[index].time_s) is not None), default=0.0)
 
 
-def _choice(groups: dict[int, list[int]], found: list[Acquired], heights_mm: np.ndarray, where: str | Path, fault: str
-            ) -> UsageError:
+def _choice(groups: dict[int, list[int]], found: list[Acquired], heights_mm: np.ndarray, where: str | Path,
+            options: ReadOptions, fault: str) -> UsageError:
     """Times are told as seconds after the first, as the time of day may be a patient's."""
     zero = min((a.time_s for a in found if a.time_s is not None), default=None)
     if not all(any(found[index].time_s is not None for index in group) for group in groups.values()):
@@ -207,5 +212,5 @@ def _choice(groups: dict[int, list[int]], found: list[Acquired], heights_mm: np.
         low, high = heights_mm[group].min(), heights_mm[group].max()
         listed.append(f"{number}: {len(group)} slices{time}, {low:.1f} to {high:.1f} mm")
     more = f"; and {len(groups) - _MAX_LISTED} more" if len(groups) > _MAX_LISTED else ""
-    return UsageError("ACQUISITION_CHOICE", where, f"{fault}: {'; '.join(listed)}{more}",
-                      "choose one with --acquisition")
+    remedy = options.remedy("acquisition", "N", "export each as a series of its own", ", or choose one with {}")
+    return UsageError("ACQUISITION_CHOICE", where, f"{fault}: {'; '.join(listed)}{more}", remedy)

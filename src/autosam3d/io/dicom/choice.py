@@ -51,7 +51,7 @@ def _choose_series(found: Folder, folder: Path, options: ReadOptions, warnings: 
         if chosen is None:
             error = next((image.error for image in found.unfit if image.series in keys), None)
             raise error or UsageError("SERIES_CHOICE", folder, f"no such series; the folder has {_listing(by_series)}",
-                                      "give its SeriesInstanceUID or hash to --series")
+                                      options.remedy("series", "UID_OR_HASH", "", "choose one with {}"))
     elif len(by_series) == 1:
         chosen = next(iter(by_series))
     else:
@@ -64,8 +64,8 @@ def _choose_series(found: Folder, folder: Path, options: ReadOptions, warnings: 
                              f"{'one slice' if most == 1 else f'at most {most} slices'} each",
                              "export the series again, with one SeriesInstanceUID for all of its slices")
         if len(stacks) != 1:
-            raise UsageError("SERIES_CHOICE", folder, f"expected one CT series, found {_listing(by_series)}",
-                             "choose one with --series")
+            remedy = options.remedy("series", "UID_OR_HASH", "use one folder a series", ", or choose one with {}")
+            raise UsageError("SERIES_CHOICE", folder, f"expected one CT series, found {_listing(by_series)}", remedy)
         chosen = stacks[0]
         warnings.append(f"series {chosen} is taken; {len(by_series) - 1} shorter ones are left out")
     if len({s.patient for s in by_series[chosen]}) > 1:
@@ -143,8 +143,9 @@ def _is_one_size(a: CtSlice, b: CtSlice) -> bool:
 def _check_unit(kinds: set[str], folder: Path, options: ReadOptions, warnings: list[str]) -> None:
     """Maps of iodine, of electron density and the like are CT images whose numbers are no HU."""
     other = sorted(kinds & _OTHER_UNITS)
-    if other and not options.force:
+    if other and not options.force and not options.is_raw:
+        remedy = options.remedy("force", True, "name the series of the CT itself", "; {} takes them as HU")
         raise VolumeError("NOT_HU", folder, f"expected Hounsfield units, got RescaleType {', '.join(other)}: a map "
-                          "made from several energies", "name the series of the CT itself; --force takes them as HU")
+                          "made from several energies", remedy)
     if kinds - {"", "HU"}:
         warnings.append("RescaleType is not HU")

@@ -17,6 +17,7 @@ from autosam3d.io.dicom.sniff import DICOM_ENDINGS, START_BYTES, begins_as_dicom
 from autosam3d.io.dicom.tags import quiet_pydicom
 from autosam3d.io.files import open_regular, readable
 from autosam3d.io.memory import size_text
+from autosam3d.io.options import ReadOptions
 
 MAX_FILE_BYTES = 512 << 20
 # Headers of multi-frame images have a few kilobytes a frame; of what is larger than a slice no more than this is read.
@@ -54,12 +55,12 @@ def count_text(count: int, kind: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
 
-def scan_folder(folder: Path, force: bool) -> Folder:
+def scan_folder(folder: Path, options: ReadOptions) -> Folder:
     """The headers of all CT images below `folder`; links are not followed and DICOMDIR is not read.
 
     Args:
         folder: that exists.
-        force: take images of other modalities and images without rescale, too.
+        options: whether images of other modalities and images without rescale are taken, too.
 
     Raises:
         VolumeError: NO_DICOM, MODALITY, MULTIFRAME where nothing else is there, TOO_MANY_FILES, UNREADABLE; of images
@@ -71,29 +72,29 @@ def scan_folder(folder: Path, force: bool) -> Folder:
     unfit: list[UnfitImage] = []
     with quiet_pydicom():
         for number, path in enumerate(paths, start=1):
-            found = _look_at(path, number, f"{folder}: file {number} of {len(paths)}", force)
+            found = _look_at(path, number, f"{folder}: file {number} of {len(paths)}", options)
             if isinstance(found, CtSlice):
                 slices.append(found)
             elif isinstance(found, UnfitImage):
                 unfit.append(found)
             else:
                 others[found] += 1
-    _demand_slices(slices, unfit, others, len(paths), folder)
+    _demand_slices(slices, unfit, others, len(paths), folder, options)
     return Folder(slices, unfit, len(paths), others)
 
 
-def _look_at(path: Path, number: int, where: str, force: bool) -> CtSlice | UnfitImage | str:
+def _look_at(path: Path, number: int, where: str, options: ReadOptions) -> CtSlice | UnfitImage | str:
     try:
         start = _beginning(path, where)
     except VolumeError as error:
         if error.code != "SLICE_CORRUPT":
             raise
         return UnfitImage(error, None)
-    return "foreign" if start is None else parse_slice(*start, path, number, where, force)
+    return "foreign" if start is None else parse_slice(*start, path, number, where, options)
 
 
-def _demand_slices(slices: list[CtSlice], unfit: list[UnfitImage], others: Counter[str], num_files: int, folder: Path
-                   ) -> None:
+def _demand_slices(slices: list[CtSlice], unfit: list[UnfitImage], others: Counter[str], num_files: int, folder: Path,
+                   options: ReadOptions) -> None:
     if slices:
         return
     if unfit:
@@ -107,7 +108,8 @@ def _demand_slices(slices: list[CtSlice], unfit: list[UnfitImage], others: Count
     if others["multi-frame CT"]:
         raise multiframe_error(folder)
     raise VolumeError("MODALITY", folder, f"expected CT images, found {found_text}",
-                      "name a folder with a CT series; --force takes images of other modalities")
+                      options.remedy("force", True, "name a folder with a CT series",
+                                     "; {} takes images of other modalities"))
 
 
 def _files_below(folder: Path) -> tuple[list[Path], Counter[str]]:

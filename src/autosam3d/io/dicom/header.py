@@ -17,6 +17,7 @@ from autosam3d.errors import VolumeError
 from autosam3d.io.dicom.acquisitions import ACQUISITION_TAGS, Acquired, read_acquired
 from autosam3d.io.dicom.meta import PIXEL_TAGS, parse, read_meta
 from autosam3d.io.dicom.tags import hashed, tag_integer, tag_numbers, tag_text
+from autosam3d.io.options import ReadOptions
 
 # isort: split
 # Below the tags, which say what to install where pydicom is absent.
@@ -88,7 +89,7 @@ class UnfitImage:
     """Of an image without a place in the patient; of another size than the slices it is a page."""
 
 
-def parse_slice(content: bytes, num_bytes: int, path: Path, number: int, where: str, force: bool
+def parse_slice(content: bytes, num_bytes: int, path: Path, number: int, where: str, options: ReadOptions
                 ) -> CtSlice | UnfitImage | str:
     """The slice; or why it is none; or in one word what else the file is.
 
@@ -97,7 +98,7 @@ def parse_slice(content: bytes, num_bytes: int, path: Path, number: int, where: 
         num_bytes: of the whole file.
         path, number: of the file.
         where: what messages call it.
-        force: take images of other modalities and images without rescale, too.
+        options: whether images of other modalities and images without rescale are taken, too.
     """
     try:
         dataset, parsed, at = parse(content, HEADER_TAGS, where)
@@ -109,7 +110,7 @@ def parse_slice(content: bytes, num_bytes: int, path: Path, number: int, where: 
     try:
         if syntax == DeflatedExplicitVRLittleEndian and "Modality" not in dataset and "SOPClassUID" not in dataset:
             return _unparsed(content, where, deflated_error(where))
-        kind = _kind(dataset, has_pixels, where, force)
+        kind = _kind(dataset, has_pixels, where, options.force)
         if isinstance(kind, str):
             return kind
         if syntax == DeflatedExplicitVRLittleEndian:
@@ -121,7 +122,7 @@ def parse_slice(content: bytes, num_bytes: int, path: Path, number: int, where: 
         if not has_pixels:
             raise _corrupt(where, "it ends before its pixels")
         _check_pixels(dataset, num_bytes, syntax, where)
-        return _slice(dataset, kind, path, number, where, force)
+        return _slice(dataset, kind, path, number, where, options)
     except VolumeError as error:
         return _unfit(dataset, error, series)
 
@@ -176,10 +177,10 @@ def _unfit(dataset: Any, error: VolumeError, series: str | None) -> UnfitImage:
     return UnfitImage(error, series, is_page, None if has_place else shape)
 
 
-def _slice(dataset: Any, is_ct: bool, path: Path, number: int, where: str, force: bool) -> CtSlice:
+def _slice(dataset: Any, is_ct: bool, path: Path, number: int, where: str, options: ReadOptions) -> CtSlice:
     shape = (tag_integer(dataset, "Rows", where), tag_integer(dataset, "Columns", where))
     syntax = str(dataset.file_meta.TransferSyntaxUID)
-    slope, intercept = _rescale(dataset, where, force)
+    slope, intercept = _rescale(dataset, where, options)
     orientation, rounding = _orientation(dataset, where)
     instance = tag_text(dataset, "SOPInstanceUID")
     return CtSlice(
@@ -258,12 +259,13 @@ def _check_pixels(dataset: Any, num_bytes: int, syntax: str, where: str) -> None
         raise VolumeError("CODEC", where, f"no decoder for the transfer syntax {name}", remedy)
 
 
-def _rescale(dataset: Any, where: str, optional: bool) -> tuple[float, float]:
+def _rescale(dataset: Any, where: str, options: ReadOptions) -> tuple[float, float]:
     if "RescaleSlope" not in dataset or "RescaleIntercept" not in dataset:
-        if optional:
+        if options.force or options.is_raw:
             return 1.0, 0.0
         raise VolumeError("NOT_HU", where, "expected RescaleSlope and RescaleIntercept, which turn stored numbers into "
-                          "Hounsfield units", "export the series again; --force takes the stored numbers")
+                          "Hounsfield units", options.remedy("force", True, "export the series again",
+                                                             "; {} takes the stored numbers"))
     slope = float(tag_numbers(dataset, "RescaleSlope", 1, where)[0])
     intercept = float(tag_numbers(dataset, "RescaleIntercept", 1, where)[0])
     if slope == 0 or max(abs(slope), abs(intercept)) > 1e6:

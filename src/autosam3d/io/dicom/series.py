@@ -22,7 +22,7 @@ from autosam3d.io.dicom.header import CtSlice
 from autosam3d.io.dicom.pixels import decode_hu
 from autosam3d.io.dicom.stack import Stacking, along, normal_of, stacking_of
 from autosam3d.io.grid import canonical_affine, check_affine, check_extent, source_grid, to_canonical
-from autosam3d.io.intensity import AIR_HU, check_hounsfield
+from autosam3d.io.intensity import AIR_HU, settle_intensity
 from autosam3d.io.memory import demand_ram
 from autosam3d.io.options import DEFAULTS, ReadOptions
 from autosam3d.io.voxels import MIN_SLICES
@@ -56,26 +56,27 @@ def read_dicom_series(folder: str | Path, options: ReadOptions = DEFAULTS) -> Vo
     num_slices = max(len(places), stacking.num_slices)
     demand_ram(wide * high * (8 * num_slices + 24) * (1 if is_even and not lean.any() else 2), where,
                options.max_ram_bytes)
-    voxels = _decode(places, folder, num_files, AIR_HU - options.intensity_offset, warnings)
+    air = math.nan if options.is_raw else AIR_HU - options.offset
+    voxels = _decode(places, folder, num_files, air, warnings)
+    if options.is_raw:
+        air = _fill_padding(voxels)
     if not is_even:
         voxels = even_heights(voxels, stacking.heights_mm, step_mm)
     if lean.any():
         shifts = np.arange(len(voxels))[:, None] * step_mm * lean - start
-        voxels = straightened(voxels, shifts, AIR_HU - options.intensity_offset)
+        voxels = straightened(voxels, shifts, air)
     affine, repaired = check_affine(_affine(first, stacking), where)
     affine = affine @ _moved_by(start)
     warnings += repaired
     shape = (voxels.shape[2], voxels.shape[1], len(voxels))
-    warnings += check_extent(affine, shape, where, options.force)
-    if options.intensity_offset:
-        voxels += np.float32(options.intensity_offset)
-        warnings.append(f"{options.intensity_offset:g} HU added to every voxel, as asked")
-    warnings += check_hounsfield(voxels, where, may_be_nonfinite=False)
+    warnings += check_extent(affine, shape, where, options)
+    warnings += settle_intensity(voxels, where, options, may_be_nonfinite=False)
     source = source_grid("dicom", shape, affine)
     if not is_even or lean.any():
         source = replace(source, acquired=acquired)
     canonical = np.ascontiguousarray(to_canonical(voxels.T, source))
-    return Volume(canonical, canonical_affine(source), source, log_warnings(folder, warnings), str(folder))
+    return Volume(canonical, canonical_affine(source), source, log_warnings(folder, warnings), str(folder),
+                  options.intensity or "hu")
 
 
 def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[CtSlice]:
@@ -88,7 +89,7 @@ def series_slices(folder: str | Path, options: ReadOptions = DEFAULTS) -> list[C
 
 def _stack(folder: Path, options: ReadOptions, warnings: list[str]) -> tuple[list[list[CtSlice]], int]:
     """(the slices of the chosen series in the order of their height, those in one place together; number of files)."""
-    found = scan_folder(folder, options.force)
+    found = scan_folder(folder, options)
     slices = chosen_slices(found, folder, options, warnings)
     where = f"{folder}: series {slices[0].series}"
     places = _places(slices)
@@ -109,7 +110,7 @@ def _one_acquisition(places: list[list[CtSlice]], options: ReadOptions, where: s
     place_of = [index for index, place in enumerate(places) for _ in place]
     heights = along(np.array([s.position_lps for s in slices]), normal_of(slices[0].orientation))
     acquired = [s.acquired for s in slices]
-    chosen = demand_one_acquisition(acquired, place_of, heights, options.acquisition, where, warnings)
+    chosen = demand_one_acquisition(acquired, place_of, heights, options, where, warnings)
     return _places([ct_slice for ct_slice, is_chosen in zip(slices, chosen, strict=True) if is_chosen])
 
 
@@ -117,8 +118,10 @@ def _check_number(num_slices: int, where: str, options: ReadOptions, warnings: l
     if num_slices >= MIN_SLICES:
         return
     fault = f"expected at least {MIN_SLICES} slices, got {num_slices}"
-    if not options.force or num_slices < 2:
-        raise VolumeError("FEW_SLICES", where, fault, "give the whole series, or use --force")
+    if num_slices < 2:
+        raise VolumeError("FEW_SLICES", where, fault, "give the whole series")
+    if not options.force:
+        raise VolumeError("FEW_SLICES", where, fault, options.remedy("force", True, "give the whole series"))
     warnings.append(f"accepted by force: {fault}")
 
 
@@ -145,8 +148,8 @@ def _demand_own_uids(places: list[list[CtSlice]], folder: Path, options: ReadOpt
                 continue
             if not options.force:
                 raise VolumeError("DUPLICATE_SLICE", folder, f"files {named.number} and {ct_slice.number} have one "
-                                  "SOPInstanceUID and lie in different places", "export the series again; --force "
-                                  "takes each for an image of its own")
+                                  "SOPInstanceUID and lie in different places", options.remedy(
+                    "force", True, "export the series again", "; {} takes each for an image of its own"))
             num_others += 1
     if num_others:
         warnings.append(f"accepted by force: {num_others} slices have the SOPInstanceUID of another one")
@@ -164,7 +167,7 @@ def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, air_hu: f
             if ct_slice is place[0]:
                 voxels[index] = hu
                 num_padding += padding
-            elif not np.array_equal(hu, voxels[index]):
+            elif not np.array_equal(hu, voxels[index], equal_nan=True):
                 raise VolumeError("DUPLICATE_SLICE", folder, f"files {place[0].number} and {ct_slice.number} lie in "
                                   "one place and differ: two phases or reconstructions", "split the series")
     if num_dropped:
@@ -173,8 +176,18 @@ def _decode(places: list[list[CtSlice]], folder: Path, num_files: int, air_hu: f
     if num_twice:
         warnings.append(f"{num_twice} slices were there twice, with equal pixels; each is taken once")
     if num_padding:
-        warnings.append(f"{num_padding} voxels of padding (PixelPaddingValue) are taken as air, {AIR_HU:g} HU")
+        as_what = "the lowest number" if math.isnan(air_hu) else f"air, {AIR_HU:g} HU"
+        warnings.append(f"{num_padding} voxels of padding (PixelPaddingValue) are taken as {as_what}")
     return voxels
+
+
+def _fill_padding(voxels: np.ndarray) -> float:
+    """The lowest number, which padding (NaN) becomes in place: what no scale is known for has no air."""
+    lowest = min((float(slab[~np.isnan(slab)].min(initial=math.inf)) for slab in voxels), default=math.inf)
+    lowest = lowest if math.isfinite(lowest) else 0.0
+    for slab in voxels:
+        np.nan_to_num(slab, copy=False, nan=lowest)
+    return lowest
 
 
 def _affine(first: CtSlice, stacking: Stacking) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from autosam3d.errors import UsageError, VolumeError
+from autosam3d.errors import VolumeError
 from autosam3d.io.options import ReadOptions
 
 MAX_HEADER_BYTES = 1 << 20
@@ -71,10 +71,11 @@ def field_error(path: str | Path, line: str) -> VolumeError:
     return header_error(path, f"a line is no field, or stands twice: {shown!r}")
 
 
-def no_orientation(path: str | Path, fields: str) -> VolumeError:
+def no_orientation(path: str | Path, fields: str, options: ReadOptions) -> VolumeError:
     """NO_ORIENTATION, for a file without the fields that say where left and right are."""
-    return VolumeError("NO_ORIENTATION", path, f"expected {fields}: left and right are unknown", "convert it from the "
-                       "original scan, or use --assume-ras if it is stored right, anterior, superior")
+    remedy = options.remedy("assume_ras", True, "convert it from the original scan",
+                            ", or use {} if it is stored right, anterior, superior")
+    return VolumeError("NO_ORIENTATION", path, f"expected {fields}: left and right are unknown", remedy)
 
 
 def demand_spacings(spacings: np.ndarray, path: str | Path) -> None:
@@ -121,9 +122,8 @@ def demand_volume(num_volumes: int, sizes: Sequence[int], path: str | Path, opti
         VolumeError: NDIM. UsageError: VOLUME_INDEX.
     """
     index = options.volume_index
-    if index is not None and index >= num_volumes:
-        raise UsageError("VOLUME_INDEX", path, f"expected a volume from 0 to {num_volumes - 1}, got {index}",
-                         "correct --volume")
+    if index is not None and not options.has_volume(num_volumes):
+        raise options.no_volume(path, num_volumes)
     if num_volumes > 1 and index is None:
         raise VolumeError("NDIM", path, f"expected one 3D scan, got {num_volumes} volumes "
                           f"({' x '.join(map(str, sizes))})", remedy)

@@ -52,7 +52,7 @@ def parse_metaimage(text: str, data_offset: int, path: Path, options: ReadOption
             raise VolumeError("SCALE", path, f"expected no {key}, which readers apply in different ways",
                               "export the scan again, its voxels in Hounsfield units")
     num_volumes = sizes[3] if len(sizes) == 4 else 1
-    warnings = demand_volume(num_volumes, sizes, path, options, "choose one with --volume K, counted from 0")
+    warnings = demand_volume(num_volumes, sizes, path, options, options.choose_volume())
     affine = _affine(fields, len(sizes), path, options, warnings)
     data_path, offset = _data_place(fields, data_offset, path)
     return ItkHeader(
@@ -124,7 +124,7 @@ def _affine(fields: Mapping[str, str], num_axes: int, path: Path, options: ReadO
     matrix, origin = (next((n for n in names if n in fields), None) for names in (_MATRIX, _ORIGIN))
     if matrix is None or origin is None:
         if not options.assume_ras:
-            raise no_orientation(path, "TransformMatrix and Offset")
+            raise no_orientation(path, "TransformMatrix and Offset", options)
         warnings.append("the file has no orientation; it is taken as stored right, anterior, superior")
         affine[:3, :3] = np.diag(spacings)
         return affine

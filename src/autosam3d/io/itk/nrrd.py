@@ -65,7 +65,7 @@ def parse_nrrd(text: str, data_offset: int, path: Path, options: ReadOptions) ->
     warnings = demand_volume(
         1 if fourth is None else sizes[fourth], sizes, path, options,
         "its segments overlap: export them in 3D Slicer as one label map" if is_segmentation
-        else "choose one with --volume K, counted from 0")
+        else options.choose_volume())
     affine = _affine(fields, directions, path, options, warnings)
     shape = tuple(size for axis, size in enumerate(sizes) if axis != fourth)
     for field in ("old min", "old max"):
@@ -145,7 +145,7 @@ def _affine(fields: Mapping[str, str], directions: np.ndarray | None, path: Path
     affine = np.eye(4)
     if signs is None or directions is None:
         if not options.assume_ras:
-            raise no_orientation(path, "the fields space (of a patient) and space directions")
+            raise no_orientation(path, "the fields space (of a patient) and space directions", options)
         if directions is not None:
             spacings = np.linalg.norm(directions, axis=0)
         else:

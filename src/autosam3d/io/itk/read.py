@@ -77,8 +77,8 @@ def _read(path: Path, options: ReadOptions, bytes_per_voxel: int
     """(header, stored numbers [i, j, k] of the one volume, grid, warnings)."""
     header = _header(path, options)
     affine, repaired = check_affine(header.affine, path, f"{header.kind} header's transform")
-    warnings = [*header.warnings, *repaired, *check_extent(affine, header.shape, path, options.force)]
-    stored = read_payload(header, bytes_per_voxel, options.max_ram_bytes)[options.volume_index or 0]
+    warnings = [*header.warnings, *repaired, *check_extent(affine, header.shape, path, options)]
+    stored = read_payload(header, bytes_per_voxel, options.max_ram_bytes)[options.volume_of(header.num_volumes)]
     return header, stored, source_grid(header.kind.lower(), header.shape, affine), warnings
 
 

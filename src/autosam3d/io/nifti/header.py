@@ -16,7 +16,7 @@ from nibabel.nifti1 import header_dtype as _nifti1_dtype
 from nibabel.nifti2 import header_dtype as _nifti2_dtype
 from nibabel.quaternions import quat2mat
 
-from autosam3d.errors import UsageError, VolumeError
+from autosam3d.errors import VolumeError
 from autosam3d.io.grid import check_affine, corners_apart_vox
 from autosam3d.io.memory import size_text
 from autosam3d.io.options import ReadOptions
@@ -24,6 +24,7 @@ from autosam3d.io.options import ReadOptions
 NIFTI1_BYTES, NIFTI2_BYTES = 348, 540
 # dtype codes whose voxels are one real number each.
 REAL_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_REPAIR = "repair the header"
 _OTHER_TYPES = {1: "1-bit", 32: "complex", 128: "RGB", 1536: "128-bit float", 1792: "complex", 2048: "complex",
                 2304: "RGBA"}
 _UNIT_MM = {1: (1000.0, "metres"), 2: (1.0, "millimetres"), 3: (0.001, "micrometres")}
@@ -183,12 +184,11 @@ def _shape(fields: Any, where: str | Path, options: ReadOptions, warnings: list[
         raise VolumeError("NDIM", where, f"expected one 3D scan, got {ndim}D ({text})", "split it into 3D files first")
     num_volumes = sizes[3] if ndim > 3 else 1
     index = options.volume_index
-    if index is not None and index >= num_volumes:
-        raise UsageError("VOLUME_INDEX", where, f"expected a volume from 0 to {num_volumes - 1}, got {index}",
-                         "correct --volume")
+    if index is not None and not options.has_volume(num_volumes):
+        raise options.no_volume(where, num_volumes)
     if num_volumes > 1 and index is None:
         raise VolumeError("NDIM", where, f"expected one 3D scan, got {num_volumes} volumes ({text})",
-                          "choose one with --volume K, counted from 0")
+                          options.choose_volume())
     if num_volumes > 1:
         warnings.append(f"volume {index} of {num_volumes} is taken")
     elif ndim > 3:
@@ -242,10 +242,11 @@ def _affine(fields: Any, shape: tuple[int, int, int], where: str | Path, options
     affine, name, other = _choose_transform(fields, shape, where, options, warnings)
     to_mm = np.array([[unit_mm]] * 3 + [[1.0]])
     with np.errstate(over="ignore"):  # checked at once
-        affine, repaired = check_affine(affine * to_mm, where, name)
+        affine, repaired = check_affine(affine * to_mm, where, name, _remedy(name, other is not None, options))
         warnings += repaired
         if other is not None:
-            _check_agreement(affine, check_affine(other * to_mm, where, "qform")[0], shape, where, warnings)
+            other = check_affine(other * to_mm, where, "qform", _remedy("qform", True, options))[0]
+            _check_agreement(affine, other, shape, where, options, warnings)
     edges = np.linalg.norm(affine[:3, :3], axis=0) / unit_mm
     pixdim = np.abs(fields["pixdim"][1:4].astype(float))
     if name == "sform" and not np.allclose(edges, pixdim, rtol=0.01):
@@ -265,21 +266,29 @@ def _choose_transform(
     if not any(has.values()):
         if not options.assume_ras:
             raise VolumeError("NO_ORIENTATION", where, "sform_code and qform_code are both 0: left and right are "
-                              "unknown", "convert it from the original scan, or use --assume-ras if it is stored "
-                              "right, anterior, superior")
+                              "unknown", options.remedy("assume_ras", True, "convert it from the original scan",
+                                                        ", or use {} if it is stored right, anterior, superior"))
         warnings.append("the file has no orientation; it is taken as stored right, anterior, superior")
         return np.diag([*spacing, 1.0]), "pixdim", None
     if options.prefer is not None and has[options.prefer]:
         if all(has.values()):
             warnings.append(f"the {options.prefer} is taken, as asked")
-        return _transform(fields, options.prefer, where), options.prefer, None
+        return _transform(fields, options.prefer, where, _REPAIR), options.prefer, None
     if not all(has.values()):
         name = "sform" if has["sform"] else "qform"
-        return _transform(fields, name, where), name, None
-    return _transform(fields, "sform", where), "sform", _transform(fields, "qform", where)
+        return _transform(fields, name, where, _REPAIR), name, None
+    sform, qform = (_transform(fields, name, where, _remedy(name, True, options)) for name in ("sform", "qform"))
+    return sform, "sform", qform
 
 
-def _transform(fields: Any, name: str, where: str | Path) -> np.ndarray:
+def _remedy(name: str, has_other: bool, options: ReadOptions) -> str:
+    """Where the transform `name` is broken."""
+    other = "qform" if name == "sform" else "sform"
+    more = "; {} takes the other transform where that one is sound"
+    return options.remedy("prefer", other, _REPAIR, more) if has_other else _REPAIR
+
+
+def _transform(fields: Any, name: str, where: str | Path, remedy: str) -> np.ndarray:
     affine = np.eye(4)
     if name == "sform":
         affine[:3] = [fields["srow_x"], fields["srow_y"], fields["srow_z"]]
@@ -292,7 +301,7 @@ def _transform(fields: Any, name: str, where: str | Path) -> np.ndarray:
         return np.full((4, 4), np.nan)
     if rest < -1e-3 or (spacing <= 0).any():
         raise VolumeError("HEADER", where, "the qform is no rotation (quaternion longer than 1, or a spacing of 0)",
-                          "repair the header; --prefer sform takes the other transform")
+                          remedy)
     qfac = -1.0 if float(fields["pixdim"][0]) == -1.0 else 1.0
     # For a rotation by 180 degrees the rest is 0, and float32 rounds it to either side. *Source* of the limit:
     # nifti1_io.c, nifti_quatern_to_mat44. quat2mat normalises, as that function does.
@@ -303,7 +312,7 @@ def _transform(fields: Any, name: str, where: str | Path) -> np.ndarray:
 
 
 def _check_agreement(sform: np.ndarray, qform: np.ndarray, shape: tuple[int, int, int], where: str | Path,
-                     warnings: list[str]) -> None:
+                     options: ReadOptions, warnings: list[str]) -> None:
     """Where both transforms are declared they must agree, except for a shift of the origin."""
     if corners_apart_vox(sform, qform, shape) <= _CONFLICT_VOX:
         return
@@ -311,7 +320,9 @@ def _check_agreement(sform: np.ndarray, qform: np.ndarray, shape: tuple[int, int
     shifted[:3, 3] = sform[:3, 3]
     apart = corners_apart_vox(sform, shifted, shape)
     if apart > _CONFLICT_VOX:
+        other = options.spelled("prefer", "qform")
         raise VolumeError("AFFINE_CONFLICT", where, f"sform and qform place the corners {apart:.1f} voxels apart",
-                          "find out which one is right and use --prefer sform or --prefer qform")
+                          options.remedy("prefer", "sform", "find out which one is right", f" and use {{}} or {other}"
+                                         if other else ""))
     shift_mm = float(np.linalg.norm(sform[:3, 3] - qform[:3, 3]))
     warnings.append(f"sform and qform differ by a shift of {shift_mm:.2f} mm; the sform is taken")

@@ -64,7 +64,7 @@ def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
         warnings = list(header.warnings)
         if stream.is_gzip != str(path).lower().endswith(".gz"):
             warnings.append("the file is " + ("gzip" if stream.is_gzip else "not gzip") + ", whatever its name says")
-        warnings += check_extent(header.affine, header.shape, path, options.force)
+        warnings += check_extent(header.affine, header.shape, path, options)
         demand_ram(header.data_bytes + bytes_per_voxel * header.num_voxels, path, options.max_ram_bytes)
         before = (start + stream.read_upto(max(0, header.data_offset - len(start))))[len(header.raw) :]
         data = np.empty(header.data_bytes, np.uint8)
@@ -77,7 +77,7 @@ def _read(path: str | Path, options: ReadOptions, bytes_per_voxel: int
                               f"{size_text(got)}", "the file is cut or its header is wrong; copy it again")
         stream.finish(header.data_offset + header.data_bytes)
     volumes = data.view(header.dtype).reshape((header.num_volumes, *header.shape[::-1]))
-    stored = volumes[options.volume_index or 0].T
+    stored = volumes[options.volume_of(header.num_volumes)].T
     source = source_grid("nifti", header.shape, header.affine, header.raw)
     return header, stored, source, warnings, before[: header.data_offset - len(header.raw)]
 

@@ -70,7 +70,7 @@ def write_segmentation(
 
 
 def write_ct(path: str | Path, volume: Volume, *, axis_codes: str | None = None, overwrite: bool = True) -> None:
-    """Write a CT as 16-bit integer HU, rounded and clipped to that range.
+    """Write a CT as 16-bit integer HU, rounded and clipped to that range; numbers of another scale exactly.
 
     Args:
         path: ends with .nii.gz or .nii.
@@ -85,8 +85,10 @@ def write_ct(path: str | Path, volume: Volume, *, axis_codes: str | None = None,
         source = grid_stored_as(volume.shape, volume.affine, axis_codes or "RAS")
     else:
         source = volume.source
-    rounded = np.clip(np.rint(volume.voxels_hu), -32768, 32767).astype(np.int16)
-    atomic_write_all([_image_file(path, rounded, source, rounded.dtype, None)])
+    stored = np.clip(np.rint(volume.voxels_hu), -32768, 32767).astype(np.int16)
+    if volume.intensity == "raw" and not np.array_equal(stored, volume.voxels_hu):
+        stored = volume.voxels_hu
+    atomic_write_all([_image_file(path, stored, source, stored.dtype, None)])
 
 
 def write_array(path: str | Path, array: np.ndarray, affine: np.ndarray, *, overwrite: bool = True) -> None:

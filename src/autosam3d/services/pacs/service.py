@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autosam3d.errors import AutoSam3dError, ResourceError, VolumeError
+from autosam3d.io import ReadOptions
 from autosam3d.io.dicom.identity import identify
 from autosam3d.io.files import sha256_of
 from autosam3d.io.memory import size_text
@@ -60,7 +61,8 @@ class WorkerSegmenter:
     overlap: float | None = None
 
     def segment(self, series: Path, folder: Path) -> list[Path]:
-        job = ScanJob(source=series, folder=folder, forms=RESULTS, overlap=self.overlap, uid_settings=self.settings)
+        job = ScanJob(source=series, folder=folder, forms=RESULTS, overlap=self.overlap, uid_settings=self.settings,
+                      read_options=ReadOptions(asked_by="nobody"))
         result = self.worker.segment(job)
         for error in result.refused.values():  # both or none: one file alone would look like a complete result
             raise error

@@ -142,14 +142,14 @@ async def result_file(service: ScanService, job: StoredJob, form: str) -> FileRe
 async def _read_options(  # async, so that it needs no thread
     prefer: Annotated[Literal["sform", "qform"] | None, Query()] = None,
     assume_ras: bool = False, force: bool = False,
-    intensity_offset: Annotated[float, Query(ge=-1e5, le=1e5)] = 0.0,
+    intensity_offset: Annotated[float | None, Query(ge=-1e5, le=1e5)] = None,
     volume: Annotated[int | None, Query(ge=0, le=100_000)] = None,
     series: Annotated[str | None, Query(max_length=64, pattern=r"^[0-9A-Za-z.]+$")] = None,
     acquisition: Annotated[int | None, Query(ge=-(10**9), le=10**9)] = None,
 ) -> ReadOptions:
     """The options of reading, as query parameters."""
     return ReadOptions(prefer=prefer, assume_ras=assume_ras, force=force, intensity_offset=intensity_offset,
-                       volume_index=volume, series=series, acquisition=acquisition)
+                       volume_index=volume, series=series, acquisition=acquisition, asked_by="request")
 
 
 def _forms(wished: str | None) -> tuple[str, ...]:

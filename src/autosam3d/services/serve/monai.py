@@ -28,6 +28,9 @@ from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, SESSIO
 from autosam3d.services.serve.uploads import MULTIPART, body_cut, too_slow
 from autosam3d.version import __version__
 
+_READ_OPTIONS = ReadOptions(asked_by="nobody")
+"""The protocol has no place for answers; what a scan leaves open the model's recipe says."""
+
 Output = Literal["image", "json", "all", "dicom_seg"]
 _FORMS: dict[str, tuple[str, ...]] = {"image": ("nifti", "json"), "all": ("nifti", "json"), "json": ("json",),
                                       "dicom_seg": ("seg", "json")}
@@ -55,7 +58,7 @@ def add_monai_label(app: FastAPI, service: ScanService) -> None:
             raise _no_image(image)
         else:
             try:
-                job_id, _ = await service.accept(request, _FORMS[form], ReadOptions())
+                job_id, _ = await service.accept(request, _FORMS[form], _READ_OPTIONS)
             except ServiceFault as fault:
                 raise _no_image(image) if fault.code == "NO_FILE" and image else fault from None
         try:
@@ -92,7 +95,7 @@ def _add_sessions(app: FastAPI, service: ScanService) -> None:
     async def create(request: Request) -> dict[str, Any]:
         if not _has_form(request):
             raise _no_image("")
-        session_id, upload = await service.accept(request, ("nifti",), ReadOptions(), state=SESSION,
+        session_id, upload = await service.accept(request, ("nifti",), _READ_OPTIONS, state=SESSION,
                                                   file_fields=("files", "file"))
         return {"session_id": session_id, "session_info": {"name": session_id, "bytes": upload.num_bytes}}
 

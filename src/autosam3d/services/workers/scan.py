@@ -51,6 +51,7 @@ class ScanJob:
     forms: tuple[str, ...] = ("nifti", "json")
     """Some of `FORMS`. DICOM forms can be made from DICOM series alone."""
     read_options: ReadOptions = field(default_factory=ReadOptions)
+    """What they leave open the model's recipe answers."""
     overlap: float | None = None
     """Of the windows; None takes the recipe's."""
     tta: bool = False
@@ -109,7 +110,7 @@ def segment_scan(job: ScanJob, model: SourcedModel, progress: ScanProgress | Non
     segment_options = _segment_options(job, model, max_ram_bytes)
     tell("reading", 0, 1)
     with unpacked_scan(job.source, job.folder / SCRATCH) as source:
-        read_options = replace(job.read_options, max_ram_bytes=max_ram_bytes)
+        read_options = replace(model.recipe.reading.answers(job.read_options), max_ram_bytes=max_ram_bytes)
         volume: Volume | None = read_ct(source, read_options)
         from_dicom = volume.source is not None and volume.source.kind == "dicom"
         writers, refused = _writers(job, source, volume, read_options, model)

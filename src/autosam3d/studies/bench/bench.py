@@ -25,6 +25,7 @@ import numpy as np
 from autosam3d.axes import Size
 from autosam3d.checkpoints.exported import BACKENDS, PACKAGE_OF, installed_backends, is_export, open_export
 from autosam3d.checkpoints.machine import cpu_name
+from autosam3d.checkpoints.model_file import find_checkpoint, read_meta, recipe_of
 from autosam3d.errors import AutoSam3dError, MissingExtraError, ResourceError
 from autosam3d.geometry.patches import Stitcher, Tiling, grid_starts, pad_to, unpad_slabs
 from autosam3d.geometry.preprocess import plan_grid, prepare_ct
@@ -68,7 +69,9 @@ def bench(
     if baseline and importlib.util.find_spec("monai") is None:
         raise MissingExtraError("MISSING_EXTRA", "bench", "expected the package monai for the comparison, got none",
                                 "pip install monai einops, or give --no-baseline")
-    read_ct(ct)  # a scan that is broken is refused before a model is exported for it
+    json_path = find_checkpoint(model)
+    reading = recipe_of(read_meta(json_path), json_path).reading.options("nobody")
+    read_ct(ct, reading)  # a scan that is broken is refused before a model is exported for it
     if not backends:
         raise MissingExtraError("MISSING_EXTRA", "bench", "expected onnxruntime or openvino, got neither",
                                 'pip install "autosam3d[fast]"')
@@ -171,8 +174,9 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     meter = Meter()
     with meter.stage("load"):
         loaded, predict = _contender(model, contender, threads)
+    reading = loaded.recipe.reading.options("nobody")
     with meter.stage("read"):
-        volume = read_ct(ct)
+        volume = read_ct(ct, reading)
     tiling = loaded.recipe.inference
     tiling = tiling if overlap is None else Tiling(overlap=overlap, importance=tiling.importance)
     held = resident_bytes()
@@ -183,7 +187,7 @@ def _measure(model: Path, ct: Path, contender: str, overlap: float | None, threa
     else:
         labels, windows = _by_stages(volume, loaded, tiling, meter)
         started, used = time.perf_counter(), time.process_time()
-        again = segment_with(read_ct(ct), loaded, SegmentOptions(tiling=tiling)).labels
+        again = segment_with(read_ct(ct, reading), loaded, SegmentOptions(tiling=tiling)).labels
         whole, cpu = time.perf_counter() - started, time.process_time() - used
         if not np.array_equal(again, labels):
             raise ValueError("the stages one by one and `segment` gave different labels")
@@ -207,7 +211,8 @@ def _label_at_monais_windows(model: Path, ct: Path, contender: str, overlap: flo
                              ) -> dict[str, Any]:
     loaded, _ = _contender(model, contender, threads)
     tiling = Tiling(overlap=overlap, importance=loaded.recipe.inference.importance)
-    np.save(folder / f"{_SAME_WINDOWS}.npy", _by_stages(read_ct(ct), loaded, tiling, Meter(), monai_starts)[0])
+    volume = read_ct(ct, loaded.recipe.reading.options("nobody"))
+    np.save(folder / f"{_SAME_WINDOWS}.npy", _by_stages(volume, loaded, tiling, Meter(), monai_starts)[0])
     return {}
 
 

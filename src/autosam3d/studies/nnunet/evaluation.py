@@ -13,6 +13,7 @@ from autosam3d.evaluation.evaluate import case_name, evaluate_folder
 from autosam3d.evaluation.report import write_evaluation
 from autosam3d.evaluation.scores import Evaluation
 from autosam3d.io.files import write_text_atomic
+from autosam3d.recipes.reading import Reading
 from autosam3d.studies.nnunet.agreement import BOUND, Agreement, compare
 from autosam3d.studies.nnunet.data import link
 from autosam3d.studies.nnunet.process import find_nnunet, run_stage
@@ -22,7 +23,8 @@ from autosam3d.studies.slots import available_cores
 
 def evaluate_run(
     result: NnunetResult, part: str, *, tolerances_mm: Sequence[float] = (1.0,), python: str | Path | None = None,
-    threads: int = 0, progress: Callable[[int, int], None] | None = None, on_event: OnEvent | None = None,
+    threads: int = 0, reading: Reading | None = None, progress: Callable[[int, int], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> tuple[Evaluation, Agreement]:
     """Score a part's predictions into ``evaluation/PART`` of the run: our CSV, JSON and report, nnU-Net's file beside.
 
@@ -36,9 +38,10 @@ def evaluate_run(
     out.mkdir(parents=True, exist_ok=True)
     truth = _truth_of(result, part)
     images = result.truth[part].with_name("images" + result.truth[part].name.removeprefix("labels"))
+    read_options = (reading or Reading()).options()
     evaluation = evaluate_folder(predictions, truth, labels=result.organs, tolerances_mm=tolerances_mm,
-                                 ct_folder=images, progress=progress)
-    write_evaluation(evaluation, out)
+                                 ct_folder=images, read_options=read_options, progress=progress)
+    write_evaluation(evaluation, out, read_options=read_options)
     summary = _nnunets_metrics(result, part, truth, out / "summary.json", python, threads, on_event)
     agreement = compare(summary, evaluation)
     write_text_atomic(out / "agreement.json", json.dumps(asdict(agreement) | {"bound": BOUND}, indent=1) + "\n")

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from autosam3d.errors import UsageError
 from autosam3d.io.files import write_text_atomic
 from autosam3d.io.lock_file import HeldFolder, hold_folder
+from autosam3d.recipes.reading import Reading
 from autosam3d.studies.nnunet.data import NnunetData, open_for_nnunet, scans_of, write_raw
 from autosam3d.studies.nnunet.process import NnunetEnvironment, find_nnunet, run_stage
 from autosam3d.studies.slots import Slot, available_cores
@@ -59,6 +60,16 @@ class NnunetPlan:
     """Average over mirror images when predicting, as nnU-Net does."""
     seed: int = 0
     """Of the first weights; nnU-Net's augmentation is not seeded."""
+    reading: Reading = field(default_factory=Reading)
+    """How scans and label maps are read for scores and pictures. nnU-Net reads the numbers of the files as they are,
+    whatever they mean; of an offset its normalisation leaves nothing."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; of a reading that is not named none, as in versions that had no such key."""
+        whole = asdict(self)
+        if self.reading == Reading():
+            del whole["reading"]
+        return whole
 
     def __post_init__(self) -> None:
         def demand(good: bool, option: str, expected: str, remedy: str) -> None:
@@ -77,6 +88,8 @@ class NnunetPlan:
                "an organ on purpose", "try 2")
         demand(self.patch is None or (len(self.patch) == 3 and all(8 <= n <= 1024 for n in self.patch)), "patch",
                "three numbers from 8, as [32,64,64] (z, y, x)", "leave it out for nnU-Net's own")
+        demand(self.reading.volume is None and self.reading.acquisition is None, "reading", "neither volume nor "
+               "acquisition, since nnU-Net reads files of one volume", "store one volume a file")
         demand(self.patch is None or self.configuration != "2d", "patch", "a 3D configuration", "leave it out")
 
 
@@ -162,7 +175,7 @@ class _NnunetRun:
         self._on_event = on_event or (lambda stage, event: None)
         self.script = out / "trainer" / "nnunet_trainer.py"
         workers = max(1, min(8, slot.threads // 2))
-        self.spec = asdict(plan) | {
+        self.spec = plan.as_dict() | {
             "dataset": data.name, "dataset_id": data.number, "ending": data.ending, "device": slot.device,
             "threads": slot.threads, "workers": workers,
             "epochs": plan.epochs or (NNUNET_EPOCHS if plan.minutes is None else None),
@@ -275,7 +288,7 @@ def _demand_apart(out: Path, data: Path) -> None:
 def _read_state(out: Path, plan: NnunetPlan, data: NnunetData) -> dict[str, Any]:
     """What `out` says of itself, or that it is new; refused where it is another run's or somebody's folder."""
     mine = {"format": FORMAT, "version": FORMAT_VERSION, "dataset": data.name, "cases": data.fingerprint(),
-            "plan": json.loads(json.dumps(asdict(plan)))}
+            "plan": json.loads(json.dumps(plan.as_dict()))}
     path = out / _STATE
     if not path.is_file():
         if any(p.name != _LOCK for p in out.iterdir()):

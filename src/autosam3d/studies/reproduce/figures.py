@@ -28,7 +28,8 @@ from autosam3d.evaluation.statistics import (
     with_holm,
 )
 from autosam3d.geometry.preprocess import HuWindow
-from autosam3d.io import read_ct
+from autosam3d.io import ReadOptions, read_ct
+from autosam3d.io.options import DEFAULTS
 from autosam3d.studies.reproduce.drawing import COLORS, Drawn, house_style
 from autosam3d.studies.reproduce.paper import DATASETS, FIGURE4_PAPER
 from autosam3d.studies.reproduce.table import NOT_RUN
@@ -136,7 +137,7 @@ def choose_cases(evaluation: Evaluation, num: int = 5) -> list[str]:
 
 def read_subjects(
     evaluations: Mapping[str, Path], reference: str, num: int = 5,
-    folders: Mapping[str, tuple[Path, Path]] | None = None,
+    folders: Mapping[str, tuple[Path, Path]] | None = None, read_options: ReadOptions = DEFAULTS,
 ) -> list[Subject]:
     """The cases of figure 3, read from the files that evaluations name.
 
@@ -145,6 +146,7 @@ def read_subjects(
         reference: the model whose ranking chooses the cases.
         folders: of each model's segmentations and of the truth, where they lie now; default where they lay, seen from
             the working folder of then, when they were evaluated.
+        read_options: for scans and label maps.
 
     Raises:
         VolumeError: an evaluation, or a scan or segmentation that it names, cannot be read.
@@ -157,10 +159,11 @@ def read_subjects(
                  for name, e in found.items()}
         own = cases[reference]
         assert own is not None
-        truth = read_pair(own, organs)[1]
-        pairs = {name: None if case is None else read_pair(case, organs)[0] for name, case in cases.items()}
+        truth = read_pair(own, organs, read_options)[1]
+        pairs = {name: None if case is None else read_pair(case, organs, read_options)[0]
+                 for name, case in cases.items()}
         subjects.append(Subject(
-            name=case_name, truth=truth, volume=_scan_of(own), predictions=pairs,
+            name=case_name, truth=truth, volume=_scan_of(own, read_options), predictions=pairs,
             dice={name: case.dice for name, case in cases.items() if case is not None},
         ))
     return subjects
@@ -173,7 +176,7 @@ def _placed(case: CaseResult, folders: tuple[Path, Path] | None) -> CaseResult:
     return replace(case, prediction_path=prediction, truth_path=truth, ct_path=None)
 
 
-def _scan_of(case: CaseResult) -> Volume | None:
+def _scan_of(case: CaseResult, read_options: ReadOptions) -> Volume | None:
     """The CT of the evaluation, or of the dataset folder in which the truth lies; None where there is neither."""
     path = case.ct_path
     if path is None:
@@ -181,7 +184,7 @@ def _scan_of(case: CaseResult) -> Volume | None:
         path = case.truth_path.parent.parent / images / f"{case.name}_0000.nii.gz"
         if images == case.truth_path.parent.name or not path.is_file():
             return None
-    return read_ct(path)
+    return read_ct(path, read_options)
 
 
 def overlay_figure(

@@ -13,10 +13,10 @@ import numpy as np
 from autosam3d.checkpoints.machine import machine
 from autosam3d.checkpoints.model_file import read_meta
 from autosam3d.evaluation.statistics import Unit
-from autosam3d.geometry.preprocess import HuWindow
 from autosam3d.io import read_ct
 from autosam3d.models.parameters import count_parameters
 from autosam3d.models.spec import AutoSamSpec
+from autosam3d.recipes.recipe import Recipe
 from autosam3d.studies.reproduce.drawing import save_figure
 from autosam3d.studies.reproduce.embeddings import ct_slices, embed, load_encoder, photographs
 from autosam3d.studies.reproduce.figures import (
@@ -62,23 +62,23 @@ def write_table(
 
 
 def write_embedding_figure(
-    scans: Sequence[tuple[str, Sequence[Path], float, float]], pictures: Path, sam: str, out: Path, about: Provenance,
+    scans: Sequence[tuple[str, Sequence[Path], Recipe]], pictures: Path, sam: str, out: Path, about: Provenance,
     *, slices: int, seed: int, progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Figure 1A: SAM's embeddings of CT slices and of photographs.
 
     Args:
-        scans: for each dataset its shown name, its scans, and the ends of its window in HU.
+        scans: for each dataset its shown name, its scans, and its recipe, for window and reading.
         pictures: a folder of photographs.
         sam: SAM weights.
         slices: of all scans of a dataset together, and photographs, about as many.
     """
     encoder = load_encoder(sam)
     shown, groups = [], []
-    for name, paths, low_hu, high_hu in scans:
+    for name, paths, recipe in scans:
         each = max(1, round(slices / max(len(paths), 1)))
         for path in paths[:slices]:
-            found = ct_slices(read_ct(path), HuWindow(low_hu=low_hu, high_hu=high_hu), each)
+            found = ct_slices(read_ct(path, recipe.reading.options()), recipe.preprocess.hu_window, each)
             shown += found
             groups += [name] * len(found)
     photos = photographs(pictures, slices)
@@ -96,7 +96,7 @@ def write_overlays(study: Study, out: Path, about: Provenance) -> list[Path]:
     reference = _SHOWN[OURS] if _SHOWN[OURS] in evaluations else next(iter(evaluations))
     recipe = finished[0].recipe
     folders = {_SHOWN[run.spec.row]: (run.prediction, study.data / "labelsTs") for run in finished}
-    subjects = read_subjects(evaluations, reference, _SUBJECTS, folders)
+    subjects = read_subjects(evaluations, reference, _SUBJECTS, folders, recipe.reading.options())
     drawn = overlay_figure(subjects, recipe.labels.by_index, about, hu_window=recipe.preprocess.hu_window)
     return save_figure(drawn, out, "fig3")
 

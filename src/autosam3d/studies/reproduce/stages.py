@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autosam3d.checkpoints.model_file import read_meta
 from autosam3d.errors import AutoSam3dError, CheckpointError
 from autosam3d.io.files import sha256_of
+from autosam3d.recipes.reading import Reading
 from autosam3d.studies.reproduce.study import PlannedRun, Study
 from autosam3d.studies.slots import Slot
 
@@ -122,6 +123,9 @@ def _slicewise(run: PlannedRun, study: Study, given: Given) -> Iterator[tuple[st
 def _nnunet(run: PlannedRun, study: Study, given: Given) -> list[str]:
     length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
     small = (f"patch={list(SMALL_PATCH)}", "batch=2", "iterations=50") if run.spec.small else ()
-    size = [word for key in small for word in ("--set", key)]
+    usual = asdict(Reading())
+    reading = (f"reading.{key}={json.dumps(told)}" for key, told in asdict(run.recipe.reading).items()
+               if told != usual[key])
+    size = [word for key in (*small, *reading) for word in ("--set", key)]
     return ["nnunet", str(study.data), str(run.run), "--preset", run.spec.model, "--python",
             str(given.nnunet_python or sys.executable), *length, *size, *_TOLERANCES]

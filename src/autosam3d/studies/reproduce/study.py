@@ -207,7 +207,7 @@ def _prepared_shapes(paths: Sequence[Path], recipe: Recipe) -> list[Size]:
     A single one would mislead: OpenKBP's test cases take from 2 to 72 windows of the small recipes.
     """
     some = paths[:: -(-len(paths) // _GRIDS_LOOKED_AT)]
-    return [plan_grid(read_ct(path), recipe.preprocess).prepared_shape for path in some]
+    return [plan_grid(read_ct(path, recipe.reading.options()), recipe.preprocess).prepared_shape for path in some]
 
 
 def _demand_test_cases(cases: CaseSet) -> None:

@@ -40,7 +40,8 @@ class SlicewiseSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """As reports hold it."""
-        return {"framing": asdict(self.framing), "prompts": asdict(self.prompts), "reading": asdict(self.read_options)}
+        return {"framing": asdict(self.framing), "prompts": asdict(self.prompts),
+                "reading": self.read_options.as_settings() | {"max_ram_bytes": None}}
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from autosam3d.errors import UsageError
-from autosam3d.io import ReadOptions
 from autosam3d.recipes.settings_file import Words
 from autosam3d.recipes.typed_tree import demand, typed, with_overrides
 from autosam3d.studies.slicewise.images import Framing
@@ -35,20 +34,6 @@ class PromptKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingKeys:
-    """``reading.``: as the options of that name of ``autosam3d segment``."""
-
-    __pydantic_config__ = _STRICT
-    prefer: Literal["sform", "qform"] | None = None
-    assume_ras: bool = False
-    force: bool = False
-
-    @property
-    def options(self) -> ReadOptions:
-        return ReadOptions(prefer=self.prefer, assume_ras=self.assume_ras, force=self.force)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SegmentKeys:
     """Of ``slicewise segment``."""
 
@@ -56,7 +41,6 @@ class SegmentKeys:
     cases: Words = ()
     """Only these; none takes all of the part."""
     prompts: PromptKeys = field(default_factory=PromptKeys)
-    reading: ReadingKeys = field(default_factory=ReadingKeys)
 
     def prompt_spec(self, kind: Literal["point", "box"]) -> PromptSpec:
         """The prompts of a kind.
@@ -71,7 +55,7 @@ class SegmentKeys:
         return PromptSpec(kind=kind, num_points=keys.num_points, jitter_px=keys.jitter_px, seed=keys.seed)
 
 
-SEGMENT_KEYS = ("cases", "prompts", "reading")
+SEGMENT_KEYS = ("cases", "prompts")
 
 
 def tune_settings(overrides: Iterable[str], framing: Framing, prompt: Literal["point", "box"]) -> TuneSettings:
