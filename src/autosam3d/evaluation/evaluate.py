@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from autosam3d.errors import UsageError, VolumeError
+from autosam3d.errors import VolumeError
+from autosam3d.evaluation.found import case_name, found_pairs, labelled_scans, masks_in, plain
 from autosam3d.evaluation.metrics import evaluate_case
+from autosam3d.evaluation.organ_masks import read_labels
 from autosam3d.evaluation.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
-from autosam3d.io import ReadOptions, read_segmentation
-from autosam3d.io.endings import image_stem, is_image
+from autosam3d.io import ReadOptions
+from autosam3d.io.endings import image_stem
 from autosam3d.io.grid import demand_same_grid
 from autosam3d.io.options import DEFAULTS
 from autosam3d.labels import LabelMap
@@ -40,13 +42,14 @@ def evaluate_folder(
 ) -> Evaluation:
     """Score a folder of predictions, or one file, against the truth.
 
-    Files pair by case name: ``CASE.nii.gz`` or ``CASE_0000.nii.gz``. Organs are `labels`; else those that the
+    Cases pair by name, at any depth and in the layouts of `found.found_pairs`: ``CASE.nii.gz``, ``CASE/labels.nii.gz``,
+    or a mask an organ, ``CASE/segmentations/liver.nii.gz``. Organs are `labels`; else those that the
     predictions name; else those of the ``dataset.json`` beside the truth folder; else bare numbers. Where a side
     names its organs, it is matched by name and may number them differently; organs that the truth's names lack are
     not scored, and neither are, case by case, those that an ``annotated.json`` beside the truth folder lacks.
 
     Args:
-        predictions: a folder of NIfTI label maps, or one file.
+        predictions: a folder of label maps, or one file.
         truth: the same for the truth.
         labels: the organs that are scored; None as told above.
         tolerances_mm: of the NSD; the first one is the headline.
@@ -64,7 +67,9 @@ def evaluate_folder(
             exception, see `Evaluation.missing`.
     """
     predictions, truth, tolerances_mm = Path(predictions), Path(truth), tuple(float(t) for t in tolerances_mm)
-    predicted, true = _files_of(predictions, truth)
+    truth_folder = truth if truth.is_dir() else truth.parent
+    naming = _Naming(labels, truth_folder)
+    predicted, true, scans = found_pairs(predictions, truth, naming.known())
     names = sorted(predicted.keys() & true.keys())
     if not names:
         raise VolumeError("NO_PAIRS", predictions, f"expected files named as in {truth} ({_few(sorted(true))}), got "
@@ -73,8 +78,9 @@ def evaluate_folder(
     warnings = _without_partner(missing, extra)
     for warning in warnings:
         log.warning("%s: %s", predictions, warning)
-    naming = _Naming(labels, truth if truth.is_dir() else truth.parent)
-    scans = _scans(Path(ct_folder) if ct_folder is not None else None, truth if truth.is_dir() else truth.parent)
+    naming.predicted_masks = sorted({image_stem(mask) for path in predicted.values() if path.is_dir()
+                                     for mask in masks_in(path)})
+    scans |= labelled_scans(Path(ct_folder) if ct_folder is not None else None, truth_folder)
     cases = []
     for done, name in enumerate(names):
         if progress is not None:
@@ -90,16 +96,11 @@ def evaluate_folder(
     )
 
 
-def case_name(path: str | Path) -> str:
-    """``CASE`` of ``CASE.nii.gz`` and of nnU-Net's ``CASE_0000.nii.gz``."""
-    return image_stem(path).removesuffix("_0000")
-
-
 def read_pair(
     case: CaseResult, organs: Mapping[int, str], read_options: ReadOptions = DEFAULTS
 ) -> tuple[Segmentation, Segmentation]:
     """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0."""
-    prediction, truth = (read_segmentation(path, read_options) for path in (case.prediction_path, case.truth_path))
+    prediction, truth = (read_labels(path, read_options) for path in (case.prediction_path, case.truth_path))
     naming = _Naming(organs, case.truth_path.parent, drop_unknown=True)
     pair = naming.resolve(case.name, prediction, truth, (case.prediction_path, case.truth_path))[:2]
     return replace(prediction, labels=pair[0], organs=dict(organs)), replace(truth, labels=pair[1], organs=dict(organs))
@@ -117,6 +118,19 @@ class _Naming:
         self._of_dataset = _dataset_organs(truth_folder.parent / "dataset.json")
         self._annotated = _annotated(truth_folder.parent / "annotated.json")
         self._used: dict[int, str] = {}
+        self.predicted_masks: list[str] = []
+        """Organs that a mask of some prediction is named after, of whatever case."""
+
+    def known(self) -> list[str]:
+        """Organs that are named before any label map is read."""
+        return [*(self._given or {}).values(), *self._of_dataset.values()]
+
+    def with_all_masks(self, prediction: Segmentation, path: Path) -> Segmentation:
+        """A prediction of masks with the organs of which it has none and others have: these were not found."""
+        own = {plain(name) for name in prediction.organs.values()}
+        lacking = [name for name in self.predicted_masks if path.is_dir() and plain(name) not in own]
+        first = max(prediction.organs, default=0) + 1
+        return replace(prediction, organs={**prediction.organs, **dict(enumerate(lacking, start=first))})
 
     def resolve(
         self, case: str, prediction: Segmentation, truth: Segmentation, paths: tuple[Path, Path]
@@ -133,13 +147,13 @@ class _Naming:
         predicted, true = self._without_ignored(prediction.labels, truth.labels)
         predicted = self._renumber(predicted, prediction.organs, organs, paths[0])
         true = self._renumber(true, truth_names, organs, paths[1])
-        drawn = {_plain(name) for name in truth_names.values()}
-        scored = {k: name for k, name in organs.items() if not drawn or _plain(name) in drawn}
+        drawn = {plain(name) for name in truth_names.values()}
+        scored = {k: name for k, name in organs.items() if not drawn or plain(name) in drawn}
         if len(scored) < len(organs) and not self._drop_unknown:
             lacking = [name for k, name in organs.items() if k not in scored]
             self._warn(f"organs that the truth does not have are not scored: {_few(lacking)}")
         known = self._annotated.get(case) if self._annotated is not None else None
-        unknown = tuple(name for name in scored.values() if known is not None and _plain(name) not in known)
+        unknown = tuple(name for name in scored.values() if known is not None and plain(name) not in known)
         scored = {k: name for k, name in scored.items() if name not in unknown}
         self._used |= scored
         return predicted, true, scored, unknown
@@ -160,8 +174,8 @@ class _Naming:
         self, labels: np.ndarray, names: Mapping[int, str], organs: Mapping[int, str], path: Path
     ) -> np.ndarray:
         present = [int(v) for v in _values(labels) if v]
-        numbers = {_plain(name): number for number, name in organs.items()}
-        table = {v: numbers.get(_plain(names[v]), 0) for v in present if v in names}
+        numbers = {plain(name): number for number, name in organs.items()}
+        table = {v: numbers.get(plain(names[v]), 0) for v in present if v in names}
         table |= {v: v for v in present if v not in names and not names and v in organs}
         unknown = [v for v in present if v not in table]
         if unknown and not self._drop_unknown:
@@ -187,7 +201,8 @@ def _evaluate_pair(
     name: str, prediction_path: Path, truth_path: Path, naming: _Naming, tolerances_mm: tuple[float, ...],
     ct_path: Path | None, read_options: ReadOptions,
 ) -> CaseResult:
-    prediction, truth = (read_segmentation(path, read_options) for path in (prediction_path, truth_path))
+    prediction, truth = (read_labels(path, read_options) for path in (prediction_path, truth_path))
+    prediction = naming.with_all_masks(prediction, prediction_path)
     apart = demand_same_grid(prediction, prediction_path, truth, "the truth")
     predicted, true, organs, unknown = naming.resolve(name, prediction, truth, (prediction_path, truth_path))
     warnings = [f"prediction: {w}" for w in (*prediction.warnings, *apart)] + [f"truth: {w}" for w in truth.warnings]
@@ -198,34 +213,6 @@ def _evaluate_pair(
         name=name, scores=tuple(scores), shape=truth.shape, spacing_mm=truth.spacing_mm, ct_path=ct_path,
         prediction_path=prediction_path, truth_path=truth_path, not_annotated=unknown, warnings=tuple(warnings),
     )
-
-
-def _files_of(predictions: Path, truth: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Case name to file on both sides; two single files are one case, whatever their names."""
-    for path in (predictions, truth):
-        if not path.exists():
-            raise VolumeError("UNREADABLE", path, "expected a NIfTI file or a folder of them, got nothing",
-                              "check the path")
-    if predictions.is_dir() != truth.is_dir():
-        raise UsageError("FILE_AND_FOLDER", predictions, "expected two files or two folders, got one of "
-                         f"each (truth: {truth})",
-                         "name the file of the case on both sides")
-    if truth.is_dir():
-        return _by_case(predictions), _by_case(truth)
-    return {case_name(truth): predictions}, {case_name(truth): truth}
-
-
-def _by_case(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if not is_image(path) or path.name.startswith(".") or path.is_dir():
-            continue
-        name = case_name(path)
-        if name in found:
-            raise UsageError("DUP_CASE", path, f"expected one file for a case, got {found[name].name} too",
-                             "remove one")
-        found[name] = path
-    return found
 
 
 def _without_partner(missing: list[str], extra: list[str]) -> list[str]:
@@ -241,14 +228,6 @@ def _below_voxel_edges(tolerances_mm: Sequence[float], cases: Sequence[CaseResul
     finest_mm = min((min(case.spacing_mm) for case in cases), default=0.0)
     return [f"NSD at {t:g} mm is below the voxel edges ({finest_mm:.2f} mm or more): only surface that coincides "
             "exactly counts" for t in tolerances_mm if t < finest_mm]
-
-
-def _scans(ct_folder: Path | None, truth_folder: Path) -> dict[str, Path]:
-    if ct_folder is None and truth_folder.name.startswith("labels"):
-        ct_folder = truth_folder.with_name("images" + truth_folder.name.removeprefix("labels"))
-    elif ct_folder is not None and not ct_folder.is_dir():
-        raise VolumeError("UNREADABLE", ct_folder, "expected a folder of scans, got none", "check the path")
-    return _by_case(ct_folder) if ct_folder is not None and ct_folder.is_dir() else {}
 
 
 def _dataset_organs(path: Path) -> dict[int, str]:
@@ -270,7 +249,7 @@ def _annotated(path: Path) -> dict[str, set[str]] | None:
         return None
     try:
         tree = json.loads(read_text_capped(path))
-        return {str(case): {_plain(organ) for organ in organs} for case, organs in tree.items()}
+        return {str(case): {plain(organ) for organ in organs} for case, organs in tree.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise VolumeError("DATASET", path, "expected each case with the list of its drawn organs, got something else",
                           "correct or remove the file") from None
@@ -281,11 +260,6 @@ def _values(labels: np.ndarray) -> np.ndarray:
     for plane in labels:  # a slice at a time: indexes of eight bytes are made of its voxels
         seen[plane] = True
     return np.flatnonzero(seen)
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
-
 
 
 def _few(names: Sequence[str]) -> str:
