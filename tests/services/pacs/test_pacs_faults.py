@@ -25,7 +25,7 @@ from autosam3d.services.pacs.dicomweb import DicomWeb, Limits
 from autosam3d.services.pacs.faults import ArchiveError
 from autosam3d.services.pacs.ledger import DEAD, Ledger, Retry
 from autosam3d.services.pacs.multipart import BrokenMultipartError, TooLargeError, body_of, boundary_of, write_parts
-from autosam3d.services.pacs.rule import SeriesFacts, read_rule
+from autosam3d.services.pacs.rule import ImageFacts, SeriesFacts, read_rule
 from autosam3d.services.pacs.state_folder import hold_state_folder
 from lock_holders import needs_locks
 
@@ -227,10 +227,11 @@ def test_rules(tmp_path: Path) -> None:
     for change in ({"modality": "SEG"}, {"body_part": ""}, {"description": "thorax"},
                    {"description": "neck BONE"}, {"num_instances": 19}):
         assert rule.misses(replace(good, **change))
-    images = {str(n): ("ORIGINAL\\PRIMARY\\AXIAL", 2.0) for n in range(20)}
-    assert rule.misses_images(images) == ""
-    assert rule.misses_images(images | {"0": ("ORIGINAL\\PRIMARY\\LOCALIZER", 2.0)}) == "min_slices"
-    assert rule.misses_images(images | {"0": ("A", 5.0)}) == "max_thickness_mm"
+    images = [ImageFacts("ORIGINAL\\PRIMARY\\AXIAL", 2.0)] * 19
+    assert rule.misses_images([*images, ImageFacts("A", 2.0)]) == ""
+    assert rule.misses_images([*images, ImageFacts("ORIGINAL\\PRIMARY\\LOCALIZER", 2.0)]) == "min_slices"
+    assert rule.misses_images([*images, ImageFacts("A", 5.0)]) == "max_thickness_mm"
+    assert [rule.misses_images([ImageFacts("A", 2.0, num)]) for num in (19, 20, 10**6)] == ["min_slices", "", ""]
     for text in ("modality: SEG", "descripton: a", "description: '('", "min_slices: two", "- a", "min_slices: 0"):
         path.write_text(text)
         with pytest.raises(AutoSam3dError) as caught:

@@ -327,7 +327,8 @@ def test_what_is_taken_up_and_what_is_forgotten(tmp_path: Path) -> None:
         put("1.1", f"1.1.{n}")
         put("1.2", f"1.2.{n}", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
         put("1.3", f"1.3.{n}", StudyInstanceUID=f"1.2.{n}")
-    put("1.4", "1.4.0", NumberOfFrames=3, SOPClassUID=EnhancedCTImageStorage)
+    put("1.4", "1.4.0", NumberOfFrames=3, SOPClassUID=EnhancedCTImageStorage, PixelData=bytes(2400))
+    put("1.6", "1.6.0", NumberOfFrames=999_999, SOPClassUID=EnhancedCTImageStorage, PixelData=bytes(1600))
     assert look(service, incoming, how, Troubles()) == 0  # they may still grow
     clock[0] = 9.0
     put("1.1", "1.1.3")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,8 @@ from autosam3d.io.files import open_regular, readable
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 _TAGS = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "BodyPartExamined",
-         "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames"]
+         "SeriesDescription", "ImageType", "SliceThickness", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
+         "SamplesPerPixel"]
 # Numbers separated by dots; leading zeros are invalid but common.
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _REMEDY = "send or export it again"
@@ -31,7 +33,9 @@ _MAX_TRAILER_BYTES = 1 << 16
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 # Above any thickness in mm and any number of frames; also excludes NaN and infinity.
 _MAX_NUMBER = 1e6
-# (FFFE,E0DD) with its length of zero ends compressed pixels. *Source*: DICOM PS3.5 section A.4.
+# (FFFE,E000) begins a fragment of compressed pixels, (FFFE,E0DD) with its length of zero ends them.
+# *Source*: DICOM PS3.5 section A.4.
+_ITEM = b"\xfe\xff\x00\xe0"
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0\x00\x00\x00\x00"
 
 
@@ -49,6 +53,7 @@ class DicomIdentity:
     image_type: str
     thickness_mm: float | None
     num_frames: int
+    """As the header says; of `identify_image`, at most as many as its pixels can be."""
 
 
 def identify(path: Path, where: str) -> DicomIdentity:
@@ -77,8 +82,9 @@ def identify_image(path: Path, where: str) -> DicomIdentity:
     """
     with quiet_pydicom(), open_regular(path) as file, readable(where):
         header, at = _header(file.read(_MAX_HEADER_BYTES), where)
-        _demand_whole_pixels(file, header, at, where)
-    return _identity(header, where)
+        identity = _identity(header, where)
+        most = _most_frames(file, header, _whole_pixels(file, header, at, where), identity.num_frames)
+    return replace(identity, num_frames=max(1, min(identity.num_frames, most)))
 
 
 def _header(content: bytes, where: str) -> tuple[Any, int]:
@@ -92,12 +98,14 @@ def _header(content: bytes, where: str) -> tuple[Any, int]:
     return header, at
 
 
-def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> None:
+def _whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> tuple[int, int]:
+    """(where the pixels' bytes begin, their number or `_UNDEFINED_LENGTH`); raises where they are not whole."""
     syntax = UID(str(getattr(header, "file_meta", {}).get("TransferSyntaxUID", "")))
     size = os.fstat(file.fileno()).st_size
     file.seek(at)
     element = file.read(12)
     is_whole = len(element) == 12 and element[:4] in PIXEL_TAGS
+    begin = length = 0
     if is_whole:
         # Tag and length, with the VR and two reserved bytes between. *Source*: DICOM PS3.5 section 7.1.
         begin = 8 if syntax.is_transfer_syntax and syntax.is_implicit_VR else 12
@@ -109,6 +117,27 @@ def _demand_whole_pixels(file: BinaryIO, header: Any, at: int, where: str) -> No
             is_whole = 0 < length <= size - at - begin
     if not is_whole:
         raise VolumeError("SLICE_CORRUPT", where, "it ends before or inside its pixels", _REMEDY)
+    return at + begin, length
+
+
+def _most_frames(file: BinaryIO, header: Any, pixels: tuple[int, int], claimed: int) -> int:
+    """How many frames the pixels can be: by their number of bytes, or where they are compressed by their fragments."""
+    at, length = pixels
+    if length != _UNDEFINED_LENGTH:
+        sizes = [_number(tag_text(header, keyword)) or 0 for keyword in ("Rows", "Columns", "BitsAllocated")]
+        frame_bits = math.prod(sizes) * (_number(tag_text(header, "SamplesPerPixel")) or 1)
+        return int(8 * length // frame_bits) if frame_bits > 0 else 1
+    num, is_table = 0, True
+    while num < claimed:
+        file.seek(at)
+        item = file.read(8)
+        if item[:4] != _ITEM or len(item) < 8:
+            break
+        size = int.from_bytes(item[4:], "little")
+        # The first item is the table of offsets; an empty one is no part of a frame.
+        num += size > 0 and not is_table
+        is_table, at = False, at + 8 + size
+    return num
 
 
 def _identity(header: Any, where: str) -> DicomIdentity:

@@ -12,7 +12,7 @@ from autosam3d.errors import ResourceError, VolumeError
 from autosam3d.io.dicom.identity import DicomIdentity, identify_image
 from autosam3d.services.pacs.incoming import Incoming
 from autosam3d.services.pacs.ledger import DEAD, WAITING, SeriesJob, job_id
-from autosam3d.services.pacs.rule import Rule, SeriesFacts
+from autosam3d.services.pacs.rule import ImageFacts, Rule, SeriesFacts
 from autosam3d.services.pacs.service import ArchiveService, named_faults
 from autosam3d.services.pacs.troubles import Troubles
 
@@ -162,11 +162,9 @@ def _missed(images: list[DicomIdentity], rule: Rule) -> str:
     first = images[0]
     if any(image.study != first.study for image in images):
         return "its objects name several studies"
-    # A frame is a slice; slices beyond what the rule allows need not be counted.
-    slices = {f"{image.instance}/{frame}": (image.image_type, image.thickness_mm)
-              for image in images for frame in range(min(image.num_frames, rule.max_slices + 1))}
+    slices = [ImageFacts(image.image_type, image.thickness_mm, image.num_frames) for image in images]
     facts = SeriesFacts(modality=first.modality, body_part=first.body_part, description=first.description,
-                        num_instances=len(slices))
+                        num_instances=sum(image.num_frames for image in images))
     return rule.misses(facts) or rule.misses_images(slices)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from autosam3d.errors import MissingExtraError
 from autosam3d.services.pacs.credentials import Credentials
 from autosam3d.services.pacs.faults import ArchiveError
 from autosam3d.services.pacs.multipart import BrokenMultipartError, TooLargeError, body_of, boundary_of, write_parts
-from autosam3d.services.pacs.rule import SeriesFacts
+from autosam3d.services.pacs.rule import ImageFacts, SeriesFacts
 
 try:
     import requests
@@ -127,13 +127,14 @@ class DicomWeb:
                                 description=_text(item, _DESCRIPTION), num_instances=_integer(item, _NUM_IN_SERIES))
             yield FoundSeries(study, _uid(item, _SERIES), facts)
 
-    def instances(self, study: str, series: str) -> dict[str, tuple[str, float | None]]:
-        """SOPInstanceUID to (ImageType with backslashes, SliceThickness in mm or None) of a series."""
+    def instances(self, study: str, series: str) -> dict[str, ImageFacts]:
+        """SOPInstanceUID to what is said of the image, of a series."""
         fields = (_IMAGE_TYPE, _THICKNESS)
         found = {}
         for item in self._search(f"studies/{study}/series/{series}/instances", {"includefield": fields}, _INSTANCE):
             thickness = _number(item, _THICKNESS)
-            found[_uid(item, _INSTANCE)] = "\\".join(map(str, _values(item, _IMAGE_TYPE))), thickness
+            image_type = "\\".join(map(str, _values(item, _IMAGE_TYPE)))
+            found[_uid(item, _INSTANCE)] = ImageFacts(image_type, thickness)
         return found
 
     def demand_present(self) -> None:
@@ -149,8 +150,14 @@ class DicomWeb:
         items = self._page(f"studies/{study}/instances", {"SOPInstanceUID": instance, "SeriesInstanceUID": series})
         return any(_uid(item, _INSTANCE) == instance for item in items)
 
-    def fetch(self, study: str, series: str, folder: Path) -> int:
+    def fetch(self, study: str, series: str, folder: Path, demand_room: Callable[[], None] = lambda: None) -> int:
         """Write all objects of a series as 000000.dcm and so on into `folder`, which exists; returns their number.
+
+        Args:
+            study: its UID.
+            series: likewise.
+            folder: for the files.
+            demand_room: called before more is written; raises where the disk has no room for it.
 
         Raises:
             ArchiveError: also where the answer is incomplete.
@@ -165,7 +172,8 @@ class DicomWeb:
             self._demand_status(answer, (200,))
             try:
                 boundary = boundary_of(answer.headers.get("Content-Type", ""))
-                num_files = write_parts(self._chunks(answer, deadline), boundary, open_part,
+                chunks = _with_room(self._chunks(answer, deadline), demand_room)
+                num_files = write_parts(chunks, boundary, open_part,
                                         max_bytes=limits.max_series_bytes, max_part_bytes=limits.max_file_bytes,
                                         max_parts=limits.max_files)
             except BrokenMultipartError as error:
@@ -289,6 +297,12 @@ class DicomWeb:
 
     def _fault(self, code: str, fault: str, remedy: str = "look at the archive; it is tried again") -> ArchiveError:
         return ArchiveError(code, self.name, fault, remedy)
+
+
+def _with_room(chunks: Iterator[bytes], demand_room: Callable[[], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        demand_room()
+        yield chunk
 
 
 class _Sized:

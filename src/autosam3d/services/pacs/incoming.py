@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autosam3d.io.files import flush_folder
+from autosam3d.services.room import Room
 
 _RECEIVING = "receiving"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -76,19 +77,17 @@ class Incoming:
         self._lock = threading.Lock()
         shutil.rmtree(folder / _RECEIVING, ignore_errors=True)
         (folder / _RECEIVING).mkdir(mode=0o700, exist_ok=True)
+        self.room = Room(folder, self.limits.min_free_bytes)
         now = clock()
         self._series = {path.name: _Series({file.name for file in path.iterdir()}, now)
                         for path in _series_folders(folder)}
 
     def open(self) -> tuple[Path, BinaryIO]:
-        """Open a new file for an object that is being received.
+        """Open a new file for an object that is being received, for whose bytes `room` is asked as they come.
 
         Raises:
-            OutOfRoomError
             OSError
         """
-        if shutil.disk_usage(self.folder).free < self.limits.min_free_bytes:
-            raise OutOfRoomError("disk")
         path = self.folder / _RECEIVING / f"{secrets.token_hex(8)}.dcm"
         return path, os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 

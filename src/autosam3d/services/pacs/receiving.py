@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from autosam3d.errors import MissingExtraError, UsageError
 from autosam3d.io.dicom.tags import DAMAGE
 from autosam3d.services.pacs.incoming import Incoming, OutOfRoomError, is_no_room
+from autosam3d.services.room import NoRoomError, Place
 
 try:
     from pynetdicom import _config
@@ -78,6 +79,8 @@ class Received:
     """What is full or over its limit; empty where nothing is."""
     fault: str = ""
     """Another reason why it was not written; empty where there is none."""
+    place: Place | None = None
+    """Its room on the disk; None before it is given one."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, data: bytes, max_bytes: int) -> None:
@@ -88,9 +91,15 @@ class Received:
             try:
                 if self.num_bytes > max_bytes:
                     raise OutOfRoomError("one object")
+                if self.place is not None:
+                    self.place.need(len(data))
                 self.file.write(data)
+                if self.place is not None:
+                    self.place.wrote(len(data))
             except OutOfRoomError as error:
                 self._give_up(no_room=str(error))
+            except NoRoomError:
+                self._give_up(no_room="disk")
             except OSError as error:
                 self._give_up(no_room="disk" if is_no_room(error) else "", fault="disk")
 
@@ -103,6 +112,7 @@ class Received:
                     os.fsync(self.file.fileno())
                     self.file.close()
                     path, self.path, self.file = self.path, None, None
+                    self._give_up()
                     return path
                 except OSError as error:
                     self._give_up(no_room="disk" if is_no_room(error) else "", fault="disk")
@@ -121,6 +131,8 @@ class Received:
             if self.path is not None:
                 self.path.unlink(missing_ok=True)
         self.path = self.file = None
+        if self.place is not None:
+            self.place.close()
 
 
 class Intake(DIMSEServiceProvider):
@@ -172,10 +184,11 @@ class Intake(DIMSEServiceProvider):
         received = Received(None, None, time.monotonic())
         self._objects.append(received)
         try:
+            received.place = self._incoming.room.place()
             received.path, received.file = self._incoming.open()
             self._write_head(received.file, context_id)
-        except OutOfRoomError as error:
-            received.no_room = str(error)
+        except NoRoomError:
+            received.no_room = "disk"
         except OSError as error:
             received.no_room, received.fault = "disk" if is_no_room(error) else "", "disk"
         return received

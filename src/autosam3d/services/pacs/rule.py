@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,17 @@ class SeriesFacts:
     body_part: str = ""
     description: str = ""
     num_instances: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is said of one image."""
+
+    image_type: str
+    """With backslashes between its words."""
+    thickness_mm: float | None
+    num_frames: int = 1
+    """Each is a slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +96,12 @@ class Rule:
             return "min_slices" if facts.num_instances < self.min_slices else "max_slices"
         return ""
 
-    def misses_images(self, images: dict[str, tuple[str, float | None]]) -> str:
-        """As `misses`, for the images: UID to (ImageType, SliceThickness in mm). Localizers do not count as slices."""
-        slices = [thickness for image_type, thickness in images.values() if "LOCALIZER" not in image_type.upper()]
-        if len(slices) < self.min_slices:
+    def misses_images(self, images: Iterable[ImageFacts]) -> str:
+        """As `misses`, for the images. Localizers do not count as slices."""
+        slices = [image for image in images if "LOCALIZER" not in image.image_type.upper()]
+        if sum(image.num_frames for image in slices) < self.min_slices:
             return "min_slices"
-        known = [mm for mm in slices if mm is not None]
+        known = [image.thickness_mm for image in slices if image.thickness_mm is not None]
         if self.asks_thickness and not known:
             return "thickness"
         if self.min_thickness_mm is not None and min(known) < self.min_thickness_mm:

@@ -135,7 +135,7 @@ class ArchiveService:
         images = self.archive.instances(job.study, job.series)
         self._demand_room()
         stage = self.state.fresh(self.state.job(job.id) / "fetching")
-        num_files = self.archive.fetch(job.study, job.series, stage)
+        num_files = self.archive.fetch(job.study, job.series, stage, self._demand_room)
         found = set()
         for number, path in enumerate(sorted(stage.iterdir()), start=1):
             who = identify(path, f"{job.id}: file {number} of {num_files}")

@@ -200,7 +200,7 @@ def _take_up(found: FoundSeries, service: ArchiveService, archive: DicomWeb, wat
     if num is not None and service.ledger.knows(key, num):
         return False
     images = archive.instances(found.study, found.uid)
-    missed = watch.rule.misses_images(images)
+    missed = watch.rule.misses_images(images.values())
     if missed:
         _log.info("%s: passed over by the rule (%s)", key, missed)
         return False

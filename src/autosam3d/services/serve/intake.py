@@ -18,8 +18,9 @@ from starlette.requests import Request
 
 from autosam3d.io import ReadOptions
 from autosam3d.io.dicom.archive import is_zip
+from autosam3d.services.room import NoRoomError, Room
 from autosam3d.services.serve.connection import RECEIVING
-from autosam3d.services.serve.faults import NO_SUCH_JOB, ServiceFault
+from autosam3d.services.serve.faults import NO_SUCH_JOB, ServiceFault, disk_full
 from autosam3d.services.serve.guard import request_id_of
 from autosam3d.services.serve.runner import UPLOAD, Runner
 from autosam3d.services.serve.settings import ServeSettings, SteadyClock
@@ -34,6 +35,8 @@ _ONCE = re.compile(r"[A-Za-z0-9_-]{8,128}")
 _ID_BYTES = 16
 """128 bits, which nobody guesses: who knows an id may see the job."""
 BUSY_SECONDS = 10
+_ROOM_LEFT_BYTES = 256 << 20
+"""Free disk space that uploads leave for results and the table of jobs."""
 _SESSIONS_PER_PLACE = 2
 
 
@@ -50,7 +53,12 @@ class ScanService:
     """For work on the disk."""
     receiving: int = 0
     app_version: str = ""
+    room: Room = field(init=False)
+    """Of the disk that uploads lie on."""
     _receiving_once: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.room = Room(self.settings.folder, _ROOM_LEFT_BYTES)
 
     async def on_disk(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread; a database error becomes a 503 answer."""
@@ -78,9 +86,13 @@ class ScanService:
         Raises:
             ServiceFault: as `demand_body` and `receive`; 429 QUEUE_FULL, 503 BUSY or STOPPING, 409 SENT_TWICE.
         """
-        demand_body(request, self.settings)
+        num_bytes = demand_body(request, self.settings)
         once = await self._once(request)
         self._demand_place(state)
+        try:
+            place = self.room.place(num_bytes)
+        except NoRoomError:
+            raise disk_full() from None
         job_id = secrets.token_urlsafe(_ID_BYTES)
         folder = self.runner.folder(job_id)
         self.receiving += 1
@@ -88,7 +100,7 @@ class ScanService:
             self._receiving_once.add(once)
         try:
             request.scope["state"] |= {"body_begun": True, RECEIVING: True}
-            upload = await receive(request, folder / UPLOAD, self.settings, self.threads, file_fields)
+            upload = await receive(request, folder / UPLOAD, self.settings, self.threads, place, file_fields)
             name = await self.on_disk(lambda: _named(upload, folder))
             content = {"upload": name, "forms": list(forms), "read": asdict(read_options), "overlap": overlap,
                     "request_id": request_id_of(request)}
@@ -99,6 +111,7 @@ class ScanService:
             raise
         finally:
             request.scope["state"][RECEIVING] = False
+            place.close()
             self.receiving -= 1
             self._receiving_once.discard(once or "")
         self.runner.wake()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -16,6 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
+from autosam3d.services.room import FILE_BYTES, NoRoomError, Place
 from autosam3d.services.serve.faults import ServiceFault, disk_failed, disk_full
 from autosam3d.services.serve.settings import ServeSettings
 
@@ -25,8 +25,6 @@ RAW = ("application/octet-stream", "application/zip", "application/x-zip-compres
 _MAX_FILES, _MAX_FIELDS, _MAX_FIELD_BYTES = 5000, 16, 1 << 16
 _WRITE_BYTES = 1 << 18
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_ROOM_LEFT_BYTES = 256 << 20
-"""Free disk space that uploads leave for results."""
 _DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 15.0
 
 
@@ -40,11 +38,11 @@ class Upload:
     num_bytes: int = 0
 
 
-def demand_body(request: Request, settings: ServeSettings) -> None:
-    """Refuse a request by its headers alone.
+def demand_body(request: Request, settings: ServeSettings) -> int:
+    """Refuse a request by its headers alone; returns the size of its body in bytes, 0 where it is not told.
 
     Raises:
-        ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 CONTENT_LENGTH, 507 NO_SPACE.
+        ServiceFault: 415 CONTENT_TYPE or CONTENT_ENCODING, 413 TOO_LARGE, 400 CONTENT_LENGTH.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ServiceFault(415, "CONTENT_ENCODING", "expected a body without Content-Encoding; .nii.gz and .zip are "
@@ -58,8 +56,7 @@ def demand_body(request: Request, settings: ServeSettings) -> None:
     size = int(length or 0)
     if size > settings.max_upload_bytes:
         raise _too_large(settings)
-    if shutil.disk_usage(settings.folder).free < size + _ROOM_LEFT_BYTES:
-        raise disk_full()
+    return size
 
 
 async def discard(request: Request, places: asyncio.Semaphore) -> None:
@@ -82,11 +79,12 @@ async def discard(request: Request, places: asyncio.Semaphore) -> None:
         return
 
 
-async def receive(request: Request, folder: Path, settings: ServeSettings, threads: Executor,
+async def receive(request: Request, folder: Path, settings: ServeSettings, threads: Executor, place: Place,
                   file_fields: tuple[str, ...] = ("file",)) -> Upload:
     """Write the body into `folder`, which is made, under names of our own.
 
     Args:
+        place: room on the disk, which grows with the body.
         file_fields: names of the form's parts that are scans; several together are the slices of one series.
 
     Raises:
@@ -97,9 +95,14 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
     body = _chunks(request, settings)
     loop = asyncio.get_running_loop()
 
-    async def on_disk(work: Callable[[], None]) -> None:
+    async def flush() -> None:
+        num_bytes = sink.num_pending
         try:
-            await loop.run_in_executor(threads, work)
+            place.need(num_bytes)
+            await loop.run_in_executor(threads, sink.flush)
+            place.wrote(num_bytes)
+        except NoRoomError:
+            raise disk_full() from None
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise disk_full() from None
@@ -112,16 +115,16 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
             async for chunk in body:
                 form.write(chunk)
                 if sink.is_full:
-                    await on_disk(sink.flush)
+                    await flush()
             form.finish()
         else:
             sink.begin()
             async for chunk in body:
                 sink.add(chunk)
                 if sink.is_full:
-                    await on_disk(sink.flush)
+                    await flush()
             sink.end()
-        await on_disk(sink.flush)
+        await flush()
     finally:
         sink.close()
     upload.num_bytes = sink.num_bytes
@@ -173,6 +176,11 @@ class _Sink:
         self._pending_bytes = 0
         self.paths: list[Path] = []
         self.num_bytes = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes that `flush` will take of the disk."""
+        return self._pending_bytes + FILE_BYTES * sum(kind == "begin" for kind, _ in self._pending)
 
     @property
     def is_full(self) -> bool:
