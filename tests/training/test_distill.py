@@ -87,7 +87,7 @@ def test_lambda_one_is_plain_training(start: Callable[..., TrainResult], tmp_pat
 def test_lambda_zero_never_looks_at_labels(
     probs: str, start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in the loss nor for where crops fall: with all labels gone the weights are the same."""
+    """Neither for the loss nor for where crops fall: with all labels gone the weights are the same."""
     recipe = student(label_weight=0.0, teacher_probs=probs)
     start(recipe, tmp_path / "true")
 
@@ -97,7 +97,6 @@ def test_lambda_zero_never_looks_at_labels(
 
     monkeypatch.setattr("autosam3d.training.cases.cache_cases", blind)
     monkeypatch.setattr("autosam3d.training.train.demand_organs", lambda *_: None)
-    monkeypatch.setattr("autosam3d.training.train.dice_ce_loss", lambda *_, **__: pytest.fail("looked at labels"))
     start(recipe, tmp_path / "blind")
     assert weights_of(tmp_path / "true", "last") == weights_of(tmp_path / "blind", "last")
 
@@ -106,10 +105,14 @@ def test_the_loss_is_the_weighted_sum(start: Callable[..., TrainResult], tmp_pat
     rows: list[dict[str, float]] = []
     observer = Observer(on_step=lambda done, total, values: rows.append(dict(values)))
     start(student(label_weight=0.3), tmp_path / "run", observer=observer)
+    teaching = json.loads((tmp_path / "run/teaching.json").read_text())
+    assert (teaching["loss"], teaching["lambda"], list(teaching["gradient_norm"])) == ("mse", 0.3, ["start", "end"])
+    for norms in teaching["gradient_norm"].values():
+        assert norms["teacher_per_label"] == pytest.approx(norms["teacher"] / norms["labels"]) and norms["teacher"] > 0
     for row in rows:
-        expected = 0.3 * (row["dice_loss"] + row["ce_loss"]) + 0.7 * row["teacher_mse"]
+        expected = 0.3 * (row["dice_loss"] + row["ce_loss"]) + 0.7 * row["teacher_loss"]
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
-    assert rows and all(row["teacher_mse"] > 0 for row in rows)
+    assert rows and all(row["teacher_loss"] > 0 for row in rows)
 
 
 def test_mse_in_closed_form() -> None:
@@ -338,7 +341,7 @@ def test_students_take_everything_but_the_network_from_their_teacher(teacher: Pa
     assert small.model == SwinUnetrSpec(num_outputs=3, patch_size=(32, 32, 32), feature_size=24)
     assert edge.model == ResUnetSpec(num_outputs=3, patch_size=(32, 32, 32))
     for recipe in (tiny, small, edge):
-        assert recipe.distill == Distillation()
+        assert recipe.distill == Distillation(loss="dice_ce")
         for section in ("labels", "dataset", "preprocess", "sampling", "augment", "train", "inference"):
             assert getattr(recipe, section) == getattr(TEACHER, section)
         assert recipe.optim == replace(TEACHER.optim, head_lr=10.0)

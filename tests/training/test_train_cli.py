@@ -340,7 +340,7 @@ def test_two_processes_distil_as_one_with_the_double_batch(folder: Path, tmp_pat
                for cache in ("two_cache", "one_cache")]
     assert answers[0] == answers[1] and len(answers[0]) == len(TRAIN)
     header, *rows = log_rows(tmp_path / "two")
-    assert rows and all(float(row[header.index("teacher_mse")]) > 0 for row in rows)
+    assert rows and all(float(row[header.index("teacher_loss")]) > 0 for row in rows)
 
 
 def demand_alike(two: Path, one: Path) -> None:

@@ -234,14 +234,20 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How a student learns from a teacher (paper 3.5): ``lambda * (Dice + CE) + (1 - lambda) * MSE``."""
+    """How a student learns from a teacher: ``lambda * (Dice + CE) + (1 - lambda) * T``, T the teacher's term."""
 
     __pydantic_config__ = STRICT
     label_weight: Annotated[float, Field(alias="lambda")] = 0.5
     """The paper's lambda, written ``lambda`` in recipes: 1 trains on the labels alone, 0 on the teacher alone."""
+    loss: Literal["mse", "dice_ce", "kl"] = "mse"
+    """The teacher's term: "mse", mean squared differences of probabilities, the paper's (3.5); "dice_ce", Dice and
+    cross-entropy against the teacher's probabilities, of the labels' own scale; "kl", the Kullback-Leibler divergence a
+    voxel. What each weighs beside the labels: benchmarks/results/teaching.md."""
+    temperature: float = 1.0
+    """Of "kl": both sides are softened by it and the divergence is multiplied by its square."""
     mse_reduction: Literal["mean", "class_sum"] = "mean"
-    """Squared differences of the softmax outputs: the mean over all values, or their sum over the organs averaged over
-    the voxels, which weighs the teacher K times as much."""
+    """Of "mse": the mean over all values, or the sum over the classes averaged over the voxels, which weighs the
+    teacher K times as much."""
     teacher_probs: Literal["cache", "live"] = "cache"
     """"cache": the teacher sees each scan once, window by window, and its probabilities are kept on disk; "live": it
     sees every augmented crop."""
@@ -250,4 +256,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         demand(0 <= self.label_weight <= 1, "lambda", "0 to 1", self.label_weight)
+        demand(0.1 <= self.temperature <= 100, "temperature", "0.1 to 100", self.temperature)
+        demand(self.temperature == 1 or self.loss == "kl", "temperature", "1 where the loss is not kl",
+               self.temperature)
+        fits = self.mse_reduction == "mean" or self.loss == "mse"
+        demand(fits, "mse_reduction", "mean where the loss is not mse", self.mse_reduction)
         demand(0 <= self.teacher_overlap <= MAX_OVERLAP, "teacher_overlap", f"0 to {MAX_OVERLAP}", self.teacher_overlap)

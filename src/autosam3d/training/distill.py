@@ -58,7 +58,7 @@ def student_of(teacher: Recipe, student: str, overrides: Iterable[str] = ()) -> 
     tree["name"] = f"{tree['name'][:50]}_{student}"
     tree["model"] = {**STUDENTS[student], "patch_size": patch_size}
     tree["optim"]["head_lr"] = _HEAD_LR
-    tree["distill"] = {}
+    tree["distill"] = {"loss": "dice_ce"}
     recipe = recipe_from_dict(with_overrides(tree, overrides), f"student {student}")
     demand_exportable(recipe.model)
     return recipe

@@ -39,24 +39,25 @@ def teacher_dice_ce(logits: Tensor, probs: Tensor, batch_dice: bool = False) -> 
     """``1 - Dice + CE`` against a teacher's probabilities: of the labels' own scale, from the first step on.
 
     The cross-entropy of soft targets has the gradient (student - teacher) a voxel, while that of squared differences of
-    probabilities carries a factor p (1 - p), next to nothing for an organ that has not begun. The Dice is written with
-    the smaller of the two probabilities, ``2 sum min(s, q) / (sum s + sum q)``: equal to the usual one for hard
-    targets, and largest where the student says what the teacher says, which the usual one is not for soft targets.
+    probabilities carries a factor p (1 - p), next to nothing for an organ that has not begun. The Dice has squares in
+    its denominator, ``2 sum s q / (sum s^2 + sum q^2)``: it is largest where the student says what the teacher says,
+    which the one of the labels, without squares, is not for soft targets.
 
     Args:
         logits: B K D H W of the student, any float type; the loss is computed in float32.
         probs: B K D H W of the teacher, without gradient.
         batch_dice: as in `dice_ce_loss`.
 
-    *Source*: of the Dice, Wang et al., Dice semimetric losses, MICCAI 2023 (DML1).
+    *Source*: of the Dice, Milletari et al., V-Net, 3DV 2016, section 3. Of three forms tried, benchmarks/results/
+    teaching.md.
     """
     log_probs = F.log_softmax(logits.float(), dim=1)
     probs = probs.float()
     cross_entropy = -(probs * log_probs).sum(1).mean()
     student = log_probs.exp()
     axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
-    overlap = torch.minimum(student, probs).sum(axes)
-    total = student.sum(axes) + probs.sum(axes)
+    overlap = (student * probs).sum(axes)
+    total = student.square().sum(axes) + probs.square().sum(axes)
     return 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean() + cross_entropy
 
 

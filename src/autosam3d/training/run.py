@@ -47,6 +47,8 @@ class Position:
     best_epoch: int = -1
     seconds: float = 0.0
     """Time spent so far, over all starts of the run."""
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a student: at "start" and "end" the norm of the gradient of the "labels"' and the "teacher"'s term."""
 
 
 @dataclass

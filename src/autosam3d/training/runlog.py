@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from autosam3d.errors import ResourceError
 from autosam3d.io.files import write_text_atomic
 
-STEP_COLUMNS = ("epoch", "step", "lr", "loss", "dice_loss", "ce_loss", "teacher_mse", "grad_norm", "seconds",
+STEP_COLUMNS = ("epoch", "step", "lr", "loss", "dice_loss", "ce_loss", "teacher_loss", "grad_norm", "seconds",
                 "data_wait")
 
 
@@ -49,7 +49,7 @@ class RunLog:
         row = {"epoch": epoch, "step": step, **values}
         with self._writable():
             _write(self._steps, [row.get(name, "") for name in STEP_COLUMNS])
-            for name in ("loss", "dice_loss", "ce_loss", "teacher_mse", "lr", "data_wait"):
+            for name in ("loss", "dice_loss", "ce_loss", "teacher_loss", "lr", "data_wait"):
                 if name in values:
                     self._board.add_scalar(f"train/{name}", values[name], step)
 

@@ -29,7 +29,7 @@ from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.inference.out_of_memory import memory_named
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.cases import ask_teacher, cache_on_all_ranks
-from autosam3d.training.losses import deep_dice_ce_loss, dice_ce_loss, teacher_mse
+from autosam3d.training.objective import keep_weights, step_objective, write_teaching
 from autosam3d.training.run import (
     Observer,
     Run,
@@ -165,6 +165,8 @@ def _leave(run: Run) -> TrainResult:
     # A stop during a save, or before the first step after it, finds the state on disk already.
     if not finished and (run.saved is None or replace(run.saved, seconds=position.seconds) != position):
         save_run(run)
+    if finished and run.fabric.is_global_zero:
+        write_teaching(run)
     best = position.best_dice if position.best_dice >= 0 else None
     signal = None if finished else run.stop.signal
     return TrainResult(signal, position.epoch, best, position.seconds, run.fabric.global_rank)
@@ -192,8 +194,10 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
         rate = _set_learning_rate(run, sampler.steps_per_epoch)
         with memory_named(str(fabric.device), work, "lower train.batch_size or model.patch_size, or take a device with "
                           "more memory"):
-            values, good = train_step(run, **{name: tensor.to(fabric.device, non_blocking=True)
-                                              for name, tensor in batch.items()})
+            # The first and the last step of a student say what it hears of its teacher.
+            weigh = run.teacher is not None and position.global_step in (0, total - 1)
+            crops = {name: tensor.to(fabric.device, non_blocking=True) for name, tensor in batch.items()}
+            values, good = train_step(run, weigh=weigh, **crops)
         run.bad_steps = 0 if good else run.bad_steps + 1
         if run.bad_steps >= recipe.train.max_nan_steps:
             save_run(run)
@@ -215,7 +219,8 @@ def _train_steps(run: Run, loader: CropLoader, sampler: StepSampler, runlog: Run
 
 
 def train_step(
-    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None, groups: Tensor | None = None
+    run: Run, voxels: Tensor, labels: Tensor, probs: Tensor | None = None, groups: Tensor | None = None, *,
+    weigh: bool = False,
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step. False, and no change of any weight, where loss or gradient is not finite.
 
@@ -224,8 +229,12 @@ def train_step(
         labels: B D H W.
         probs: B K D H W, the teacher's, where they come from the cache.
         groups: bool B V K, where not every organ was looked for in every case.
+        weigh: also measure what the teacher's gradient weighs beside the labels'.
     """
-    loss, values = _loss(run, run.wrapped(voxels), voxels, labels, probs, groups)
+    objective = step_objective(run, run.wrapped(voxels), voxels, labels, probs, groups, weigh=weigh)
+    loss, values = objective.total, objective.values
+    if weigh and objective.teacher is not None:
+        keep_weights(run, objective)
     run.optimizer.zero_grad(set_to_none=True)
     run.fabric.backward(loss)
     parameters = [p for p in run.network.parameters() if p.requires_grad]
@@ -239,39 +248,6 @@ def train_step(
     else:
         log.warning("step %d: the gradient is not finite, step skipped", run.position.global_step)
     return {name: float(value.detach()) for name, value in values.items()} | {"grad_norm": float(norm)}, good
-
-
-def _loss(
-    run: Run, outputs: Tensor | list[Tensor], voxels: Tensor, labels: Tensor, probs: Tensor | None,
-    groups: Tensor | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What is minimised, and its parts. A part that weighs nothing is not computed.
-
-    Of several `outputs`, those of deep supervision, each learns from the labels, and the finest from the teacher.
-
-    *Source*: paper, section 3.5, ``lambda * (Dice + CE) + (1 - lambda) * MSE``.
-    """
-    settings, distill = run.recipe.train, run.recipe.distill
-    weight = distill.label_weight if distill else 1.0
-    values: dict[str, Tensor] = {}
-    total = None
-    if weight > 0:
-        how = {"dice_weight": settings.dice_weight, "ce_weight": settings.ce_weight, "batch_dice": settings.batch_dice}
-        deep = isinstance(outputs, list)
-        own = (deep_dice_ce_loss(outputs, labels, groups, **how) if deep
-               else dice_ce_loss(outputs, labels, groups, **how))
-        values |= {"dice_loss": own.dice, "ce_loss": own.cross_entropy}
-        total = own.total if weight == 1 else weight * own.total
-    if distill and weight < 1:
-        assert run.teacher is not None
-        if probs is None:
-            with run.fabric.autocast():
-                probs = run.teacher.probabilities(voxels)
-        mse = teacher_mse(outputs[0] if isinstance(outputs, list) else outputs, probs, distill.mse_reduction)
-        values["teacher_mse"] = mse
-        total = (1 - weight) * mse if total is None else total + (1 - weight) * mse
-    assert total is not None
-    return total, {"loss": total, **values}
 
 
 def _update_average(run: Run) -> None:
