@@ -346,4 +346,4 @@ def test_students_take_everything_but_the_network_from_their_teacher(teacher: Pa
             assert getattr(recipe, section) == getattr(TEACHER, section)
         assert recipe.optim == replace(TEACHER.optim, head_lr=10.0)
     changed = student_recipe(teacher, "tiny", ["distill.lambda=0.2", "train.epochs=7"])
-    assert changed.distill == Distillation(label_weight=0.2) and changed.train.epochs == 7
+    assert changed.distill == Distillation(label_weight=0.2, loss="dice_ce") and changed.train.epochs == 7
