@@ -58,7 +58,8 @@ def test_entries_of_the_cache(trained: Path, data: Path) -> None:
     assert len(taught) == 4, "the teacher is asked about the cases that are trained on"
     for entry in taught:
         demand_as_told(title, entry, "teacher-HASH.npy", "teacher-HASH.json")
-    demand_as_told("A run folder", data.parent / "student", "best.json", "best-HASH.safetensors", "previous.json")
+    demand_as_told("A run folder", data.parent / "student", "best.json", "best-HASH.safetensors", "previous.json",
+                   "teaching.json")
 
 
 def test_an_export_folder() -> None:
