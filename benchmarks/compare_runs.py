@@ -11,29 +11,37 @@ from __future__ import annotations
 import csv
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from autosam3d.evaluation.scores import organ_scores, read_json
+from autosam3d.errors import AutoSam3dError, UsageError
+from autosam3d.evaluation.scores import Evaluation, organ_scores, read_json
 from autosam3d.evaluation.statistics import Estimate, Key, compare, estimate, over_organs, p_text, with_holm
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main(name: str, *runs: str) -> None:
-    folders = {run.partition("=")[0]: Path(run.partition("=")[2]) for run in runs}
-    evaluations = {run: read_json(folder / "scores.json") for run, folder in folders.items()}
+    evaluations = _evaluations(runs)
     scores = {run: organ_scores(evaluation, "dice") for run, evaluation in evaluations.items()}
     dice = {run: over_organs(values) for run, values in scores.items()}
     cases = sorted(set.intersection(*(set(d) for d in dice.values())))
-    organs = [organ.organ for organ in next(iter(evaluations.values())).summary().organs]
+    if not cases:
+        raise UsageError("USAGE", name, "expected evaluations with a case in common, got none",
+                         "evaluate the models on the same cases")
+    common = {run: _only(values, cases) for run, values in scores.items()}
+    organs = list(dict.fromkeys(organ for evaluation in evaluations.values() for organ in evaluation.organs.values()))
     lines = [f"| model | Dice (95 % CI), n = {len(cases)} | " + " | ".join(organs) + " |",
              "|---|---|" + "---|" * len(organs)]
-    for run, evaluation in evaluations.items():
-        mean = estimate([dice[run][case] for case in cases])
-        means = {organ.organ: organ.dice for organ in evaluation.summary().organs}
-        cells = [_mean(means.get(organ)) for organ in organs]
-        lines.append(f"| {run} | {mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f}) | " + " | ".join(cells) + " |")
-    lines += _differences({run: _only(values, cases) for run, values in scores.items()})
+    for run in evaluations:
+        cells = [_mean([value for (_, of), value in common[run].items() if of == organ]) for organ in organs]
+        lines.append(f"| {run} | {_interval(estimate([dice[run][case] for case in cases]), '.4f')} | "
+                     + " | ".join(cells) + " |")
+    left_out = {run: len(values) - len(cases) for run, values in dice.items() if len(values) > len(cases)}
+    if left_out:
+        told = ", ".join(f"{count} of {run}" for run, count in left_out.items())
+        lines += ["", f"Cases that not all models have are left out: {told}."]
+    lines += _differences(common)
     text = "\n".join(lines) + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
@@ -43,12 +51,42 @@ def main(name: str, *runs: str) -> None:
     print(text, end="")
 
 
+def _evaluations(runs: Sequence[str]) -> dict[str, Evaluation]:
+    """By name, in the order given.
+
+    Raises:
+        UsageError: USAGE, no NAME=FOLDER, or two of one name.
+        VolumeError: UNREADABLE or EVALUATION.
+    """
+    found: dict[str, Evaluation] = {}
+    for run in runs:
+        label, equals, folder = run.rpartition("=")
+        if not label or not equals or not folder:
+            raise UsageError("USAGE", run, "expected NAME=FOLDER", "name each evaluation and its folder")
+        if label in found:
+            raise UsageError("USAGE", run, f"expected a name of its own for each evaluation, got {label} twice",
+                             "rename one of them")
+        found[label] = read_json(Path(folder) / "scores.json")
+    if not found:
+        raise UsageError("USAGE", "compare_runs", "expected NAME A=FOLDER B=FOLDER, got no folder", "name some")
+    return found
+
+
 def _only(scores: dict[Key, float], cases: list[str]) -> dict[Key, float]:
     return {key: value for key, value in scores.items() if key[0] in cases}
 
 
-def _mean(value: Estimate | None) -> str:
-    return f"{value.mean:.3f}" if value else "-"
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f}" if values else "-"
+
+
+def _interval(value: Estimate | None, form: str) -> str:
+    """A mean with its interval, which one case alone does not have."""
+    if value is None:
+        return "-"
+    if value.low is None or value.high is None:
+        return f"{value.mean:{form}} (one case)"
+    return f"{value.mean:{form}} ({value.low:{form}} to {value.high:{form}})"
 
 
 def _differences(scores: dict[str, dict[Key, float]]) -> list[str]:
@@ -59,12 +97,15 @@ def _differences(scores: dict[str, dict[Key, float]]) -> list[str]:
     lines = ["", f"| difference, paired by case (n = {family[0].test.num_pairs}) | Dice (95 % CI) | Wilcoxon p | "
              f"p after Holm over {len(family)} | effect |", "|---|---|---|---|---|"]
     for c in family:
-        d = c.difference
-        lines.append(f"| {c.first} minus {c.second} | {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f}) | "
+        lines.append(f"| {c.first} minus {c.second} | {_interval(c.difference, '+.4f')} | "
                      f"{p_text(c.test.p)} | {p_text(c.p)} | {c.test.effect:+.2f} |")
     return [*lines, "", f"Exact two-sided signed-rank test; smallest p possible {p_text(family[0].test.smallest_p)}, "
             f"after Holm {p_text(family[0].smallest_p)}. Effect: matched-pairs rank-biserial correlation."]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:] or [""])
+    except AutoSam3dError as error:
+        print(f"error[{error.code}] {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

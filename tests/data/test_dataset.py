@@ -108,10 +108,83 @@ def test_labels_that_are_not_one_number_an_organ(labels: dict, folder: Path) -> 
     assert refused(folder).code == "LABELS"
 
 
+_PLAIN = {"background": 0, "liver": 1, "spleen": 2, "aorta": 3}
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault", "remedy"),
+    [
+        (_PLAIN | {"liver": "1"}, 'got the text "1" for "liver"', "write 1 without quotation marks"),
+        (_PLAIN | {"liver": "one"}, 'got the text "one" for "liver"', "write its number"),
+        (_PLAIN | {"liver": 1.0}, 'got the fraction 1.0 for "liver"', "write 1 without a decimal point"),
+        (_PLAIN | {"liver": 1.5}, 'got the fraction 1.5 for "liver"', "write its number"),
+        (_PLAIN | {"liver": True}, 'got true for "liver"', "write its number"),
+        (_PLAIN | {"liver": None}, 'got nothing for "liver"', "write its number"),
+        (_PLAIN | {"liver": [1, 2]}, 'got a region of several numbers for "liver"', "export plain labels"),
+        ({"Background": 0, "liver": 1, "spleen": 2, "aorta": 3}, 'in lower case, got "Background"',
+         'write "background": 0'),
+    ],
+)
+def test_slips_in_labels_are_named(labels: dict, fault: str, remedy: str, folder: Path) -> None:
+    change(folder, "dataset.json", labels=labels)
+    error = refused(folder)
+    assert error.code == "LABELS" and fault in error.fault and error.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault", "remedy"),
+    [
+        ({"file_ending": "nii.gz"}, 'expected file_ending ".nii.gz", got "nii.gz", without its dot',
+         'write "file_ending": ".nii.gz"'),
+        ({"file_ending": ".NII.GZ"}, 'expected file_ending ".nii.gz", got ".NII.GZ", spelt otherwise',
+         'write "file_ending": ".nii.gz"'),
+        ({"file_ending": None}, "got none", "write how the names of the images end"),
+        ({"file_ending": ".png"}, "got '.png'", "convert the files"),
+        ({"channel_names": None}, "got none", 'write "channel_names"'),
+        ({"channel_names": ["CT"]}, "got ['CT']", "keep the CT channel only"),
+    ],
+)
+def test_slips_in_other_keys_are_named(keys: dict, fault: str, remedy: str, folder: Path) -> None:
+    change(folder, "dataset.json", **keys)
+    error = refused(folder)
+    assert error.code == "DATASET" and fault in error.fault and error.remedy.startswith(remedy)
+
+
+def test_a_key_that_version_1_has_left_is_no_harm(folder: Path) -> None:
+    before = names(open_dataset(folder, small_recipe()))
+    change(folder, "dataset.json", modality={"0": "CT"})
+    assert names(open_dataset(folder, small_recipe())) == before
+    change(folder, "dataset.json", channel_names=None)
+    index = json.loads((folder / "dataset.json").read_text())
+    index.pop("channel_names", None)
+    (folder / "dataset.json").write_text(json.dumps(index))
+    assert "version 1" in refused(folder).fault
+
+
+@pytest.mark.parametrize(
+    ("content", "fault", "remedy"),
+    [
+        ({"train": ["a"], "val": ["b"]}, "got one fold without the list around it", "put it in brackets"),
+        ("a", "expected a list of folds, got a text", "write it"),
+        ([["a"]], "in fold 0, got a list", "write each fold as"),
+        ([{"train": "abc", "val": []}], "a list train of case names in fold 0, got a text", "correct the file"),
+        ([{"train": ["a"]}], "a list val of case names in fold 0, got none", "correct the file"),
+        ([{"train": [1], "val": []}], "got other values in it", "correct the file"),
+        ([], "expected a fold 0, got 0 folds", "name another fold"),
+        ([{"train": ["a_0000"], "val": []}], "got a_0000", "write the names of cases, without _0000"),
+        ([{"train": ["a_0000.nii.gz"], "val": []}], "got a_0000.nii.gz", "write the names of cases, without _0000.nii"),
+    ],
+)
+def test_slips_in_splits_are_named(content: Any, fault: str, remedy: str, folder: Path) -> None:
+    (folder / "splits_final.json").write_text(json.dumps(content))
+    error = refused(folder)
+    assert error.code == "SPLITS" and fault in error.fault and error.remedy.startswith(remedy)
+
+
 @pytest.mark.parametrize(
     "keys",
     [
-        {"labels": {"0": "background", "1": "liver"}}, {"modality": {"0": "CT"}}, {"labels": None}, {"labels": [1]},
+        {"labels": {"0": "background", "1": "liver"}}, {"labels": None}, {"labels": [1]},
         {"channel_names": {"0": "CT", "1": "PET"}}, {"channel_names": None}, {"file_ending": ".png"},
         {"file_ending": None}, {"numTraining": 40},
     ],

@@ -19,6 +19,7 @@ from autosam3d.evaluation.evaluate import _values, case_name, evaluate_folder, r
 from autosam3d.evaluation.metrics import ABSENT_RULE, OrganScore
 from autosam3d.evaluation.scores import CaseResult, Evaluation, organ_scores, read_json
 from autosam3d.evaluation.statistics import estimate
+from autosam3d.io import read_segmentation, write_segmentation
 from autosam3d.labels import LabelMap
 from command_line import run
 
@@ -187,6 +188,40 @@ def test_organs_come_from_dataset_json_or_are_numbers(folders):
     index.write_text(json.dumps({"labels": {"whole": [1, 2]}}))
     with pytest.raises(VolumeError, match="one number for each organ"):
         evaluate_folder(*folders)
+
+
+def test_the_organs_given_beat_a_dataset_json_that_cannot_be_used(folders):
+    _, truth = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2]}}))
+    result = evaluate_folder(*folders, labels=ORGANS)
+    assert [case.dice for case in result.cases] == pytest.approx([1, 15 / 16, 7 / 8])
+    assert any("dataset.json is not used" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("given", [{1: "aorta", 2: "stomach"}, None])
+def test_sides_that_share_no_organ_are_refused(folders, given):
+    predictions, truth = folders
+    (truth.parent / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "spleen": 2}}))
+    if given is None:
+        write_segmentation(predictions / "case_0.nii.gz", read_segmentation(predictions / "case_0.nii.gz"),
+                           LabelMap(organs=("aorta", "stomach")))
+    with pytest.raises(VolumeError, match=r"aorta, stomach\), got liver, spleen") as caught:
+        evaluate_folder(*folders, labels=given)
+    assert caught.value.code == "LABELS"
+
+
+def test_truth_without_organs_is_said(folders, caplog):
+    _, truth = folders
+    save(truth / "case_1.nii.gz", np.zeros_like(label_map()))
+    result = evaluate_folder(*folders, labels=ORGANS)
+    assert "the truth of 1 case shows none of the organs: case_1" in result.warnings
+    assert "the truth of 1 case shows none of the organs: case_1" in caplog.text
+
+
+def test_a_tolerance_that_is_named_twice_is_one(folders):
+    result = evaluate_folder(*folders, labels=ORGANS, tolerances_mm=(2, 1, 2.0, 1))
+    assert result.tolerances_mm == (2.0, 1.0)
+    assert [len(score.nsd) for score in result.cases[0].scores] == [2, 2]
 
 
 def test_sides_with_names_are_matched_by_name_not_by_number(folders):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autosam3d.errors import UsageError, VolumeError
-from autosam3d.evaluation.evaluate import evaluate_folder
+from autosam3d.evaluation.evaluate import evaluate_folder, read_pair
 from autosam3d.evaluation.report import write_evaluation
 from autosam3d.evaluation.scores import Evaluation
 
@@ -108,6 +108,17 @@ def test_a_mask_holds_one_value_and_lies_on_the_grid_of_the_others(tmp_path: Pat
     save(truth / "s1/segmentations/spleen.nii.gz", labels_of(1) == 1)
     result = evaluate_folder(predictions, truth, labels=ORGANS)
     assert "truth: 256 voxels are in several masks and count for the last of them by name" in result.cases[1].warnings
+
+
+def test_pictures_of_nested_truth_have_the_numbers_of_dataset_json(tmp_path: Path) -> None:
+    truth = write(tmp_path / "data/labelsTr", "folders")
+    for path in truth.rglob("seg.nii.gz"):
+        save(path, np.array([0, 2, 1], np.uint8)[np.asarray(nib.load(path).dataobj).astype(int)])
+    (tmp_path / "data/dataset.json").write_text('{"labels": {"background": 0, "spleen": 1, "liver": 2}}')
+    result = evaluate_folder(write(tmp_path / "predictions", "flat"), truth, labels=ORGANS)
+    assert set(scores(result).values()) == {1.0}
+    prediction, true = read_pair(result.cases[0], result.organs, truth_folder=truth)
+    np.testing.assert_array_equal(prediction.labels, true.labels)
 
 
 def test_folders_of_cases_are_no_folders_of_masks(tmp_path: Path) -> None:

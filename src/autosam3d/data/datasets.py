@@ -17,7 +17,8 @@ from typing import Any
 from autosam3d.data.annotated import looked_for
 from autosam3d.data.case import Case
 from autosam3d.data.copies import refuse_copies
-from autosam3d.data.folder import CaseSet, case_set, demand_plain_labels, open_dataset, plain_name, read_index
+from autosam3d.data.folder import CaseSet, case_set, open_dataset, plain_name, read_index
+from autosam3d.data.index_slips import demand_plain_labels
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.recipes.data_source import DataSource
 from autosam3d.recipes.recipe import Recipe

@@ -17,6 +17,14 @@ from typing import Any
 
 from autosam3d.data.case import Case
 from autosam3d.data.copies import refuse_copies
+from autosam3d.data.index_slips import (
+    demand_file_ending,
+    demand_one_channel,
+    demand_plain_labels,
+    demand_version_2,
+    fold_of,
+    name_slip,
+)
 from autosam3d.data.json_file import read_json
 from autosam3d.errors import VolumeError
 from autosam3d.io.files import write_text_atomic
@@ -25,7 +33,6 @@ from autosam3d.recipes.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
 @dataclass(frozen=True)
@@ -182,17 +189,9 @@ def read_index(folder: Path, recipe: Recipe | None) -> dict[str, Any]:
     index = read_json(where)
     if not isinstance(index, dict) or not isinstance(index.get("labels"), dict):
         raise other_layout("got a dataset.json without labels")
-    if "modality" in index or any(str(key).isdigit() for key in index["labels"]):
-        raise VolumeError("DATASET", where, "expected nnU-Net v2 (labels: name to number), got version 1 or Decathlon",
-                          "convert it to version 2 first")
-    channels = index.get("channel_names")
-    if not isinstance(channels, dict) or len(channels) != 1:
-        raise VolumeError("DATASET", where, f"expected channel_names with one channel, got {channels}",
-                          "keep the CT channel only")
-    if index.get("file_ending") not in FILE_ENDINGS:
-        raise VolumeError("DATASET", where, f"expected file_ending {', '.join(FILE_ENDINGS)}, got "
-                          f"{index.get('file_ending')!r}",
-                          "convert the files to NIfTI")
+    demand_version_2(index, where)
+    demand_one_channel(index, where)
+    demand_file_ending(index, where)
     return index
 
 
@@ -203,25 +202,6 @@ def _demand_every_organ(folder: Path, index: Mapping[str, Any]) -> None:
             raise VolumeError("PARTIAL_LABELS", where, "expected every organ drawn in every case, got a list of organs "
                               "that some cases lack", "`autosam3d train` and `distill` take such a dataset; here, give "
                               "the fully drawn cases only, without the list")
-
-
-def demand_plain_labels(labels: Mapping[str, Any], where: Path) -> None:
-    """Refuse a ``labels`` of ``dataset.json`` that is not one number for each organ, and 0 for background.
-
-    Raises:
-        VolumeError: LABELS.
-    """
-    odd = [name for name, value in labels.items() if isinstance(value, bool) or not isinstance(value, int)]
-    if odd or "ignore" in labels:
-        kind = f"regions ({_few(odd)})" if odd else "an ignore label"
-        raise VolumeError("LABELS", where, f"expected one number for each organ, got {kind}",
-                          "export plain labels: every voxel of every case belongs to one organ or to background")
-    if labels.get("background", 0) != 0 or 0 in [v for n, v in labels.items() if n != "background"]:
-        raise VolumeError("LABELS", where, f"expected 0 to be background, got {dict(labels)}", "renumber the labels")
-    values = [v for n, v in labels.items() if n != "background"]
-    if len(set(values)) != len(values) or not all(0 < v < 65536 for v in values):
-        raise VolumeError("LABELS", where, f"expected a positive number of its own for each organ, got {dict(labels)}",
-                          "renumber the labels")
 
 
 def _label_table(labels: Mapping[str, Any], recipe: Recipe, folder: Path) -> dict[int, int]:
@@ -295,20 +275,12 @@ def _split(
         val = held_out(names, val_share)
         return [n for n in names if n not in set(val)], val
     folds = read_json(path)
-    if not isinstance(folds, list) or not folds or fold >= len(folds):
-        count = len(folds) if isinstance(folds, list) else 0
-        raise VolumeError("SPLITS", path, f"expected a fold {fold}, got {count} folds", "name another fold")
-    entry = folds[fold]
-    parts = [entry.get(key) if isinstance(entry, dict) else None for key in ("train", "val")]
-    if not all(isinstance(part, list) and all(isinstance(n, str) for n in part) for part in parts):
-        raise VolumeError("SPLITS", path, f"expected lists train and val in fold {fold}, got something else",
-                          "correct the file, or delete it to split by dataset.val_share")
     train, val = (sorted(set(part) - set(elsewhere)) if elsewhere else sorted(part)
-                  for part in parts if part is not None)
+                  for part in fold_of(folds, fold, path))
     unknown = sorted({*train, *val} - set(names))
     if unknown:
         raise VolumeError("SPLITS", path, f"expected names of cases in imagesTr, got {_few(unknown)}",
-                          "correct the file")
+                          name_slip(unknown, names))
     if len({*train, *val}) != len(train) + len(val):
         again = sorted(n for n in {*train, *val} if (train + val).count(n) > 1)
         raise VolumeError("LEAK", path, f"expected every case once in fold {fold}, got {_few(again)} more than once",

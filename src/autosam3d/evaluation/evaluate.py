@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from autosam3d.data.folder import plain_name as plain
 from autosam3d.errors import VolumeError
-from autosam3d.evaluation.found import case_name, found_pairs, labelled_scans, masks_in, plain
+from autosam3d.evaluation.found import case_name, found_pairs, labelled_scans, masks_in
 from autosam3d.evaluation.metrics import evaluate_case
 from autosam3d.evaluation.organ_masks import read_labels
 from autosam3d.evaluation.scores import CaseResult, Evaluation, counted, read_text_capped, write_csv, write_json
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # TotalSegmentator has 117; a CT or a picture has thousands.
 _MAX_UNNAMED = 256
+_EMPTY_TRUTH = "truth: all background"
 
 
 def evaluate_folder(
@@ -63,10 +65,11 @@ def evaluate_folder(
     Raises:
         UsageError: FILE_AND_FOLDER (a file against a folder), DUP_CASE (two files of one case).
         VolumeError: NO_PAIRS; SHAPE or AFFINE_MISMATCH (more than 0.05 voxel) between the two grids of a case;
-            LABEL_RANGE for values that no organ has; and what the reader raises. A missing prediction is no
-            exception, see `Evaluation.missing`.
+            LABELS, a side whose names share none with the organs; LABEL_RANGE for values that no organ has; and what
+            the reader raises. A missing prediction is no exception, see `Evaluation.missing`.
     """
-    predictions, truth, tolerances_mm = Path(predictions), Path(truth), tuple(float(t) for t in tolerances_mm)
+    predictions, truth = Path(predictions), Path(truth)
+    tolerances_mm = tuple({f"{t:g}": float(t) for t in reversed(tolerances_mm)}.values())[::-1]
     truth_folder = truth if truth.is_dir() else truth.parent
     naming = _Naming(labels, truth_folder)
     predicted, true, scans = found_pairs(predictions, truth, naming.known())
@@ -89,7 +92,7 @@ def evaluate_folder(
                                     read_options))
     if progress is not None:
         progress(len(names), len(names))
-    warnings += naming.warnings + _below_voxel_edges(tolerances_mm, cases)
+    warnings += naming.warnings + _without_organs(cases) + _below_voxel_edges(tolerances_mm, cases)
     return Evaluation(
         cases=tuple(cases), organs=naming.used(), tolerances_mm=tolerances_mm,
         predictions=predictions, truth=truth, missing=tuple(missing), extra=tuple(extra), warnings=tuple(warnings),
@@ -97,11 +100,14 @@ def evaluate_folder(
 
 
 def read_pair(
-    case: CaseResult, organs: Mapping[int, str], read_options: ReadOptions = DEFAULTS
+    case: CaseResult, organs: Mapping[int, str], read_options: ReadOptions = DEFAULTS, truth_folder: Path | None = None
 ) -> tuple[Segmentation, Segmentation]:
-    """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0."""
+    """(prediction, truth) of a case that was evaluated, in the numbers of `organs`; other labels become 0.
+
+    `truth_folder` is the one that was evaluated; None takes that of the truth's file.
+    """
     prediction, truth = (read_labels(path, read_options) for path in (case.prediction_path, case.truth_path))
-    naming = _Naming(organs, case.truth_path.parent, drop_unknown=True)
+    naming = _Naming(organs, truth_folder or case.truth_path.parent, drop_unknown=True)
     pair = naming.resolve(case.name, prediction, truth, (case.prediction_path, case.truth_path))[:2]
     return replace(prediction, labels=pair[0], organs=dict(organs)), replace(truth, labels=pair[1], organs=dict(organs))
 
@@ -115,11 +121,21 @@ class _Naming:
         self.warnings: list[str] = []
         self._drop_unknown = drop_unknown
         self._given = dict(labels.by_index if isinstance(labels, LabelMap) else labels) if labels is not None else None
-        self._of_dataset = _dataset_organs(truth_folder.parent / "dataset.json")
+        self._of_dataset = self._named_beside(truth_folder.parent / "dataset.json")
         self._annotated = _annotated(truth_folder.parent / "annotated.json")
         self._used: dict[int, str] = {}
         self.predicted_masks: list[str] = []
         """Organs that a mask of some prediction is named after, of whatever case."""
+
+    def _named_beside(self, path: Path) -> dict[int, str]:
+        """What ``dataset.json`` calls the truth's labels; one that cannot be used is, where the organs are given."""
+        try:
+            return _dataset_organs(path)
+        except VolumeError as error:
+            if self._given is None:
+                raise
+            self._warn(f"dataset.json is not used ({error.fault}): the truth has the numbers of the organs given")
+            return {}
 
     def known(self) -> list[str]:
         """Organs that are named before any label map is read."""
@@ -144,6 +160,9 @@ class _Naming:
                 raise VolumeError("NOT_LABELS", paths[0], f"expected a label map, got {len(values)} different values "
                                   "in it and in the truth", "give label maps, or name the organs with --recipe")
             organs = {int(v): f"label {v}" for v in values if v}
+        if not self._drop_unknown:
+            self._demand_shared(organs, prediction.organs, paths[0])
+            self._demand_shared(organs, truth_names, paths[1])
         predicted, true = self._without_ignored(prediction.labels, truth.labels)
         predicted = self._renumber(predicted, prediction.organs, organs, paths[0])
         true = self._renumber(true, truth_names, organs, paths[1])
@@ -157,6 +176,15 @@ class _Naming:
         scored = {k: name for k, name in scored.items() if name not in unknown}
         self._used |= scored
         return predicted, true, scored, unknown
+
+    def _demand_shared(self, organs: Mapping[int, str], names: Mapping[int, str], path: Path) -> None:
+        """Refuse a side whose own names share none with the organs that are looked for: all scores would be empty."""
+        there = {plain(name) for name in names.values()}
+        if there and not any(plain(name) in there for name in organs.values()):
+            whose = "of the recipe" if self._given is not None else "of the prediction"
+            expected, got = (_few(list(some.values())) for some in (organs, names))
+            raise VolumeError("LABELS", path, f"expected some of the organs {whose} ({expected}), got {got}",
+                              "name the recipe whose organs they are with --recipe, or give both sides the same names")
 
     def used(self) -> dict[int, str]:
         """Label to name of all organs that were scored in some case, sorted."""
@@ -207,7 +235,7 @@ def _evaluate_pair(
     predicted, true, organs, unknown = naming.resolve(name, prediction, truth, (prediction_path, truth_path))
     warnings = [f"prediction: {w}" for w in (*prediction.warnings, *apart)] + [f"truth: {w}" for w in truth.warnings]
     if not true.any():
-        warnings.append("truth: all background")
+        warnings.append(_EMPTY_TRUTH)
     scores = evaluate_case(predicted, true, truth.spacing_mm, organs, tolerances_mm)
     return CaseResult(
         name=name, scores=tuple(scores), shape=truth.shape, spacing_mm=truth.spacing_mm, ct_path=ct_path,
@@ -222,6 +250,15 @@ def _without_partner(missing: list[str], extra: list[str]) -> list[str]:
     if extra:
         warnings.append(f"{counted(len(extra), 'prediction')} without a truth left out: {_few(extra)}")
     return warnings
+
+
+def _without_organs(cases: Sequence[CaseResult]) -> list[str]:
+    empty = [case.name for case in cases if _EMPTY_TRUTH in case.warnings]
+    if not empty:
+        return []
+    warning = f"the truth of {counted(len(empty), 'case')} shows none of the organs: {_few(empty)}"
+    log.warning("%s", warning)
+    return [warning]
 
 
 def _below_voxel_edges(tolerances_mm: Sequence[float], cases: Sequence[CaseResult]) -> list[str]:

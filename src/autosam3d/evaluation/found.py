@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from autosam3d.data.folder import plain_name as plain
 from autosam3d.errors import UsageError, VolumeError
 from autosam3d.io.endings import image_stem, is_image
 
@@ -57,11 +58,6 @@ class FoundLabels:
 def case_name(path: str | Path) -> str:
     """``CASE`` of ``CASE.nii.gz`` and of nnU-Net's ``CASE_0000.nii.gz``."""
     return image_stem(path).removesuffix("_0000")
-
-
-def plain(name: str) -> str:
-    """A name as names are compared."""
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def masks_in(folder: Path) -> list[Path]:

@@ -143,7 +143,8 @@ def _picture(
     at_errors = title.startswith("Worst")
     how = "slices with most wrong voxels" if at_errors else "slices where the organs show largest"
     try:
-        prediction, truth = read_pair(case, evaluation.organs, read_options)
+        truth_folder = evaluation.truth if evaluation.truth.is_dir() else None
+        prediction, truth = read_pair(case, evaluation.organs, read_options, truth_folder)
         volume, note = _scan(case, hu_window, read_options)
         if volume is not None and not same_grid(volume, truth, SAME_GRID_VOX):
             volume, note = None, "the CT lies on another grid and is not shown"
