@@ -153,6 +153,21 @@ def test_a_newcomer_takes_the_place_of_the_longest_silent() -> None:
         assert answer_of(silent[0]) == b""
 
 
+def test_what_is_only_read_makes_room_and_work_does_not() -> None:
+    few = replace(LIMITS, silent_seconds=60, rate_seconds=60, max_connections=3, max_peer_connections=3)
+    with _served(few) as (address, connections), contextlib.ExitStack() as stack:
+        def busy(method: str) -> socket.socket:
+            raw = stack.enter_context(_opened(address, _head("/work", method=method)))
+            until(lambda: any(one.client == raw.getsockname() and one.cycle for one in connections.copy()), seconds=5)
+            return raw
+
+        posts, read = [busy("POST"), busy("POST")], busy("GET")
+        with _opened(address, _head("/health", method="GET")) as raw:
+            assert answer_of(raw).startswith(b"HTTP/1.1 200")
+        assert answer_of(read) == b""
+        assert all(answer_of(raw).startswith(b"HTTP/1.1 200") for raw in posts)
+
+
 def test_where_nobody_can_go_the_newcomer_does() -> None:
     few = replace(LIMITS, silent_seconds=60, rate_seconds=60, max_connections=3, max_peer_connections=3)
     with _served(few) as (address, connections), contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ from autosam3d.services.serve.connection import REFUSED
 from autosam3d.services.serve.faults import ServiceFault
 from autosam3d.services.serve.guard import request_id_of
 from autosam3d.services.serve.intake import ScanService
-from autosam3d.services.serve.page import api_page, media_type
+from autosam3d.services.serve.page import api_page, in_small_pieces, media_type
 from autosam3d.services.serve.runner import RESULT
 from autosam3d.services.serve.store import DONE, FAILED, QUEUED, RUNNING, StoredJob
 from autosam3d.services.serve.uploads import MULTIPART, RAW, discard
@@ -136,7 +136,7 @@ async def result_file(service: ScanService, job: StoredJob, form: str) -> FileRe
     path = service.runner.folder(job.id) / RESULT / FILE_OF[form]
     if not await service.on_disk(path.is_file):  # deleted meanwhile
         raise ServiceFault(404, "NO_SUCH_JOB", "there is no such job, or it was deleted")
-    return FileResponse(path, media_type=media_type(form), filename=FILE_OF[form])
+    return in_small_pieces(FileResponse(path, media_type=media_type(form), filename=FILE_OF[form]))
 
 
 async def _read_options(  # async, so that it needs no thread

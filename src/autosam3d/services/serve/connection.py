@@ -26,6 +26,8 @@ _LOOK_SECONDS = 1.0
 # The application's own limits on a body are told in words, so they come first.
 _GRACE_SECONDS = 2.0
 _MIN_CONNECTIONS = 16
+# An answer waits where more than this is not taken yet.
+_WAITING_BYTES = 1 << 14
 # Files, pipes and sockets that the service opens beside its connections.
 _OTHER_FILES = 192
 
@@ -62,6 +64,7 @@ def patient_protocol(limits: ConnectionLimits) -> type[H11Protocol]:
         _seen: _Seen | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            transport.set_write_buffer_limits(high=_WAITING_BYTES)
             counted = _Counted(transport)
             super().connection_made(counted)  # type: ignore[arg-type]
             self._seen = _Seen(self, counted, peer_of(self.client))
@@ -139,11 +142,14 @@ class _Seen:
         return "body" if is_body_due and not protocol.flow.read_paused else ""
 
     def may_go(self) -> bool:
-        """Whether a newcomer may take its place."""
-        state = {} if self.protocol.cycle is None else self.protocol.cycle.scope.get("state", {})
+        """Whether a newcomer may take its place: who only reads may ask again, other work of ours goes on."""
+        cycle = self.protocol.cycle
+        state = {} if cycle is None else cycle.scope.get("state", {})
         if state.get(RECEIVING):
             return False
-        return bool(self.owed() or state.get(REFUSED) or self.transport.is_closing())
+        if self.owed() or state.get(REFUSED) or self.transport.is_closing():
+            return True
+        return cycle is not None and (cycle.response_started or cycle.scope["method"] in ("GET", "HEAD"))
 
     def is_late(self, now: float, limits: ConnectionLimits) -> bool:
         """Look at the connection; whether it has kept us waiting too long."""

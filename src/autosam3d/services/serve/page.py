@@ -6,8 +6,9 @@ import html
 import mimetypes
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 _MEDIA = {"nifti": "application/gzip", "json": "application/json", "csv": "text/csv"}
@@ -16,6 +17,8 @@ for _ending, _kind in ((".mjs", "text/javascript"), (".js", "text/javascript"), 
                        (".webmanifest", "application/manifest+json"), (".onnx", "application/octet-stream")):
     mimetypes.add_type(_kind, _ending)
 
+Answer = TypeVar("Answer", bound=Response)
+_PIECE_BYTES = 1 << 15
 _STYLE_NAME = "/docs.css"
 STYLE = """\
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
@@ -34,9 +37,21 @@ def media_type(form: str) -> str:
     return _MEDIA.get(form, "application/dicom")
 
 
+class _Files(StaticFiles):
+    def file_response(self, *args: Any, **how: Any) -> Response:
+        return in_small_pieces(super().file_response(*args, **how))
+
+
+def in_small_pieces(answer: Answer) -> Answer:
+    """The answer, of whose file little is held in memory for a client that does not read it."""
+    if isinstance(answer, FileResponse):
+        answer.chunk_size = _PIECE_BYTES
+    return answer
+
+
 def static_app(folder: Path) -> StaticFiles:
     """The files of the browser app; links out of the folder are not followed."""
-    return StaticFiles(directory=folder, html=True)
+    return _Files(directory=folder, html=True)
 
 
 def api_page(openapi: Mapping[str, Any]) -> str:
