@@ -68,7 +68,10 @@ def test_progress_cancel_and_a_free_slot(service: Running, ct: Path, long_ct: Pa
         assert client.get(f"/jobs/{next_id}").json() == {"id": next_id, "state": "queued", "percent": 0.0, "before": 0}
         job = until(lambda: client.get(f"/jobs/{long_id}").json(), lambda job: job["percent"] > 0)
         assert job["state"] == "running" and job["stage"] == "segmenting" and job["seconds_left"] > 0
-        fault(client.get(f"/jobs/{long_id}/result"), 409, "NOT_READY")
+        for job_id, words in ((long_id, "is being worked on"), (next_id, "waits in the queue")):
+            early = client.get(f"/jobs/{job_id}/result", params={"format": "json"})
+            told = fault(early, 409, "NOT_READY")
+            assert words in told and "ask GET /jobs/ID" in told and 2 <= int(early.headers["retry-after"]) <= 60
         assert client.delete(f"/jobs/{long_id}").status_code == 204
         fault(client.get(f"/jobs/{long_id}"), 404, "NO_SUCH_JOB")
         assert outcome(client, next_id)["state"] == "done"
@@ -123,6 +126,27 @@ def test_bad_scans_fail_in_words_and_the_next_is_done(service: Running, ct: Path
 def test_bodies_that_are_none(service: Running, kind: str, content: bytes, status: int, code: str) -> None:
     with service.client() as client:
         fault(client.post("/jobs", content=content, headers={"content-type": kind}), status, code)
+    until(lambda: not [name for name in service.files() if "upload" in name], seconds=5)
+
+
+@pytest.mark.parametrize(("parts", "words"), [
+    ([("scan", "ct.nii.gz", 2 << 20)], "got the part `scan`;"), ([("scan", "", 2 << 20)], "got the part `scan`;"),
+    ([("image", "doe_jane.nii.gz", 100)], "got the part `image`;"), ([("params", "", 5), ("File", "x", 5)],
+                                                                    "got the part `params`, `File`;"),
+    ([("doe jane", "x", 5)], "got the part (a name with other signs);"), ([], "got none;"),
+])
+def test_a_scan_under_another_name_is_named(service: Running, parts: list[tuple[str, str, int]], words: str) -> None:
+    """Whatever its size, which is not what is wrong with it; what may name a patient is not repeated."""
+    body = b"".join(f'--b\r\nContent-Disposition: form-data; name="{name}"'.encode()
+                    + (f'; filename="{file}"'.encode() if file else b"") + b"\r\n\r\n" + bytes(size) + b"\r\n"
+                    for name, file, size in parts) + b"--b--\r\n"
+    with service.client() as client:
+        kind = {"content-type": "multipart/form-data; boundary=b"}
+        told = fault(client.post("/jobs", content=body, headers=kind), 400, "NO_FILE")
+        assert told.startswith("expected the scan in a part of the name `file`") and words in told, told
+        assert "long" not in told and "doe" not in told and told.endswith("give the part with the scan this name")
+        session = fault(client.put("/session/", content=body, headers=kind), 400, "NO_FILE")
+        assert "`files` or `file`" in session
     until(lambda: not [name for name in service.files() if "upload" in name], seconds=5)
 
 

@@ -26,6 +26,7 @@ from autosam3d.version import __version__
 _log = logging.getLogger(__name__)
 
 _DISCARDING = 8
+_ASK_AGAIN_SECONDS, _MAX_ASK_AGAIN_SECONDS = 2, 60
 
 Format = Literal["nifti", "seg", "seg-labelmap", "rtstruct", "json", "csv"]
 JobId = Annotated[str, Path(description="As POST /jobs gave it. Who knows it may see the job.", max_length=64)]
@@ -127,7 +128,7 @@ async def result_file(service: ScanService, job: StoredJob, form: str) -> FileRe
     if job.state == FAILED and job.outcome is not None:
         raise ServiceFault.from_dict(job.outcome)
     if job.state != DONE or job.outcome is None:
-        raise ServiceFault(409, "NOT_READY", "the job is not done yet; ask GET /jobs/{id}", 2)
+        raise _not_ready(service, job)
     if form in job.outcome["refused"]:
         error = job.outcome["refused"][form]
         raise ServiceFault(422, error["code"], f"{error['fault']}; {error['remedy']}")
@@ -137,6 +138,17 @@ async def result_file(service: ScanService, job: StoredJob, form: str) -> FileRe
     if not await service.on_disk(path.is_file):  # deleted meanwhile
         raise ServiceFault(404, "NO_SUCH_JOB", "there is no such job, or it was deleted")
     return in_small_pieces(FileResponse(path, media_type=media_type(form), filename=FILE_OF[form]))
+
+
+def _not_ready(service: ScanService, job: StoredJob) -> ServiceFault:
+    """What to do about a result that is asked for too early."""
+    status = service.runner.status(job.id)
+    left = None if status is None else status.seconds_left
+    seconds = _ASK_AGAIN_SECONDS if left is None else max(_ASK_AGAIN_SECONDS, min(_MAX_ASK_AGAIN_SECONDS, round(left)))
+    waits = "waits in the queue" if job.state == QUEUED else "is being worked on"
+    return ServiceFault(409, "NOT_READY", f"the scan {waits}, so there is no result yet; ask GET /jobs/ID (the address "
+                        f"without /result) every few seconds until its state is done, then ask for the result again",
+                        seconds)
 
 
 async def _read_options(  # async, so that it needs no thread

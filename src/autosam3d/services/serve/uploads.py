@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ RAW = ("application/octet-stream", "application/zip", "application/x-zip-compres
        "application/x-gzip", "application/nifti", "application/x-nifti", "application/dicom")
 _MAX_FILES, _MAX_FIELDS, _MAX_FIELD_BYTES = 5000, 16, 1 << 16
 _WRITE_BYTES = 1 << 18
+_PLAIN, _MAX_SHOWN = re.compile(r"[A-Za-z0-9_.\[\]-]{1,40}"), 3
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISCARD_BYTES, _DISCARD_SECONDS = 32 << 20, 15.0
 
@@ -108,7 +110,7 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
                 raise disk_full() from None
             raise disk_failed() from None
 
-    sink = _Sink(folder)
+    sink, form = _Sink(folder), None
     try:
         if _content_type(request) == MULTIPART:
             form = _Form(request, sink, file_fields, upload.fields)
@@ -129,7 +131,10 @@ async def receive(request: Request, folder: Path, settings: ServeSettings, threa
         sink.close()
     upload.num_bytes = sink.num_bytes
     if not sink.paths or not sink.num_bytes:
-        raise ServiceFault(400, "NO_FILE", f"expected a scan in the part {' or '.join(file_fields)}, got none")
+        raise _no_scan(file_fields, list(upload.fields) if form is not None and not sink.paths else None)
+    if form is not None and form.long_field is not None:
+        raise ServiceFault(413, "FIELD", f"expected at most {_MAX_FIELD_BYTES >> 10} KiB in the field "
+                           f"{_shown(form.long_field)}, which is no scan")
     upload.source = sink.paths[0] if len(sink.paths) == 1 else folder
     return upload
 
@@ -234,6 +239,8 @@ class _Form:
         self._disposition = b""
         self._name, self._text = "", bytearray()
         self._is_file, self._ended, self._num_files, self._num_fields = False, False, 0, 0
+        self.long_field: str | None = None
+        """Name of the first field that is too long to be one."""
         self._parser = MultipartParser(boundary, {
             "on_part_begin": self._begin, "on_header_field": self._on_header(0), "on_header_value": self._on_header(1),
             "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
@@ -283,7 +290,9 @@ class _Form:
             return
         self._text += data[start:end]
         if len(self._text) > _MAX_FIELD_BYTES:
-            raise ServiceFault(413, "FIELD", "a field of the form is too long")
+            # Read to its end and dropped: who sends a scan under another name then reads the answer.
+            del self._text[_MAX_FIELD_BYTES:]
+            self.long_field = self._name if self.long_field is None else self.long_field
 
     def _end(self) -> None:
         if self._is_file:
@@ -293,6 +302,21 @@ class _Form:
 
     def _finished(self) -> None:
         self._ended = True
+
+
+def _no_scan(wanted: Sequence[str], names: Sequence[str] | None) -> ServiceFault:
+    """The answer to a body without a scan: a form with parts of these names, or None where the scan's part is empty."""
+    where = " or ".join(f"`{name}`" for name in wanted)
+    if names is None:
+        return ServiceFault(400, "NO_FILE", "expected a scan, got an empty body or an empty part")
+    got = f"the part {', '.join(map(_shown, names[:_MAX_SHOWN]))}" if names else "none"
+    return ServiceFault(400, "NO_FILE", f"expected the scan in a part of the name {where}, got {got}; give the part "
+                        f"with the scan this name")
+
+
+def _shown(name: str) -> str:
+    """A part's name as an answer says it: whole where it is a plain word, since it may be anything."""
+    return f"`{name}`" if _PLAIN.fullmatch(name) else "(a name with other signs)" if name else "(without a name)"
 
 
 def _content_type(request: Request) -> str:
