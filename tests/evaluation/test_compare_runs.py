@@ -21,7 +21,7 @@ _SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/compare_runs.py"
 def compare_runs(tmp_path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("compare_runs", _SCRIPT)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.RESULTS = tmp_path
     return module
