@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autosam3d.checkpoints.checkpoint import load_model
-from autosam3d.data.cache import cache_cases, with_background
+from autosam3d.data.cache import cache_cases, labels_of
 from autosam3d.data.crops import CropDataset
 from autosam3d.data.folder import open_dataset
 from autosam3d.evaluation.metrics import dice_per_label
@@ -52,7 +52,7 @@ def main(name: str, run: str, teacher_path: str, data: str, cache: str) -> None:
         norms.append([float(own.norm()), float(told.norm()), float(own @ told / (own.norm() * told.norm()))])
     labels, mse, cosine = np.median(norms, axis=0)
     dice = np.array([
-        dice_per_label(with_background(case.probs).argmax(0).astype(np.uint8), case.labels, recipe.labels.num_outputs)
+        dice_per_label(labels_of(np.asarray(case.probs)), np.asarray(case.labels), recipe.labels.num_outputs)
         for case in cases if case.probs is not None])
     write_result(name, {
         "command": f"python benchmarks/kd_terms.py {name} RUN TEACHER DATASET CACHE",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from autosam3d.data.cache import KEY_BYTES, cache_cases, demand_organs, open_cached
+from autosam3d.data.entries import StoredArray
 from autosam3d.data.folder import Case, open_dataset
 from autosam3d.errors import ResourceError, UsageError, VolumeError
 from autosam3d.io import read_ct, write_ct, write_segmentation
@@ -123,7 +124,7 @@ def test_what_another_process_checked_is_opened_but_not_read(cases: tuple[Case, 
     assert (opened.name, opened.key, opened.spacing_mm) == (made.name, made.key, made.spacing_mm)
     for name in ("voxels", "labels", "organ_voxels"):
         assert np.array_equal(getattr(opened, name), getattr(made, name))
-    assert isinstance(opened.voxels, np.memmap) and isinstance(opened.labels, np.memmap)
+    assert isinstance(opened.voxels, StoredArray) and isinstance(opened.labels, StoredArray)
 
 
 def shorten(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from autosam3d.data.cache import cache_cases
-from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
+from autosam3d.data.crops import CropDataset, CropLoader, StepSampler, demand_files_for
 from autosam3d.data.folder import Case, open_dataset
+from autosam3d.errors import ResourceError
 from mini_run import SHAPE, case_in_memory, mini_recipe, write_mini_dataset
 
 PLAIN = {"augment__flip_prob": 0.0, "augment__rotate90_prob": 0.0, "augment__scale_prob": 0.0,
@@ -98,6 +100,27 @@ def test_a_fault_while_cutting_reaches_the_training(monkeypatch: Any) -> None:
         list(CropLoader(dataset, StepSampler(dataset, 2), 0, pin_memory=False))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_ours_keeps_its_parts_on_the_way_from_a_worker(workers: int, monkeypatch: Any) -> None:
+    dataset = CropDataset([case_in_memory(organs={1: 9}) for _ in range(4)], mini_recipe())
+    error = ResourceError("OPEN_FILES", "voxels.npy", "too many", "raise it")
+    monkeypatch.setattr(CropDataset, "_start", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(ResourceError) as caught, CropLoader(dataset, StepSampler(dataset, 2), workers, False) as loader:
+        list(loader)
+    assert (caught.value.code, str(caught.value)) == ("OPEN_FILES", "voxels.npy: too many; raise it")
+    assert not multiprocessing.active_children()  # although the traceback holds the loader: else no exit would end
+
+
+def test_the_open_files_of_workers_are_asked_for_first(monkeypatch: Any) -> None:
+    monkeypatch.setattr("autosam3d.io.open_files._limits", lambda: (256, 256))
+    demand_files_for(0)
+    demand_files_for(8)
+    with pytest.raises(ResourceError, match=r"train\.num_workers: expected that 368 files may be open, got a limit of "
+                       "256") as caught:
+        demand_files_for(16)
+    assert caught.value.code == "OPEN_FILES"
+
+
 def test_workers_live_through_the_epochs_and_through_signals_to_the_group(monkeypatch: Any) -> None:
     dataset = CropDataset([case_in_memory(organs={1: 9}) for _ in range(4)], mini_recipe())
 
@@ -129,7 +152,7 @@ def starts_of(dataset: CropDataset, count: int) -> np.ndarray:
 def test_the_share_of_crops_on_organs_is_kept() -> None:
     # One organ voxel in a corner: only crops that were centred on it, or the few that fall there, start at 0, 0, 0.
     case = case_in_memory((64, 64, 64))
-    case.labels[8, 8, 8] = case.organ_voxels[8, 0] = 1
+    np.asarray(case.labels)[8, 8, 8] = case.organ_voxels[8, 0] = 1
     for share in (0.0, 0.3, 1.0):
         recipe = mini_recipe(sampling__foreground_share=share, **PLAIN)
         starts = starts_of(CropDataset([case], recipe), 800)

@@ -267,7 +267,8 @@ def test_crops_carry_probabilities_of_the_same_place(cases: CaseSet, teacher: Pa
     loaded_teacher = load_teacher(teacher, recipe, sam=None, device="cpu")
     plain = cache_cases(cases.train, recipe, folder / "cache")
     # A teacher who knows the truth.
-    perfect = [replace(case, probs=np.stack([(case.labels == k) * np.uint8(255) for k in (1, 2)])) for case in plain]
+    perfect = [replace(case, probs=np.stack([(np.asarray(case.labels) == k) * np.uint8(255) for k in (1, 2)]))
+               for case in plain]
     dataset = CropDataset(perfect, recipe)
     for position in range(12):
         crop = dataset[(0, position, position % 4)]

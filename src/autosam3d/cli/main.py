@@ -29,6 +29,7 @@ from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
 from autosam3d.inference.out_of_memory import ran_out_of_memory
+from autosam3d.io.open_files import at_limit, limit_reached
 from autosam3d.version import __version__
 
 app = typer.Typer(
@@ -119,6 +120,9 @@ def _remedy(error: Any) -> str:
 
 def _fail_by_system(error: OSError, debug: bool) -> None:
     """What the operating system refused at a place where nobody expected it."""
+    if at_limit(error):
+        limit = limit_reached(error.filename or "autosam3d")
+        _fail(f"error[{limit.code}] {limit}", limit.exit_code, error if debug else None)
     reason = (error.strerror or str(error)).lower()
     if error.filename is None and sys.stdout is not None:
         # Printing has failed: what is left is not tried again at the end of the process.

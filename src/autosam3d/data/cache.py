@@ -1,7 +1,7 @@
 """Training data: preprocessed cases, cached on disk.
 
-A case is oriented, cropped to the body, resampled and normalised once, then kept as plain .npy files that are
-mapped into memory (`entries`). The cache key is made of everything that could change the result, so a cache is never
+A case is oriented, cropped to the body, resampled and normalised once, then kept as plain .npy files of which
+crops are read (`entries`). The cache key is made of everything that could change the result, so a cache is never
 stale.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from autosam3d.data.case import Case
 from autosam3d.data.centers import COUNTS_DTYPE, count_organs
-from autosam3d.data.entries import Entry, open_entry, open_or_build
+from autosam3d.data.entries import Entry, StoredArray, open_entry, open_or_build
 from autosam3d.data.order import learns_background_from_labels
 from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
@@ -43,7 +43,7 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True)
 class CachedCase:
-    """A preprocessed case on disk; `voxels` and `labels` are memory maps.
+    """A preprocessed case on disk; `voxels`, `labels` and `probs` are read as they are indexed.
 
     Attributes:
         voxels: float16 [z, y, x], normalised.
@@ -58,14 +58,14 @@ class CachedCase:
     """
 
     name: str
-    voxels: np.ndarray
-    labels: np.ndarray
+    voxels: np.ndarray | StoredArray
+    labels: np.ndarray | StoredArray
     organ_voxels: np.ndarray
     spacing_mm: tuple[float, float, float]
     key: str
     drawn: frozenset[int] | None = None
     weight: float = 1.0
-    probs: np.ndarray | None = None
+    probs: np.ndarray | StoredArray | None = None
     organs_of_teacher: bool = False
 
     def organs_in_plane(self, z: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def cache_cases(
 
 
 def open_cached(cache_dir: Path, key: str, case: Case) -> CachedCase:
-    """The entry `key`, which another process of this run has just checked: its arrays are mapped, not read.
+    """The entry `key`, which another process of this run has just checked: its arrays are not read.
 
     Raises:
         ResourceError: CACHE, it is not there or not what an entry is.
@@ -188,7 +188,7 @@ def _entry(cache_dir: Path, key: str) -> Entry:
 
 
 def _read(case: Case, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
-    voxels, labels, counts = entry.map("voxels"), entry.map("labels"), entry.load("organ_voxels")
+    voxels, labels, counts = entry.stored("voxels"), entry.stored("labels"), entry.load("organ_voxels")
     fits = labels.shape == voxels.shape and counts.shape[:-1] == voxels.shape[:1]
     if not fits or (voxels.dtype, labels.dtype, counts.dtype) != tuple(_DTYPES.values()):
         raise ValueError(f"{entry.info_path}: arrays of other types or shapes")

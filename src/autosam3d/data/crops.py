@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from autosam3d.axes import Size
 from autosam3d.data.augment import Crop, affine_margin, augment, random_affine
 from autosam3d.data.cache import CachedCase, with_background
 from autosam3d.data.centers import draw_center
+from autosam3d.data.entries import StoredArray
 from autosam3d.data.order import learns_background_from_labels, weighted_order, with_whole_cases
+from autosam3d.errors import AutoSam3dError
+from autosam3d.io.open_files import demand_open_files
 from autosam3d.recipes.recipe import Recipe
+
+# Batches that a worker cuts ahead, the tensors of one, and the files that a training has open besides.
+_PREFETCH, _MAX_TENSORS, _OWN_FILES = 4, 4, 64
 
 
 class CropDataset(Dataset):
@@ -59,7 +65,7 @@ class CropDataset(Dataset):
             _cut(case.voxels, start, patch_size, margin, air).astype(np.float32),
             _cut(case.labels, start, patch_size, margin, 0),
             None if case.probs is None else with_background(
-                np.stack([_cut(organ, start, patch_size, margin, 0) for organ in case.probs])),
+                _cut(case.probs, (0, *start), (len(case.probs), *patch_size), (0, *margin), 0)),
             recipe.labels.groups(_drawn(case, recipe)) if self._partial else None,
         )
         if any(margin):
@@ -117,30 +123,74 @@ class StepSampler:
 class CropLoader:
     """Batches of crops in the order that `sampler` has when an iteration begins.
 
-    They are cut ahead by processes that live as long as this object, or in a thread where `num_workers` is 0.
+    They are cut ahead by processes that live until it is closed, or in a thread where `num_workers` is 0. A context
+    manager, since an exception on its way out keeps everything alive that it passed, and workers hear no SIGTERM.
     """
 
     def __init__(self, dataset: CropDataset, sampler: StepSampler, num_workers: int, pin_memory: bool) -> None:
         # Which crop to cut comes with each item, so the workers know nothing of epochs and outlive them.
-        self._loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
-                                  persistent_workers=num_workers > 0,
-                                  worker_init_fn=_begin_worker if num_workers else None,
-                                  prefetch_factor=4 if num_workers else None)
+        self._loader = DataLoader(_Fetch(dataset), batch_sampler=sampler, num_workers=num_workers,
+                                  pin_memory=pin_memory, persistent_workers=num_workers > 0,
+                                  collate_fn=_collate, worker_init_fn=_begin_worker if num_workers else None,
+                                  prefetch_factor=_PREFETCH if num_workers else None)
+
+    def __enter__(self) -> CropLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the workers."""
+        if (iterator := self._loader._iterator) is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined] - torch has no other way than to forget it
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self._loader.num_workers:
-            yield from self._loader
+            for batch in self._loader:
+                if isinstance(batch, AutoSam3dError):
+                    raise batch
+                yield batch
             return
         batches = iter(self._loader)
         with ThreadPoolExecutor(1, thread_name_prefix="crops") as pool:
             coming = pool.submit(next, batches, None)
             while (batch := coming.result()) is not None:
+                if isinstance(batch, AutoSam3dError):
+                    raise batch
                 coming = pool.submit(next, batches, None)
                 yield batch
 
 
 def _drawn(case: CachedCase, recipe: Recipe) -> Collection[int]:
     return range(1, recipe.labels.num_outputs) if case.drawn is None else case.drawn
+
+
+def demand_files_for(num_workers: int) -> None:
+    """Raise the limit of open files to what so many worker processes need.
+
+    Raises:
+        ResourceError: OPEN_FILES, the system does not let it.
+    """
+    # Torch hands each tensor of a batch over as a file; a worker has three ends of pipes besides.
+    needed = _OWN_FILES + num_workers * (3 + _MAX_TENSORS * _PREFETCH)
+    if num_workers:
+        demand_open_files(needed, "train.num_workers", "lower train.num_workers, 0 needs none")
+
+
+class _Fetch(Dataset):
+    """Batches before they are collated; or an error of ours in place of one, since torch would pass it on from a worker
+    as a RuntimeError without its parts."""
+
+    def __init__(self, crops: CropDataset) -> None:
+        self._crops = crops
+
+    def __getitems__(self, items: list[tuple[int, int, int]]) -> list[dict[str, Tensor]] | AutoSam3dError:
+        try:
+            return [self._crops[item] for item in items]
+        except AutoSam3dError as error:
+            return error
+
+
+def _collate(batch: list[dict[str, Tensor]] | AutoSam3dError) -> Any:
+    return batch if isinstance(batch, AutoSam3dError) else default_collate(batch)
 
 
 def _begin_worker(_: int) -> None:
@@ -151,7 +201,8 @@ def _begin_worker(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _cut(array: np.ndarray, start: Size, size: Size, margin: Size, fill: Any) -> np.ndarray:
+def _cut(array: np.ndarray | StoredArray, start: Sequence[int], size: Sequence[int], margin: Sequence[int], fill: Any
+         ) -> np.ndarray:
     """A copy of ``array[start - margin : start + size + margin]``; what lies outside the array is `fill`."""
     lows = [s - m for s, m in zip(start, margin, strict=True)]
     highs = [s + p + m for s, p, m in zip(start, size, margin, strict=True)]

@@ -19,12 +19,47 @@ import numpy as np
 from autosam3d.errors import ResourceError
 from autosam3d.io.files import atomic_write, remove_stale_temporaries, write_text_atomic
 from autosam3d.io.folders import make_folder
+from autosam3d.io.open_files import at_limit, limit_reached
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # What reading a damaged entry can raise.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError)
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in a ``.npy`` file that is open only while a part of it is read: a map would keep a file open as long as
+    it lives, and a training has two or three for each of its cases."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A copy of that part, read from the file.
+
+        Raises:
+            ResourceError: CACHE, the file is not what it was; OPEN_FILES.
+        """
+        try:
+            array = np.load(self.path, mmap_mode="r")
+            if (array.shape, array.dtype) != (self.shape, self.dtype):
+                raise ValueError(f"{self.path}: another array")
+            return np.array(array[index])
+        except _DAMAGE as error:
+            if at_limit(error):
+                raise limit_reached(self.path) from None
+            raise ResourceError("CACHE", self.path, "expected the cache entry that was checked at the start, got none "
+                                "or another one", "leave the --cache folder alone while a training uses it, and give "
+                                "the same command again") from None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[...].astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -56,9 +91,11 @@ class Entry:
         entry = {**facts, "crc": self._checksums()}
         write_text_atomic(self.info_path, json.dumps({"entry": entry, "crc": _crc_of(entry)}))
 
-    def map(self, name: str) -> np.ndarray:
-        """The array `name`, mapped into memory, not read."""
-        return np.load(self.array_paths[name], mmap_mode="r")
+    def stored(self, name: str) -> StoredArray:
+        """The array `name`, of which only the header is read."""
+        path = self.array_paths[name]
+        array = np.load(path, mmap_mode="r")
+        return StoredArray(path, array.shape, array.dtype)
 
     def load(self, name: str) -> np.ndarray:
         """The array `name`, read into memory."""
@@ -87,7 +124,7 @@ def open_or_build(entry: Entry, read: Read[T], build: Callable[[], None], what: 
         what: the entry is called in a message.
 
     Raises:
-        ResourceError: CACHE, what was just written does not read back; and what `build` raises.
+        ResourceError: CACHE, what was just written does not read back; OPEN_FILES; and what `build` raises.
     """
     found = _open_checked(entry, read, what)
     if found is None:
@@ -103,11 +140,13 @@ def open_entry(entry: Entry, read: Read[T]) -> T:
     """The entry, which another process of this run has just checked: its arrays are not read again.
 
     Raises:
-        ResourceError: CACHE, it is not there or not what an entry is.
+        ResourceError: CACHE, it is not there or not what an entry is; OPEN_FILES.
     """
     try:
         return read(entry, entry._facts())
-    except _DAMAGE:
+    except _DAMAGE as error:
+        if at_limit(error):
+            raise limit_reached(entry.info_path) from None
         raise ResourceError("CACHE", entry.info_path, "expected the cache entry that another process of this run has "
                             "checked, got none or a damaged one", "let all processes of a machine see the same --cache "
                             "folder, and leave it alone while they train") from None
@@ -126,8 +165,9 @@ def _open_checked(entry: Entry, read: Read[T], what: str) -> T | None:
         facts = entry._facts()
         if facts["crc"] == entry._checksums():
             return read(entry, facts)
-    except _DAMAGE:
-        pass
+    except _DAMAGE as error:
+        if at_limit(error):
+            raise limit_reached(entry.info_path) from None
     log.warning("%s: damaged in the cache, made again", what)
     return None
 

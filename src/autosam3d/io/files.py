@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError, VolumeError
+from autosam3d.io.open_files import at_limit, limit_reached
 from autosam3d.io.room import reason, write_error
 
 # Errors of the operating system where the disk fails, or the network over which a folder is mounted.
@@ -234,7 +235,7 @@ def readable(path: str | Path) -> Iterator[None]:
 
     Raises:
         VolumeError: UNREADABLE.
-        ResourceError: IO.
+        ResourceError: IO, or OPEN_FILES where the process has too many files open already.
     """
     try:
         yield
@@ -242,6 +243,8 @@ def readable(path: str | Path) -> Iterator[None]:
         if error.errno in _FAILING:
             raise ResourceError("IO", path, f"reading failed ({reason(error)})",
                                 "check the disk or the network that it lies on, and try again") from None
+        if at_limit(error):
+            raise limit_reached(path) from None
         raise VolumeError("UNREADABLE", path, f"cannot be read ({reason(error)})",
                           "check that it exists and that you may read it") from None
     except ValueError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from autosam3d.errors import AutoSam3dError, ResourceError, UsageError
 from autosam3d.io.memory import size_text
+from autosam3d.io.open_files import at_limit, limit_reached
 
 # Errors of the operating system where there is no space, and where a file may not be written.
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -74,6 +75,8 @@ def write_error(error: OSError, path: Path, *, written: int = 0, size_bytes: int
         written: bytes that were there when it failed.
         size_bytes: of the whole, where it is known.
     """
+    if at_limit(error):
+        return limit_reached(path)
     number = _number_of(error)
     if number in _NO_SUCH_PLACE:
         return UsageError("OUTPUT_PATH", path, f"cannot be written there ({reason(error)})",

@@ -17,7 +17,7 @@ from torch import Tensor
 from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
 from autosam3d.data.cache import CachedCase, labels_of, without_background
 from autosam3d.data.centers import COUNTS_DTYPE, count_organs
-from autosam3d.data.entries import Entry, open_entry, open_or_build
+from autosam3d.data.entries import Entry, StoredArray, open_entry, open_or_build
 from autosam3d.errors import CheckpointError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import probabilities_prepared
@@ -31,7 +31,7 @@ _CACHE_VERSION = 2
 class _Told:
     """What a teacher said of a case: its probabilities, and `organ_voxels` of its likeliest labels."""
 
-    probs: np.ndarray
+    probs: StoredArray
     organ_voxels: np.ndarray
 
 
@@ -144,7 +144,7 @@ def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) 
 
 
 def _read(case: CachedCase, recipe: Recipe, entry: Entry, facts: Mapping[str, Any]) -> _Told:
-    probs, counts = entry.map("probs"), np.array(facts["organ_voxels"], COUNTS_DTYPE)
+    probs, counts = entry.stored("probs"), np.array(facts["organ_voxels"], COUNTS_DTYPE)
     num_organs = len(recipe.labels.organs)
     fits = probs.shape == (num_organs, *case.labels.shape) and counts.shape == (len(case.labels), num_organs)
     if probs.dtype != np.uint8 or not fits:
@@ -161,7 +161,7 @@ def _build(
     tiling = Tiling(overlap=recipe.distill.teacher_overlap, importance=model.recipe.inference.importance)
     probs = np.empty((len(recipe.labels.organs), *case.labels.shape), np.uint8)
     z = 0
-    for slab in probabilities_prepared(case.voxels.astype(np.float32), model.predictor, tiling,
+    for slab in probabilities_prepared(np.asarray(case.voxels, np.float32), model.predictor, tiling,
                                        air=recipe.preprocess.air, progress=watch):
         probs[:, z : z + slab.shape[1]] = without_background(slab)
         z += slab.shape[1]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autosam3d.data.cache import CachedCase, demand_organs
-from autosam3d.data.crops import CropDataset, CropLoader, StepSampler
+from autosam3d.data.crops import CropDataset, CropLoader, StepSampler, demand_files_for
 from autosam3d.data.datasets import organ_counts
 from autosam3d.data.folder import CaseSet
 from autosam3d.errors import CheckpointError, UsageError
@@ -103,9 +103,10 @@ def train(
         VolumeError: a case is broken, an organ is nowhere, or the cases are not those that the run began with.
         CheckpointError: the SAM file does not fit; the saved state cannot be read; the loss stayed non-finite (the
             last good state is kept).
-        ResourceError: the disk is full or not writable.
+        ResourceError: the disk is full or not writable; fewer files may be open than `train.num_workers` need.
     """
     demand_full_rate(recipe.optim, recipe.train.epochs)
+    demand_files_for(recipe.train.num_workers)
     fabric = build_fabric(device, recipe.train.precision)
     observer = observer if observer and fabric.is_global_zero else Observer()
     stop = StopRequest(echo_s=2.0 if fabric.world_size > 1 else 0.0)
@@ -122,10 +123,10 @@ def train(
             return TrainResult(stop.signal, 0, None, 0.0, fabric.global_rank)
         dataset = CropDataset(train_cases, recipe)
         sampler = StepSampler(dataset, recipe.train.batch_size, fabric.global_rank, fabric.world_size)
-        loader = CropLoader(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda")
         runlog = RunLog(run_folder, run.position.global_step, enabled=fabric.is_global_zero)
         try:
-            _train_epochs(run, loader, sampler, val_cases, runlog)
+            with CropLoader(dataset, sampler, recipe.train.num_workers, fabric.device.type == "cuda") as loader:
+                _train_epochs(run, loader, sampler, val_cases, runlog)
         except Interrupted:
             pass
         finally:

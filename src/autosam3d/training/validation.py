@@ -33,10 +33,10 @@ def validate(run: Run, cases: list[CachedCase]) -> np.ndarray:
     try:
         for index in range(fabric.global_rank, len(cases), fabric.world_size):
             case = cases[index]
-            predicted = label_prepared(case.voxels.astype(np.float32), predictor, tiling,
+            predicted = label_prepared(np.asarray(case.voxels, np.float32), predictor, tiling,
                                        air=recipe.preprocess.air, progress=watch)
             # Super-classes stand behind the organs. An organ that was not looked for is absent from the map: no score.
-            dice = dice_per_label(predicted, case.labels, recipe.labels.num_values)
+            dice = dice_per_label(predicted, np.asarray(case.labels), recipe.labels.num_values)
             table[index] = dice[: len(recipe.labels.organs)]
             run.observer.on_validation(min(index + fabric.world_size, len(cases)), len(cases))
         while run.demand_no_stop():

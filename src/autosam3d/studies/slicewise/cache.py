@@ -24,6 +24,7 @@ from autosam3d.errors import CheckpointError, ResourceError
 from autosam3d.io.files import write_bytes_atomic
 from autosam3d.io.folders import make_folder
 from autosam3d.io.memory import size_text
+from autosam3d.io.open_files import at_limit, limit_reached
 from autosam3d.studies.slicewise.images import Framing
 from autosam3d.studies.slicewise.model import SliceSam, demand_memory
 
@@ -111,7 +112,8 @@ def read_embedding(path: Path) -> Tensor | None:
             return load(content[_SUM_BYTES:])["embedding"]
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError):
-        pass
+    except (OSError, SafetensorError, KeyError) as error:
+        if at_limit(error):
+            raise limit_reached(path) from None
     log.warning("%s: not a whole embedding, made anew", path)
     return None
