@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from autosam3d.models.baselines.nnformer import NnFormer, SelfAttention, SkipAttention
+from autosam3d.models.baselines.nnformer import Block, NnFormer, SelfAttention, SkipAttention
 from autosam3d.models.build import build_network
 from autosam3d.models.spec import NnFormerSpec
 
@@ -110,7 +111,7 @@ def test_a_batch_is_its_samples(size: tuple[int, int, int]) -> None:
 
 
 def test_every_weight_learns_and_side_outputs_shrink_by_two() -> None:
-    model = seeded(side_outputs=True)
+    model = seeded(replace(SPEC, drop_path=0.0), side_outputs=True)
     outputs = model(torch.randn(1, 1, *SPEC.patch_size))
     # 28 voxels are 7 tokens, which become 4 and then 8 again: what lies beyond the CT is cut off.
     assert [tuple(o.shape[2:]) for o in outputs] == [(20, 24, 28), (10, 12, 14)]
@@ -128,3 +129,29 @@ def test_the_published_size_has_three_outputs() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples"):
         seeded()(torch.zeros(1, 1, 20, 24, 30))
+
+
+def test_stochastic_depth_grows_evenly_from_0_down_and_up() -> None:
+    """*Source*: the published network: linspace(0, 0.2, 8) on the way down, linspace(0, 0.2, 6) on the way up."""
+    net = build_network(NnFormerSpec(num_outputs=2, embed_dim=12, num_heads=(1, 2, 3, 4), patch_size=(32, 32, 32)))
+    down = [block.drop for stage in net.stages for block in stage.blocks]  # type: ignore[union-attr]
+    up = [block.drop for stage in reversed(net.ups) for block in (stage.skip, stage.block)]  # type: ignore[arg-type,union-attr]
+    assert down == pytest.approx([0.2 * i / 7 for i in range(8)])
+    assert up == pytest.approx([0.04 * i for i in range(6)])
+
+
+def test_a_finished_model_leaves_nothing_out_and_has_the_names_that_it_had() -> None:
+    ct = torch.randn(1, 1, 20, 24, 28)
+    still = seeded(replace(SPEC, drop_path=0.0)).eval()
+    net = seeded().eval()
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in still.named_parameters()]
+    torch.testing.assert_close(net(ct), still(ct), rtol=0, atol=0)
+
+
+def test_a_block_is_left_out_for_whole_samples_and_its_mean_stays() -> None:
+    block = Block(4, SelfAttention(4, 1, 2, shifted=False), drop=0.25).train()
+    torch.manual_seed(0)
+    kept = block.kept(torch.ones(4000, 1, 1, 1, 3))
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert bool((kept == kept[..., :1]).all()) and float(kept.mean()) == pytest.approx(1, abs=0.03)
+    assert float(block.eval().kept(torch.ones(9, 1, 1, 1, 3)).min()) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from autosam3d.io import read_ct
 from autosam3d.recipes.recipe import Recipe
 from autosam3d.training.optimizer import state_bytes
 from autosam3d.training.run import Observer, Run
-from autosam3d.training.train import train
+from autosam3d.training.train import _seed_network, train
 from mini_run import LABELS, log_rows, mini_recipe, weights_of, write_mini_dataset
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -155,3 +156,17 @@ def test_a_run_of_an_older_version_goes_on(folder: Path, cases: CaseSet, tmp_pat
     assert caught.value.code == "OTHER_RUN"
     assert json.loads((tmp_path / "run" / "last.json").read_text())["progress"]["epoch"] == 2
     assert recipe.labels == LABELS
+
+
+def test_what_is_left_out_by_chance_depends_on_seed_step_and_rank_alone() -> None:
+    """So a resumed run repeats it, and no two ranks leave out the same."""
+    def drawn(seed: int, step: int, rank: int) -> list[float]:
+        recipe = SimpleNamespace(model=SimpleNamespace(drop_path=0.2), train=SimpleNamespace(seed=seed))
+        _seed_network(SimpleNamespace(recipe=recipe, position=SimpleNamespace(global_step=step),  # type: ignore[arg-type]
+                                      fabric=SimpleNamespace(global_rank=rank)))
+        return torch.rand(4).tolist()
+
+    places = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)]
+    first = [drawn(*place) for place in places]
+    assert first == [drawn(*place) for place in places]
+    assert len({tuple(values) for values in first}) == len(places)

@@ -13,19 +13,20 @@ import pytest
 import torch
 
 import autosam3d.training.teacher as teacher_module
-from autosam3d.checkpoints.checkpoint import load_model
+from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
 from autosam3d.data.augment import Crop, augment, random_affine
 from autosam3d.data.cache import cache_cases, with_background, without_background
 from autosam3d.data.crops import CropDataset
 from autosam3d.data.folder import CaseSet, open_dataset
 from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.models.spec import ResUnetSpec, SwinUnetrSpec
-from autosam3d.recipes.recipe import Recipe, recipe_from_dict
+from autosam3d.recipes.recipe import Recipe, load_recipe, recipe_from_dict
 from autosam3d.recipes.settings import Augment, Distillation
-from autosam3d.training.distill import student_recipe
+from autosam3d.recipes.sources import preset_names
+from autosam3d.training.distill import student_of, student_recipe
 from autosam3d.training.losses import dice_ce_loss, teacher_mse
 from autosam3d.training.run import Observer
-from autosam3d.training.teacher import cache_probabilities, load_teacher
+from autosam3d.training.teacher import Teacher, cache_probabilities, load_teacher
 from autosam3d.training.train import TeacherSource, TrainResult, train
 from mini_run import LABELS, log_rows, mini_recipe, weights_of, write_mini_dataset
 
@@ -346,5 +347,46 @@ def test_students_take_everything_but_the_network_from_their_teacher(teacher: Pa
         for section in ("labels", "dataset", "preprocess", "sampling", "augment", "train", "inference"):
             assert getattr(recipe, section) == getattr(TEACHER, section)
         assert recipe.optim == replace(TEACHER.optim, head_lr=10.0)
+    in_the_papers_size = load_recipe("btcv")
+    assert student_of(in_the_papers_size, "small").optim == in_the_papers_size.optim
     changed = student_recipe(teacher, "tiny", ["distill.lambda=0.2", "train.epochs=7"])
     assert changed.distill == Distillation(label_weight=0.2, loss="dice_ce") and changed.train.epochs == 7
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_any_network_of_ours_may_teach(preset: str) -> None:
+    """Deep supervision stays with the teacher: no student has coarser outputs."""
+    recipe = load_recipe("openkbp", model=preset)
+    for name in ("tiny", "edge"):
+        taught = student_of(recipe, name)
+        assert not taught.train.deep_supervision and taught.distill == Distillation(loss="dice_ce")
+        assert taught.optim.head_lr == (recipe.optim.head_lr if not preset.endswith("2core") else 10.0)
+
+
+@pytest.mark.parametrize(("network", "deep"), [
+    ({"network": "nnformer", "patch_size": [16, 16, 16], "token_size": [2, 2, 2], "embed_dim": 4,
+      "num_heads": [1, 2], "attn_windows": [4, 4]}, True),
+    ({"network": "unetr", "patch_size": [16, 16, 16], "feature_size": 4, "hidden_dim": 12, "mlp_dim": 12,
+      "num_heads": 2}, False),
+])
+def test_teachers_of_other_kinds_teach(tmp_path: Path, cases: CaseSet, network: dict[str, Any], deep: bool) -> None:
+    tree = mini_recipe(train__epochs=1).as_dict()
+    tree["model"], tree["train"]["deep_supervision"] = network, deep
+    train(recipe_from_dict(tree), cases, tmp_path / "teacher", device="cpu", cache_dir=tmp_path / "cache")
+    taught = student_recipe(tmp_path / "teacher", "edge", ["train.epochs=1"])
+    result = train(taught, cases, tmp_path / "student", teacher=TeacherSource(tmp_path / "teacher"), device="cpu",
+                   cache_dir=tmp_path / "cache")
+    assert result.best_dice is not None and "teacher_loss" in log_rows(tmp_path / "student")[0]
+
+
+def test_a_teacher_of_one_crop_size_says_so_when_it_is_asked_live() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, voxels: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("The size of tensor a (8) must match the size of tensor b (27)")
+
+    network = Fixed()
+    asked = Teacher(LoadedModel(TEACHER, network, torch.device("cpu"), "0", {}))
+    with pytest.raises(CheckpointError, match="teacher_probs=cache"):
+        asked.probabilities(torch.zeros(1, 1, 32, 32, 32))
+    with pytest.raises(RuntimeError, match="must match"):
+        asked.probabilities(torch.zeros(1, 1, *TEACHER.model.patch_size))

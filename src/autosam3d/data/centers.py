@@ -3,8 +3,8 @@
 A case keeps how many voxels each organ has in each axial plane. A draw picks a rank among them, which names the plane,
 and finds the voxel in that plane alone: exact, however large the organs are, at a few kilobytes a case.
 
-*Source*: paper, 4.1, "foreground and background patches are randomly sampled at a 1 : 1 ratio" with MONAI, to which
-foreground is the voxels of all organs alike.
+*Source*: paper, section 4, "foreground and background patches are randomly sampled at a 1 : 1 ratio" with MONAI, to
+which foreground is the voxels of all organs alike.
 """
 
 from __future__ import annotations

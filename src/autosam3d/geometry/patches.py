@@ -29,7 +29,7 @@ class Tiling:
     """How a sliding window walks over a scan."""
 
     overlap: float = 0.75
-    """Share of the patch edge that neighbours share (paper 4.1: 0.75)."""
+    """Share of the patch edge that neighbours share (paper, section 4: 0.75)."""
     importance: str = "gaussian"
     """Weight of a voxel inside its patch: "gaussian" or "constant"."""
 

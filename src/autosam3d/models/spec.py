@@ -235,9 +235,13 @@ class NnFormerSpec:
     """Of each stage, finest first: 2 to 5 stages."""
     attn_windows: tuple[int, ...] = (4, 4, 8, 4)
     """Edge in tokens of each stage's attention windows; a grid smaller than its window is one window."""
+    drop_path: float = 0.2
+    """Stochastic depth: how often a sample leaves a block out in training, at the end of the way down and of the way
+    up; it grows evenly from 0. 0.2 as published; a finished model leaves nothing out."""
 
     def __post_init__(self) -> None:
         _demand_common(self)
+        _demand(self, 0 <= self.drop_path < 1, "drop_path", "0 up to less than 1")
         _demand(self, all(t in (1, 2, 4) for t in self.token_size), "token_size", "1, 2 or 4 per axis")
         fits = all(n >= t and n % t == 0 for n, t in zip(self.patch_size, self.token_size, strict=True))
         _demand(self, fits, "patch_size", f"positive multiples of {self.token_size} (token_size)")

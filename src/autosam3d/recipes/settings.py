@@ -111,7 +111,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Probabilities and ranges of the random changes to a training crop (paper, appendix; ranges MONAI's usual)."""
+    """Probabilities and ranges of the random changes to a training crop (paper, appendix 7.2; ranges MONAI's usual)."""
 
     __pydantic_config__ = STRICT
     flip_prob: float = 0.1
@@ -146,7 +146,7 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimiser and its schedule; AdamW as in the paper, 4.1, unless a recipe says otherwise."""
+    """The optimiser and its schedule; AdamW as in the paper, section 4, unless a recipe says otherwise."""
 
     __pydantic_config__ = STRICT
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -210,7 +210,7 @@ class Training:
     dice_weight: float = 1.0
     ce_weight: float = 1.0
     batch_dice: bool = False
-    """Pool voxels over the batch before the Dice ratio; False takes it per crop (MONAI's way)."""
+    """Pool voxels over the batch, that of all devices, before the Dice ratio; False takes it per crop (MONAI's way)."""
     deep_supervision: bool = False
     """Train coarser levels of the decoder as well, on reduced labels; of the networks nnunet and nnformer. What is
     made for it is in no finished model."""
@@ -240,14 +240,14 @@ class Distillation:
     label_weight: Annotated[float, Field(alias="lambda")] = 0.5
     """The paper's lambda, written ``lambda`` in recipes: 1 trains on the labels alone, 0 on the teacher alone."""
     loss: Literal["mse", "dice_ce", "kl"] = "mse"
-    """The teacher's term: "mse", mean squared differences of probabilities, the paper's (3.5); "dice_ce", Dice and
+    """The teacher's term: "mse", mean squared differences of probabilities, the paper's (3.6); "dice_ce", Dice and
     cross-entropy against the teacher's probabilities, of the labels' own scale; "kl", the Kullback-Leibler divergence a
     voxel. What each weighs beside the labels: benchmarks/results/teaching.md."""
     temperature: float = 1.0
     """Of "kl": both sides are softened by it and the divergence is multiplied by its square."""
     mse_reduction: Literal["mean", "class_sum"] = "mean"
-    """Of "mse": the mean over all values, or the sum over the classes averaged over the voxels, which weighs the
-    teacher K times as much."""
+    """Of "mse": the mean over all values, or the sum over the K classes, background included, averaged over
+    the voxels, which weighs the teacher K times as much."""
     teacher_probs: Literal["cache", "live"] = "cache"
     """"cache": the teacher sees each scan once, window by window, and its probabilities are kept on disk; "live": it
     sees every augmented crop."""

@@ -5,6 +5,7 @@ Training itself is `train`, with a teacher's probabilities beside the labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ STUDENTS: dict[str, dict[str, Any]] = {
 """The paper's two students, SwinUNETR of 4.1 M and 15.7 M parameters, and a residual U-Net for the weakest machines."""
 # Both students halve a crop five times.
 _STEP = 32
-# Their last layer reads normalised channels, so its weights must grow. *Source*: benchmarks/results/head_lr.md.
-_HEAD_LR = 10.0
+# In short trainings on small crops a student's last layer, which reads normalised channels, must grow faster.
+# *Source*: benchmarks/results/head_lr.md. In the paper's size a student trains as its teacher does.
+_SMALL_HEAD_LR = 10.0
+_PAPER_CROP_VOX = 128**3
 
 
 def student_recipe(teacher: str | Path, student: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a student: its teacher's data, crops, augmentation and optimiser, and a network of its own.
 
-    Only the last layer's rate is not the teacher's.
+    Only the last layer's rate is not the teacher's, where the crops are smaller than the paper's. Deep supervision and
+    the teacher's own stochastic depth stay with the teacher: a student has no coarser outputs.
 
     Args:
         teacher: a trained model.
@@ -57,8 +61,10 @@ def student_of(teacher: Recipe, student: str, overrides: Iterable[str] = ()) -> 
     tree["about"] = f"{student} student of {tree['name']}"
     tree["name"] = f"{tree['name'][:50]}_{student}"
     tree["model"] = {**STUDENTS[student], "patch_size": patch_size}
-    tree["optim"]["head_lr"] = _HEAD_LR
+    if math.prod(patch_size) < _PAPER_CROP_VOX:
+        tree["optim"]["head_lr"] = _SMALL_HEAD_LR
     tree["distill"] = {"loss": "dice_ce"}
+    tree["train"]["deep_supervision"] = False
     recipe = recipe_from_dict(with_overrides(tree, overrides), f"student {student}")
     demand_exportable(recipe.model)
     return recipe

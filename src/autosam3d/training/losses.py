@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch import distributed as dist
 
 # MONAI's smoothing terms: an organ that a crop lacks, and that is not predicted, costs nothing.
 _SMOOTH = 1e-5
@@ -27,9 +28,10 @@ def teacher_mse(logits: Tensor, probs: Tensor, reduction: str = "mean") -> Tenso
     Args:
         logits: B K D H W of the student, any float type; the loss is computed in float32.
         probs: B K D H W of the teacher, without gradient.
-        reduction: "mean" over all values; "class_sum" adds the classes up and takes the mean over the voxels.
+        reduction: "mean" over all values; "class_sum" adds the K classes up, background included, and takes the mean
+            over the voxels: K times as much.
 
-    *Source*: paper, section 3.5, equation of L_KD.
+    *Source*: paper, section 3.6, L_MSE of equation 2.
     """
     loss = F.mse_loss(F.softmax(logits.float(), dim=1), probs.float())
     return loss * logits.shape[1] if reduction == "class_sum" else loss
@@ -58,6 +60,8 @@ def teacher_dice_ce(logits: Tensor, probs: Tensor, batch_dice: bool = False) -> 
     axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
     overlap = (student * probs).sum(axes)
     total = student.square().sum(axes) + probs.square().sum(axes)
+    if batch_dice:
+        overlap, total = _over_ranks(torch.stack((overlap, total)))
     return 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean() + cross_entropy
 
 
@@ -95,11 +99,11 @@ def dice_ce_loss(
         groups: bool B V K, `LabelMap.groups` of each crop, where not every organ was looked for in each: the loss is
             that of the probabilities summed over what a value stands for, the mean over the values that a crop's map
             can hold. A crop in which nothing was looked for does not count.
-        batch_dice: pool voxels over the batch before the ratio, steadier for small organs; False takes the ratio
-            per crop (MONAI's DiceCELoss).
+        batch_dice: pool voxels over the batch, that of all ranks, before the ratio, steadier for small organs; False
+            takes the ratio per crop (MONAI's DiceCELoss).
 
-    *Source*: paper, section 3.5; the public code's DiceCELoss(softmax, include_background). With `groups`, the marginal
-    loss of Shi et al., Medical Image Analysis 70 (2021).
+    *Source*: paper, section 3.6, equation 1; the public code's DiceCELoss(softmax, include_background). With `groups`,
+    the marginal loss of Shi et al., Medical Image Analysis 70 (2021).
     """
     logits = logits.float()
     log_probs = F.log_softmax(logits, dim=1)
@@ -111,6 +115,8 @@ def dice_ce_loss(
     axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
     overlap = (probs * truth).sum(axes)
     total = probs.sum(axes) + truth.sum(axes)
+    if batch_dice:
+        overlap, total = _over_ranks(torch.stack((overlap, total)))
     dice = 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH)).mean()
     return SegmentationLoss(dice_weight * dice + ce_weight * cross_entropy, dice.detach(), cross_entropy.detach())
 
@@ -122,7 +128,11 @@ def _marginal_loss(
     told = possible[:, 1:].any(1)
     if not told.any():
         nothing = log_probs.sum() * 0
-        return SegmentationLoss(nothing, nothing.detach(), nothing.detach())
+        dice = nothing
+        if batch_dice and _num_ranks() > 1:  # the other ranks wait for this one's sums
+            none = nothing.expand(possible.shape[1])
+            dice = _dice_over_ranks(none, none, possible.any(0))
+        return SegmentationLoss(nothing + dice_weight * dice, dice.detach(), nothing.detach())
     log_probs, labels, groups, possible = log_probs[told], labels[told], groups[told], possible[told]
     members = torch.stack([table[crop] for table, crop in zip(groups, labels, strict=True)]).movedim(-1, 1)
     cross_entropy = -torch.logsumexp(log_probs.masked_fill(~members, -torch.inf), dim=1).mean()
@@ -132,9 +142,37 @@ def _marginal_loss(
     overlap = (probs * truth).sum((2, 3, 4))
     total = probs.sum((2, 3, 4)) + truth.sum((2, 3, 4))
     if batch_dice:
-        overlap, total, possible = overlap.sum(0), total.sum(0), possible.any(0)
-    dice = 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH))[possible].mean()
+        dice = _dice_over_ranks(overlap.sum(0), total.sum(0), possible.any(0))
+    else:
+        dice = 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH))[possible].mean()
     return SegmentationLoss(dice_weight * dice + ce_weight * cross_entropy, dice.detach(), cross_entropy.detach())
+
+
+def _dice_over_ranks(overlap: Tensor, total: Tensor, possible: Tensor) -> Tensor:
+    """1 - Dice of the sums of all ranks, (V) each, the mean over the values that some rank's maps can hold."""
+    overlap, total, told = _over_ranks(torch.stack((overlap, total, possible.to(overlap.dtype))))
+    held = told > 0.5
+    if not held.any():
+        return overlap.sum() * 0
+    return 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH))[held].mean()
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    """`sums` added up over all ranks of the run.
+
+    Each rank has the loss of the whole batch then, and its gradient along its own sums; DDP takes the mean of the
+    ranks' gradients, where their sum is meant, so each counts as often as there are ranks.
+    """
+    num_ranks = _num_ranks()
+    if num_ranks == 1:
+        return sums
+    whole = sums.detach().clone()
+    dist.all_reduce(whole)
+    return whole + num_ranks * (sums - sums.detach())
 
 
 def deep_dice_ce_loss(

@@ -49,7 +49,7 @@ def step_objective(
         groups: bool B V K, where not every organ was looked for in every case.
         weigh: make the labels' term even where it does not count, to measure it.
 
-    *Source*: paper, section 3.5, where T is the mean squared difference of probabilities.
+    *Source*: paper, section 3.6, equation 2, where T is the mean squared difference of probabilities.
     """
     settings, distill = run.recipe.train, run.recipe.distill
     weight = distill.label_weight if distill else 1.0

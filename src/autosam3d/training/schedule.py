@@ -17,7 +17,7 @@ _EXPONENTIAL_END = 0.01
 def learning_rate(epoch: float, epochs: int, optim: Optim) -> float:
     """The rate at `epoch` (from 0; fractions allowed) of a run of `epochs`.
 
-    *Source*: paper 4.1, "warm-up exponential decay", as the public code has it: exponential warm-up, then
+    *Source*: paper, section 4, "warm-up exponential decay", as the public code has it: exponential warm-up, then
     polynomial decay over the whole run, so the rate is full at epoch `warmup_epochs` and falls from the next on.
     The option "exponential" decays as the words say. "poly" is nnU-Net's, without warm-up. "warmup_cosine" is UNETR's
     and SwinUNETR's: linear warm-up, then half a cosine down to 0; it begins at 1 / (warmup_epochs + 1) of the rate

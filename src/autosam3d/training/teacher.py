@@ -49,8 +49,22 @@ class Teacher:
 
     @torch.no_grad()
     def probabilities(self, voxels: Tensor) -> Tensor:
-        """Of crops [B, 1, D, H, W]: float32 [B, K, D, H, W], without gradient."""
-        return torch.softmax(self.model.network(voxels).float(), dim=1)
+        """Of crops [B, 1, D, H, W]: float32 [B, K, D, H, W], without gradient.
+
+        Raises:
+            CheckpointError: CROP, the network takes no crops of this size.
+        """
+        try:
+            logits = self.model.network(voxels)
+        except (ValueError, RuntimeError) as error:
+            own, size = self.model.recipe.model.patch_size, tuple(voxels.shape[2:])
+            if isinstance(error, torch.OutOfMemoryError) or size == tuple(own):
+                raise
+            raise CheckpointError("CROP", self.model.recipe.name, f"expected crops of {own} voxels as the teacher was "
+                                  f"trained on, got the student's of {size}",
+                                  "say --set distill.teacher_probs=cache, or give the student the teacher's crop"
+                                  ) from error
+        return torch.softmax(logits.float(), dim=1)
 
 
 def load_teacher(path: str | Path, student: Recipe, *, sam: str | Path | None, device: str | torch.device) -> Teacher:

@@ -232,6 +232,7 @@ def train_step(
         groups: bool B V K, where not every organ was looked for in every case.
         weigh: also measure what the teacher's gradient weighs beside the labels'.
     """
+    _seed_network(run)
     objective = step_objective(run, run.wrapped(voxels), voxels, labels, probs, groups, weigh=weigh)
     loss, values = objective.total, objective.values
     if weigh and objective.teacher is not None:
@@ -249,6 +250,14 @@ def train_step(
     else:
         log.warning("step %d: the gradient is not finite, step skipped", run.position.global_step)
     return {name: float(value.detach()) for name, value in values.items()} | {"grad_norm": float(norm)}, good
+
+
+def _seed_network(run: Run) -> None:
+    """What a network leaves out by chance in a step is drawn from (seed, step, rank), so that a resumed run repeats it.
+    """
+    if getattr(run.recipe.model, "drop_path", 0) > 0:
+        drawn = np.random.SeedSequence([run.recipe.train.seed, run.position.global_step, run.fabric.global_rank])
+        torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def _update_average(run: Run) -> None:

@@ -39,10 +39,12 @@ class NnFormer(nn.Module):
         sizes = [(spec.embed_dim << i, *pair) for i, pair in
                  enumerate(zip(spec.num_heads, spec.attn_windows, strict=True))]
         self.stem = Stem(spec.embed_dim, spec.token_size)
-        self.stages = nn.ModuleList([Stage(*size) for size in sizes])
+        down, up = (drop_rates(spec.drop_path, count) for count in (len(sizes), len(sizes) - 1))
+        self.stages = nn.ModuleList([Stage(*size, rates) for size, rates in zip(sizes, down, strict=True)])
         self.norms = nn.ModuleList([nn.LayerNorm(dim) for dim, _, _ in sizes])
         self.downs = nn.ModuleList([Down(dim) for dim, _, _ in sizes[:-1]])
-        self.ups = nn.ModuleList([UpStage(*size) for size in sizes[:-1]])
+        # The way up begins at the coarsest grid.
+        self.ups = nn.ModuleList([UpStage(*size, rates) for size, rates in zip(sizes, reversed(up), strict=False)])
         self.out = Expanding(spec.embed_dim, spec.num_outputs, spec.token_size)
         self.side_outputs = nn.ModuleList()
         self.apply(_start_linear)
@@ -116,11 +118,11 @@ class Down(nn.Module):
 class Stage(nn.Module):
     """Attention inside windows on the grid, then inside windows shifted by half their size."""
 
-    def __init__(self, dim: int, num_heads: int, attn_window: int) -> None:
+    def __init__(self, dim: int, num_heads: int, attn_window: int, drop: tuple[float, float]) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=False)),
-            Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=True)),
+            Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=False), drop[0]),
+            Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=True), drop[1]),
         )
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
@@ -130,12 +132,12 @@ class Stage(nn.Module):
 class UpStage(nn.Module):
     """Double the grid, attend to the skip inside windows, then attend inside shifted windows."""
 
-    def __init__(self, dim: int, num_heads: int, attn_window: int) -> None:
+    def __init__(self, dim: int, num_heads: int, attn_window: int, drop: tuple[float, float]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(2 * dim)
         self.up = nn.ConvTranspose3d(2 * dim, dim, 2, 2)
-        self.skip = SkipBlock(dim, SkipAttention(dim, num_heads, attn_window, shifted=False))
-        self.block = Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=True))
+        self.skip = SkipBlock(dim, SkipAttention(dim, num_heads, attn_window, shifted=False), drop[0])
+        self.block = Block(dim, SelfAttention(dim, num_heads, attn_window, shifted=True), drop[1])
 
     def forward(
         self, tokens: Float[Tensor, "B e i x E"], skip: Float[Tensor, "B d h w C"]
@@ -146,18 +148,26 @@ class UpStage(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised first and added to its input."""
+    """Attention and MLP, each normalised first and added to its input, or left out with the chance `drop`."""
 
-    def __init__(self, dim: int, attn: SelfAttention | SkipAttention) -> None:
+    def __init__(self, dim: int, attn: SelfAttention | SkipAttention, drop: float = 0.0) -> None:
         super().__init__()
+        self.drop = drop
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
-        tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens + self.kept(self.attn(self.norm1(tokens)))
+        return tokens + self.kept(self.mlp(self.norm2(tokens)))
+
+    def kept(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B d h w C"]:
+        """In training 0 for the samples that leave this out; the others as much larger as makes the mean the same."""
+        if not self.training or self.drop == 0:
+            return tokens
+        keep = 1 - self.drop
+        return tokens * (tokens.new_empty(len(tokens), 1, 1, 1, 1).bernoulli_(keep) / keep)
 
 
 class SkipBlock(Block):
@@ -166,8 +176,8 @@ class SkipBlock(Block):
     def forward(
         self, up: Float[Tensor, "B d h w C"], skip: Float[Tensor, "B d h w C"]
     ) -> Float[Tensor, "B d h w C"]:
-        tokens = up + skip + self.attn(self.norm1(up), self.norm1(skip))
-        return tokens + self.mlp(self.norm2(tokens))
+        tokens = up + skip + self.kept(self.attn(self.norm1(up), self.norm1(skip)))
+        return tokens + self.kept(self.mlp(self.norm2(tokens)))
 
 
 class Windows(nn.Module):
@@ -257,6 +267,15 @@ class Expanding(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B d h w C"]) -> Float[Tensor, "B K D H W"]:
         return self.up(tokens.permute(0, 4, 1, 2, 3))
+
+
+def drop_rates(most: float, num_stages: int) -> list[tuple[float, float]]:
+    """Of the two blocks of each stage in the order in which they work: evenly from 0 to `most`.
+
+    *Source*: nnFormer's network for Synapse, ``linspace(0, 0.2, sum(depths))`` on the way down and on the way up.
+    """
+    rates = torch.linspace(0, most, 2 * num_stages, dtype=torch.float64, device="cpu").tolist()
+    return list(zip(rates[::2], rates[1::2], strict=True))
 
 
 def _crop(logits: Tensor, ct: Tensor, step: int) -> Tensor:
