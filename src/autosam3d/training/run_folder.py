@@ -17,6 +17,7 @@ from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.io.folders import writable_folder
 from autosam3d.io.lock_file import hold_folder
 from autosam3d.io.memory import size_text
+from autosam3d.io.room import demand_room
 from autosam3d.recipes.recipe import Recipe, dump_recipe, recipe_from_dict
 from autosam3d.recipes.yaml_text import parse_yaml
 from autosam3d.training.optimizer import state_bytes
@@ -28,10 +29,12 @@ def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
     """Make `folder`; inside, this run alone trains there. The hold ends with the process, however it ends.
 
     Raises:
-        As `hold_folder`: LOCKED, OUTPUT_PATH, NOT_WRITABLE. Where the file system has no locks the run goes on.
+        As `hold_folder`: LOCKED, OUTPUT_PATH, NOT_WRITABLE, and NO_SPACE. Where the file system has no locks the run
+        goes on.
     """
     with contextlib.ExitStack() as stack:
         if fabric.is_global_zero:
+            demand_room(folder, remedy="free some space or name another folder with --out")
             stack.enter_context(hold_folder(folder, "train.lock", what="run folder", option="--out"))
         yield
 
