@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import time
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ _LOOK_SECONDS = 1.0
 # The application's own limits on a body are told in words, so they come first.
 _GRACE_SECONDS = 2.0
 _MIN_CONNECTIONS = 16
+_CROWD = 64
 # An answer waits where more than this is not taken yet.
 _WAITING_BYTES = 1 << 14
 # Files, pipes and sockets that the service opens beside its connections.
@@ -184,7 +186,7 @@ class _Connections:
     def __init__(self, limits: ConnectionLimits) -> None:
         self._limits = limits
         self._peers: dict[str, dict[_Seen, None]] = {}
-        self._count = 0
+        self._count, self._was_crowded = 0, False
         self._due: asyncio.TimerHandle | None = None
 
     def admit(self, new: _Seen, loop: asyncio.AbstractEventLoop) -> bool:
@@ -224,7 +226,17 @@ class _Connections:
         for one in [one for peers in self._peers.values() for one in peers]:
             if one.is_late(now, self._limits):
                 one.end()
+        self._was_crowded |= self._count > _CROWD
+        if self._was_crowded and self._count < _CROWD // 4:
+            self._was_crowded = False
+            _give_memory_back()
         self._due = loop.call_later(_LOOK_SECONDS, self._look, loop) if self._peers else None
+
+
+def _give_memory_back() -> None:
+    """glibc keeps what was freed; after a crowd that is tens of megabytes."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _max_files() -> int:

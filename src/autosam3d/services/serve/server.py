@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
+import anyio.to_thread
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
@@ -43,7 +44,7 @@ _OURS = {LOCK, _STATE, f"{_STATE}-wal", f"{_STATE}-shm", "jobs", "tmp", "web"}
 _MODE = 0o700
 """What lies there are scans of patients."""
 _REMEDY = "name another folder with --folder"
-_DISK_THREADS = 8
+_DISK_THREADS = _FILE_THREADS = 8
 _BACKLOG = 512
 # Connections that are accepted in one go: between two goes those that are there are answered.
 _ACCEPTED_AT_ONCE = 32
@@ -117,6 +118,8 @@ class _Server(uvicorn.Server):
         self._runner, self._deadline = runner, deadline
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Threads that read files for answers; the default of 40 holds tens of megabytes where all of them are at work.
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _FILE_THREADS
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(_BACKLOG)  # uvicorn has set what waits to what is accepted at once
