@@ -103,4 +103,4 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _refuse_skip(report)
     return report
-pytest_plugins = ["web_browser"]
+pytest_plugins = ["web_browser", "soak_table"]

@@ -8,16 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "services" / "serve"))
-
 from load import _ASK, Held
 from running import Running, head, running, until
+
+pytestmark = pytest.mark.alone
 
 NUM = 1000
 SECONDS = 20.0
@@ -42,7 +41,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_connections_shut_nobody_out(kind: str, service: Running) -> None:
+def test_a_thousand_connections_shut_nobody_out(kind: str, service: Running, figures: Callable[..., None]) -> None:
     host, port = service.address
     before = Held.by(service.process.pid, service.folder)
     with contextlib.ExitStack() as stack:
@@ -59,7 +58,8 @@ def test_a_thousand_connections_shut_nobody_out(kind: str, service: Running) -> 
         seconds = sorted(float(line) for line in asking.communicate()[0].splitlines())
         p99_ms = 1000 * seconds[int(0.99 * len(seconds))]
         after = Held.by(service.process.pid, service.folder)
-        print(f"{kind}: /health p99 {p99_ms:.0f} ms, max {1000 * seconds[-1]:.0f} ms of {len(seconds)}; RSS "
-              f"{before.rss >> 20} to {after.rss >> 20} MiB; files {before.files} to {after.files}")
+        figures("T12", f"{NUM} connections for {SECONDS:.0f} s: {kind}",
+                f"/health p99 {p99_ms:.0f} ms, max {1000 * seconds[-1]:.0f} ms of {len(seconds)}; RSS "
+                f"{before.rss >> 20} to {after.rss >> 20} MiB; files {before.files} to {after.files}")
         assert p99_ms < HEALTH_MS and after.rss - before.rss < GROWTH_BYTES
         until(lambda: Held.by(service.process.pid, service.folder).files <= before.files + 3, seconds=30)

@@ -123,11 +123,8 @@ def kill_often(folder: Path, run: Path, kills: int, seed: int) -> int:
     return hit
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(0, 5), (1, 10), (2, 10)])
-def test_killed_at_random_moments_the_run_ends_with_the_same_weights(
-    folder: Path, whole: Path, tmp_path: Path, seed: int, kills: int
-) -> None:
-    assert kill_often(folder, tmp_path / "run", kills, seed) >= kills // 2
+def test_killed_at_random_moments_the_run_ends_with_the_same_weights(folder: Path, whole: Path, tmp_path: Path) -> None:
+    assert kill_often(folder, tmp_path / "run", kills=5, seed=0) >= 2
     demand_equal(tmp_path / "run", whole)
     assert not [p.name for p in (tmp_path / "run").iterdir() if ".tmp-" in p.name]
 
