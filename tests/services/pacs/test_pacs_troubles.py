@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,7 +32,7 @@ from autosam3d.services.pacs.troubles import Troubles
 from autosam3d.services.pacs.watch import Watch, look, run_forever, run_once
 
 SICK, WELL = "1.2.1", "1.2.2"
-QUICK = Limits(read_seconds=0.5, answer_seconds=2, rate_seconds=0.3, max_json_bytes=1 << 20)
+QUICK = Limits(read_seconds=30, answer_seconds=2, rate_seconds=0.3, max_json_bytes=1 << 20)
 
 
 def _uid(tag: str, value: object) -> dict:
@@ -70,12 +71,14 @@ class Archive(BaseHTTPRequestHandler):
             self.send_header("Content-Encoding", "gzip")
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/evil")
-        cut, drips = content.endswith(b"CUT"), content.endswith(b"DRIP")
-        self.send_header("Content-Length", str(len(content) + 1000 * cut + 1000 * drips))
+        cut, drips, stops = (content.endswith(word) for word in (b"CUT", b"DRIP", b"STOP"))
+        self.send_header("Content-Length", str(len(content) + 1000 * (cut or drips or stops)))
         self.end_headers()
         self.wfile.write(content)
         if cut:
             self.close_connection = True
+        if stops:
+            time.sleep(1.5)
         stop = threading.Event()
         while drips and not stop.wait(0.02):
             try:
@@ -145,6 +148,7 @@ FAULTS = {
     "series no gzip": (SERIES, 200, b"\x1f\x8b" + b"x" * 50, "BROKEN_ANSWER"),
     "series cut": (SERIES, 200, b'[{"0020000E":CUT', "BROKEN_ANSWER"),
     "series dripping": (SERIES, 200, b"[DRIP", "SERVER_SLOW"),
+    "series that stop": (SERIES, 200, b"[STOP", "SERVER_SLOW"),
     "series without UID": (SERIES, 200, _json(ODD_UID), "BROKEN_ANSWER"),
     "series that are numbers": (SERIES, 200, _json(1, None, [], {}), "BROKEN_ANSWER"),
     "images 500": (IMAGES, 500, b"", "SERVER_STATUS"),

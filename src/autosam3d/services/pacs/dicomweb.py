@@ -132,9 +132,8 @@ class DicomWeb:
         fields = (_IMAGE_TYPE, _THICKNESS)
         found = {}
         for item in self._search(f"studies/{study}/series/{series}/instances", {"includefield": fields}, _INSTANCE):
-            thickness = _number(item, _THICKNESS)
             image_type = "\\".join(map(str, _values(item, _IMAGE_TYPE)))
-            found[_uid(item, _INSTANCE)] = ImageFacts(image_type, thickness)
+            found[_uid(item, _INSTANCE)] = ImageFacts(image_type, _number(item, _THICKNESS))
         return found
 
     def demand_present(self) -> None:
@@ -252,7 +251,7 @@ class DicomWeb:
                               "name its authority with --set ca_file=FILE") from None
         except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError):
             if has_begun:
-                raise self._fault("SERVER_SLOW", f"its answer stops for {limits.read_seconds:g} s") from None
+                raise self._fault("SERVER_SLOW", "its answer begins and does not go on") from None
             raise self._fault("SERVER_DOWN", f"no answer within {limits.read_seconds:g} s") from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError):
             if has_begun:
@@ -273,10 +272,12 @@ class DicomWeb:
     def _json(self, answer: Any) -> Any:
         limits, began = self._limits, time.monotonic()
         content = bytearray()
+        sock = getattr(answer.raw.connection, "sock", None)  # None where the connection ends with the answer
+        if sock is not None:  # it may take long until a list begins, but not between two parts of it
+            sock.settimeout(min(limits.read_seconds, limits.rate_seconds))
         for chunk in self._chunks(answer, began + limits.answer_seconds):
             content += chunk
-            took = time.monotonic() - began
-            if took > limits.rate_seconds and len(content) < limits.min_rate * took:
+            if (took := time.monotonic() - began) > limits.rate_seconds and len(content) < limits.min_rate * took:
                 raise self._fault("SERVER_SLOW", "the answer comes a few bytes at a time")
             if len(content) > self._limits.max_json_bytes:
                 raise self._fault("ANSWER_TOO_LARGE", "an answer is larger than allowed")
