@@ -40,6 +40,14 @@ def test_float32_over_a_large_map_is_exact_to_rounding() -> None:
     assert float((norm_leaky(x, 1).double() - exact).abs().max()) < 2e-6
 
 
+@pytest.mark.parametrize(("mean", "spread"), [(0, 1), (1, 1), (50, 3), (-300, 20)])
+def test_float32_over_128_cubed_is_exact_to_a_millionth(mean: float, spread: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 128, 128, 128) * spread + mean
+    exact = F.instance_norm(x.double())
+    assert float((norm_leaky(x, 1).double() - exact).abs().max()) < 1e-6
+
+
 def test_bfloat16_has_float32_statistics_and_keeps_layout() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 16, 16, 16).bfloat16().to(memory_format=torch.channels_last_3d).requires_grad_()
