@@ -46,7 +46,8 @@ def reproduce(
 
     Keys of --set beside those of all recipes: study.student (of Table 4: tiny, small or edge), study.more=true (Table 3
     with ablations that the paper does not have), study.medsam (weights for Table 2; default those of --sam),
-    study.by_case=true (test cases as pairs, not cases and organs), study.photographs (a folder, for fig1).
+    study.by_case=true (test cases as pairs, not cases and organs), study.photographs (for fig1: a folder, or
+    {NAME: FOLDER, NAME: FOLDER}, a set each).
     """
     from autosam3d.recipes.settings_file import split_overrides
     from autosam3d.studies.reproduce.wish import Wish, datasets, seeds_of, size_of, study_keys, target_of
@@ -144,7 +145,7 @@ def _embeddings(wish: Wish) -> None:
     from autosam3d.studies.reproduce import results
     from autosam3d.studies.reproduce.paper import DATASETS
 
-    assert wish.sam is not None and wish.keys.photographs is not None  # demanded before
+    assert wish.sam is not None and wish.keys.pictures  # demanded before
     scans = []
     for name, folder in wish.folders:
         recipe = load_recipe(name, wish.overrides)
@@ -155,7 +156,7 @@ def _embeddings(wish: Wish) -> None:
     with progress_bars() as bars:
         task = bars.add_task("embedding", total=None)
         files = results.write_embedding_figure(
-            scans, wish.keys.photographs, wish.sam, wish.out,
+            scans, wish.keys.pictures, wish.sam, wish.out,
             results.provenance(_command(), None, small=False), slices=100, seed=wish.seeds[0],
             progress=lambda done: bars.update(task, completed=done),
         )

@@ -153,8 +153,9 @@ def test_table2_and_figure_1_with_a_sam_of_random_weights(place: Path, at_once: 
     for name in ("astronaut.png", "coffee.png", "camera.png"):
         shutil.copy(Path(skimage.__file__).parent / "data" / name, pictures)
     reproduce(place, "fig1", data=[data], out=out, sam=sam,
-              overrides=[SMALL[1], f"study.photographs={pictures}"])
+              overrides=[SMALL[1], f"study.photographs={{ADE20K: {pictures}, COCO 2017: {pictures}}}"])
     demand_figure(out, "fig1")
+    assert "3 ADE20K, 3 COCO 2017" in (out / "fig1.md").read_text()
 
 
 def _finer(data: Path, into: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from autosam3d.errors import UsageError
 from autosam3d.studies.reproduce.paper import TABLES
 from autosam3d.studies.reproduce.plan import TARGETS, RunSpec, plan_runs
+from autosam3d.studies.reproduce.wish import study_keys
 
 
 def planned(target: Any, size: Any, seeds: list[int], **how: Any) -> list[RunSpec]:
@@ -62,3 +64,13 @@ def test_seeds_that_cannot_be_are_refused(seeds: list[int]) -> None:
     with pytest.raises(UsageError) as caught:
         plan_runs("table1", "paper", seeds)
     assert caught.value.code == "SEEDS"
+
+
+def test_photographs_of_figure_1_are_a_folder_or_named_folders() -> None:
+    assert study_keys(["study.photographs=a/pictures"]).pictures == {"photographs (pictures)": Path("a/pictures")}
+    named = study_keys(["study.photographs={ADE20K: a, COCO 2017: b}"])
+    assert named.pictures == {"ADE20K": Path("a"), "COCO 2017": Path("b")}
+    assert study_keys([]).pictures == {}
+    for override in ("study.photographs={}", "study.photographs=[a, b]"):
+        with pytest.raises(UsageError, match="photographs"):
+            study_keys([override])

@@ -62,16 +62,17 @@ def write_table(
 
 
 def write_embedding_figure(
-    scans: Sequence[tuple[str, Sequence[Path], Recipe]], pictures: Path, sam: str, out: Path, about: Provenance,
+    scans: Sequence[tuple[str, Sequence[Path], Recipe]], pictures: Mapping[str, Path], sam: str, out: Path,
+    about: Provenance,
     *, slices: int, seed: int, progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Figure 1A: SAM's embeddings of CT slices and of photographs.
 
     Args:
         scans: for each dataset its shown name, its scans, and its recipe, for window and reading.
-        pictures: a folder of photographs.
+        pictures: shown name of each set of photographs to its folder.
         sam: SAM weights.
-        slices: of all scans of a dataset together, and photographs, about as many.
+        slices: of all scans of a dataset together, and of each set of photographs, about as many.
     """
     encoder = load_encoder(sam)
     shown, groups = [], []
@@ -81,9 +82,12 @@ def write_embedding_figure(
             found = ct_slices(read_ct(path, recipe.reading.options()), recipe.preprocess.hu_window, each)
             shown += found
             groups += [name] * len(found)
-    photos = photographs(pictures, slices)
-    embeddings = embed(encoder, [*shown, *photos], progress)
-    drawn = embedding_figure(embeddings, [*groups, *[f"photographs ({pictures.name})"] * len(photos)], about, seed=seed)
+    for name, folder in pictures.items():
+        found = photographs(folder, slices)
+        shown += found
+        groups += [name] * len(found)
+    embeddings = embed(encoder, shown, progress)
+    drawn = embedding_figure(embeddings, groups, about, seed=seed)
     np.save(out / "fig1_embeddings.npy", embeddings)
     return save_figure(drawn, out, "fig1")
 
@@ -125,7 +129,8 @@ def scores_of(study: Study) -> list[RunScores]:
 def _scores(run: PlannedRun, dataset: str) -> RunScores:
     done: Mapping = json.loads((run.folder / "done.json").read_text("utf-8"))
     return RunScores(model=run.spec.row, dataset=dataset, seed=run.spec.seed, evaluation=run.evaluation,
-                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"), machine=done.get("machine"),
+                     tuned_parameters=_tuned(run, done), minutes=done.get("minutes"), steps=done.get("steps"),
+                     machine=done.get("machine"),
                      without_sam=_is_autosam(run) and not _has_sam(run))
 
 

@@ -255,17 +255,21 @@ def _write_done(run: PlannedRun, study: Study, slot: Slot) -> None:
 
 
 def _training_of(run: PlannedRun) -> dict[str, Any]:
-    """Minutes of training; also the number of parameters where it does not follow from the recipe."""
+    """Minutes and steps of training; also the number of parameters where it does not follow from the recipe."""
     if run.spec.kind == "nnunet_v2":
         result = json.loads((run.run / "result.json").read_text("utf-8"))
-        return {"minutes": result["minutes"], "parameters": result["parameters"]}
+        return {"minutes": result["minutes"], "steps": result["steps"], "parameters": result["parameters"]}
     if run.spec.kind == "slicewise":
         if not (run.run / "best.json").is_file():  # SAM as it was given, not tuned
             return {"minutes": 0.0, "parameters": 0}
         weights = run.run / read_meta(run.run / "best.json")["weights"]["file"]
-        return {"minutes": read_meta(run.run / "last.json")["progress"]["seconds"] / 60,
-                "parameters": _num_values(weights)}
-    return {"minutes": read_meta(run.weights / "last.json")["progress"]["seconds"] / 60}
+        return {**_progress(run.run), "parameters": _num_values(weights)}
+    return _progress(run.weights)
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    progress = read_meta(folder / "last.json")["progress"]
+    return {"minutes": progress["seconds"] / 60, "steps": progress["global_step"]}
 
 
 def _num_values(path: Path) -> int:

@@ -23,7 +23,7 @@ from autosam3d.evaluation.statistics import (
     spread,
     with_holm,
 )
-from autosam3d.studies.reproduce.paper import ALPHA, DATASETS, PaperTable, Row
+from autosam3d.studies.reproduce.paper import ALPHA, DATASETS, PUBLISHED_STEPS, PaperTable, Row
 from autosam3d.studies.reproduce.table import NOT_RUN, Cell, Column, Kind, Table
 
 Measure = Literal["dice", "nsd"]
@@ -48,6 +48,8 @@ class RunScores:
     tuned_parameters: int | None = None
     minutes: float | None = None
     """Trained."""
+    steps: int | None = None
+    """Of the optimiser."""
     machine: str | None = None
     """The machine that the run was made on."""
     without_sam: bool = False
@@ -300,15 +302,17 @@ def _test_notes(
 
 
 def _run_notes(spec: PaperTable, runs: Sequence[RunScores], evaluations: Sequence[Evaluation]) -> list[str]:
-    """Seeds and minutes of each row; rows and cases that are missing."""
+    """Seeds, minutes and steps of each row; rows and cases that are missing."""
     notes = []
     for row in spec.rows:
         own = [run for run in runs if run.model == row.key]
         if not own:
             continue
         minutes = [run.minutes for run in own if run.minutes is not None]
-        ends = dict.fromkeys(f"{end:.1f}" for end in (min(minutes), max(minutes))) if minutes else ()
-        trained = f", trained {' to '.join(ends)} minutes" if minutes else ""
+        trained = f", trained {_range(minutes, '.1f')} minutes" if minutes else ""
+        steps = [run.steps for run in own if run.steps is not None]
+        published = f" of {PUBLISHED_STEPS[row.key]:,} published" if row.key in PUBLISHED_STEPS else ""
+        trained += f", {_range(steps, ',')} steps{published}" if steps else ""
         scratch = "" if not any(run.without_sam for run in own) else (
             ", without SAM's weights: all of it trained from scratch, which is not the paper's method")
         seeds = sorted({run.seed for run in own})
@@ -326,6 +330,11 @@ def _run_notes(spec: PaperTable, runs: Sequence[RunScores], evaluations: Sequenc
                          f"{len(evaluation.missing)} of {counted(all_cases, 'case')} without a prediction, in no mean"
                          f"{'' if zero is None else f' (mDice {100 * zero:.2f} if counted as 0)'}.")
     return notes
+
+
+def _range(numbers: Sequence[float], form: str) -> str:
+    """The smallest and the largest, or the one that both are."""
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(numbers), max(numbers))))
 
 
 def _in_brackets(facts: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from autosam3d.errors import UsageError
 from autosam3d.recipes.recipe import load_recipe
-from autosam3d.recipes.typed_tree import typed, with_overrides
+from autosam3d.recipes.typed_tree import demand, typed, with_overrides
 from autosam3d.studies.reproduce.plan import TARGETS, StudySize, Target
 
 _STRICT = ConfigDict(extra="forbid")
@@ -29,10 +29,21 @@ class StudyKeys:
     """Of Table 4; None takes small, for 2core tiny."""
     medsam: str | None = None
     """MedSAM weights, for Table 2; None takes SAM's."""
-    photographs: Path | None = None
-    """Folder of photographs, for fig1."""
+    photographs: Path | Mapping[str, Path] | None = None
+    """For fig1: a folder of photographs, or several, each by the name that the legend shows."""
     by_case: bool = False
     """Test cases as pairs, not cases and organs."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.photographs, Mapping):
+            demand(len(self.photographs) > 0, "photographs", "a folder, or names with one each", dict(self.photographs))
+
+    @property
+    def pictures(self) -> dict[str, Path]:
+        """Shown name of each set of photographs to its folder."""
+        if isinstance(self.photographs, Mapping):
+            return dict(self.photographs)
+        return {} if self.photographs is None else {f"photographs ({self.photographs.name})": self.photographs}
 
 
 @dataclass(frozen=True, kw_only=True)
