@@ -164,7 +164,7 @@ def test_the_cache_holds_what_the_teacher_says(cases: CaseSet, teacher: Path, fo
     assert case.probs is not None
     # One window in the corner, as the network sees it; with overlap 0 windows of 16 in a scan of 24 still meet at 8.
     corner = np.ascontiguousarray(case.voxels[None, None, :16, :16, :16], np.float32)
-    probs = loaded_teacher.model.predictor.predict(corner)[0]
+    probs = loaded_teacher.models[0].predictor.predict(corner)[0]
     kept = with_background(case.probs[:, :8, :8, :8])
     assert np.abs(kept - probs[:, :8, :8, :8]).max() < 0.51 / 255 * recipe.labels.num_outputs
 

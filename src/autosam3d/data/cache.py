@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ from autosam3d.data.entries import Entry, StoredArray, open_entry, open_or_build
 from autosam3d.data.order import learns_background_from_labels
 from autosam3d.errors import VolumeError
 from autosam3d.geometry.preprocess import prepare_ct, prepare_labels
-from autosam3d.io import read_ct, read_segmentation
+from autosam3d.io import ReadOptions, read_ct, read_segmentation
 from autosam3d.io.files import sha256_of
 from autosam3d.io.grid import demand_same_grid
 from autosam3d.labels import remap
 from autosam3d.recipes.reading import Reading
 from autosam3d.recipes.recipe import Recipe
-from autosam3d.volume import log_warnings
+from autosam3d.volume import Volume, log_warnings
 
 log = logging.getLogger(__name__)
 
 # Raise it when preprocessing changes in a way that its settings do not show.
 CACHE_VERSION = 2
 _DTYPES = {"voxels": np.float16, "labels": np.uint8, "organ_voxels": COUNTS_DTYPE}
+# Organs together, in steps of 1/255, at which a teacher that says background is unsure: a fifth.
+_UNSURE = 51
 # Of a cache key, which is their hexadecimal text.
 KEY_BYTES = 16
 
@@ -54,6 +56,7 @@ class CachedCase:
         drawn: as in `Case`.
         weight: as in `Case`.
         probs: a teacher's, uint8 [K - 1, z, y, x] in steps of 1/255, without background; None where there are none.
+        agreement: of the teacher's voters with one another, the mean Dice of their label maps; None of one alone.
         organs_of_teacher: whether `organ_voxels` are those of `probs`, not of `labels`.
     """
 
@@ -67,12 +70,13 @@ class CachedCase:
     weight: float = 1.0
     probs: np.ndarray | StoredArray | None = None
     organs_of_teacher: bool = False
+    agreement: float | None = None
 
     def organs_in_plane(self, z: int) -> np.ndarray:
         """uint8 [y, x], the labels whose voxels `organ_voxels` counts."""
         if self.organs_of_teacher:
             assert self.probs is not None
-            return labels_of(self.probs[:, z])
+            return labels_of_interest(self.probs[:, z])
         return self.labels[z]
 
 
@@ -111,12 +115,13 @@ def open_cached(cache_dir: Path, key: str, case: Case) -> CachedCase:
 
 
 def demand_organs(cases: Sequence[CachedCase], recipe: Recipe, where: Path) -> None:
-    """Refuse a training set that cannot teach what the recipe asks for.
+    """Refuse a training set that cannot teach what the recipe asks for; scans without labels do not count.
 
     Raises:
         VolumeError: EMPTY_LABELS, more than half of the cases show no organ; ABSENT_ORGAN, an organ is in no case;
             PARTIAL_LABELS, no case is fully drawn, where the recipe requires some.
     """
+    cases = [case for case in cases if case.drawn != frozenset()]
     empty = [case.name for case in cases if not case.organ_voxels.any()]
     if 2 * len(empty) > len(cases):
         raise VolumeError("EMPTY_LABELS", where, f"expected organs in most training cases, got none in {len(empty)} of "
@@ -159,6 +164,14 @@ def labels_of(organs: np.ndarray) -> np.ndarray:
     return with_background(organs).argmax(0).astype(np.uint8)
 
 
+def labels_of_interest(organs: np.ndarray) -> np.ndarray:
+    """As `labels_of`, and K where background is likeliest but far from sure: there a student learns most."""
+    labels = labels_of(organs)
+    unsure = organs.sum(0, dtype=np.uint16) >= _UNSURE
+    labels[unsure & (labels == 0)] = len(organs) + 1
+    return labels
+
+
 def _label_table(case: Case, recipe: Recipe) -> dict[int, int]:
     if case.label_table is not None:
         return dict(case.label_table)
@@ -166,20 +179,29 @@ def _label_table(case: Case, recipe: Recipe) -> dict[int, int]:
 
 
 def _cache_key(case: Case, recipe: Recipe) -> str:
-    if case.label_path is None:
+    if case.label_path is None and not case.is_unlabelled:
         raise VolumeError("NO_TRUTH", case.image_path, "expected a label map for a training case, got none",
                           "add it to labelsTr")
     parts = {
         "version": CACHE_VERSION,
         "preprocess": recipe.digest("preprocess"),
-        "image": sha256_of(case.image_path),
-        "labels": sha256_of(case.label_path),
+        "image": _content_sha256(case.image_path),
+        "labels": sha256_of(case.label_path) if case.label_path else None,
         "table": sorted(_label_table(case, recipe).items()),
         "values": recipe.labels.num_values,
     }
-    if recipe.reading != Reading():  # else entries of versions that knew no other way to read stay true
-        parts["reading"] = recipe.digest("reading")
+    reading = case.reading or recipe.reading
+    if reading != Reading():  # else entries of versions that knew no other way to read stay true
+        parts["reading"] = asdict(reading)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[: 2 * KEY_BYTES]
+
+
+def _content_sha256(scan: Path) -> str:
+    """Of a file, or of all files of a folder of slices, whatever their names."""
+    if not scan.is_dir():
+        return sha256_of(scan)
+    files = sorted(sha256_of(path) for path in scan.rglob("*") if path.is_file())
+    return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
 def _entry(cache_dir: Path, key: str) -> Entry:
@@ -197,21 +219,28 @@ def _read(case: Case, entry: Entry, facts: Mapping[str, Any]) -> CachedCase:
                       drawn=case.drawn, weight=case.weight)
 
 
-def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
-    """Preprocess a case into its entry."""
-    reading = recipe.reading.options()
-    volume = read_ct(case.image_path, reading)
-    assert case.label_path is not None  # _cache_key demands it
+def _native_labels(case: Case, recipe: Recipe, volume: Volume, reading: ReadOptions) -> np.ndarray | None:
+    """The case's labels on the grid of its scan, in the recipe's values; None of a scan without any."""
+    if case.label_path is None:
+        return None
     truth = read_segmentation(case.label_path, reading)
     log_warnings(case.label_path, demand_same_grid(truth, case.label_path, volume, "the scan"))
     table = _label_table(case, recipe)
     try:
-        native = remap(truth.labels, table)
+        return remap(truth.labels, table)
     except KeyError as error:
         raise VolumeError("LABEL_RANGE", case.label_path, f"expected values {sorted(table)}, got {error.args[0]}",
                           "add the organ to the recipe or correct the label map") from None
+
+
+def _build(entry: Entry, case: Case, recipe: Recipe) -> None:
+    """Preprocess a case into its entry."""
+    reading = (case.reading or recipe.reading).options()
+    volume = read_ct(case.image_path, reading)
+    native = _native_labels(case, recipe, volume, reading)
     prepared = prepare_ct(volume, recipe.preprocess)
-    labels = prepare_labels(native, prepared.undo)
+    empty = np.zeros(prepared.voxels.shape, np.uint8)
+    labels = empty if native is None else prepare_labels(native, prepared.undo)
     arrays = {
         "voxels": prepared.voxels.astype(np.float16),
         "labels": labels,

@@ -124,13 +124,14 @@ def _open(source: DataSource, folder: Path, recipe: Recipe, several: bool) -> _O
     means = _meanings(source, index["labels"], recipe, where)
     facts = _Facts(folder, index, source, recipe, means)
     scanless: dict[str, Path] = {}
+    own = {"source": source.name, "weight": source.weight, "reading": source.reading}
     cases = case_set(folder, index, recipe.dataset.fold, recipe.dataset.val_share,
-                     lambda name: facts.of(name) | {"source": source.name, "weight": source.weight},
+                     lambda name: facts.of(name) | own,
                      scanless if several else None)
     ending = index["file_ending"]
     return _Opened(source, cases, {
-        name: Case(name, folder / "imagesTr" / f"{name}_0000{ending}", path, source=source.name, weight=source.weight,
-                   **facts.of(name)) for name, path in scanless.items()})
+        name: Case(name, folder / "imagesTr" / f"{name}_0000{ending}", path, **own, **facts.of(name))
+        for name, path in scanless.items()})
 
 
 class _Facts:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from autosam3d.recipes.reading import Reading
 from autosam3d.recipes.settings import STRICT, demand
 
 
@@ -27,6 +28,8 @@ class DataSource:
     ``annotated.json`` says of each case. An organ that was not looked for is unknown, not background."""
     weight: float = 1.0
     """How often a case of it is seen, beside one of a dataset of weight 1."""
+    reading: Reading | None = None
+    """How its files are read; None: as the recipe's ``reading`` says."""
 
     def __post_init__(self) -> None:
         fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name) is not None

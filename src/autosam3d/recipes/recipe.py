@@ -103,6 +103,9 @@ class Recipe:
         names = [source.name for source in self.data]
         demand(len(set(names)) == len(names), "data", "datasets of different names", names)
         for source in self.data:
+            fits = source.reading is None or source.reading.intensity == self.reading.intensity
+            demand(fits, f"data.{source.name}.reading.intensity", f"{self.reading.intensity}, as the recipe's reading",
+                   source.reading and source.reading.intensity)
             strangers = sorted({*source.organs.values()} - {*self.labels.values, "background"})
             demand(not strangers, f"data.{source.name}.organs", "organs or super-classes of the recipe, or background",
                    strangers)

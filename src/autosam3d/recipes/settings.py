@@ -253,9 +253,18 @@ class Distillation:
     sees every augmented crop."""
     teacher_overlap: float = 0.5
     """Window overlap when the cache is filled."""
+    teacher_mirror: bool = False
+    """Of "cache": each teacher also sees the scan's mirror image, left and right, and the mean counts; takes twice the
+    time."""
+    min_agreement: float = 0.0
+    """Leave out scans without labels on which the teacher's voters (teachers, mirror images) agree less than this: the
+    mean Dice of their label maps with one another. 0 keeps all."""
 
     def __post_init__(self) -> None:
         demand(0 <= self.label_weight <= 1, "lambda", "0 to 1", self.label_weight)
+        demand(0 <= self.min_agreement <= 1, "min_agreement", "0 to 1", self.min_agreement)
+        fits = self.teacher_probs == "cache" or (self.min_agreement == 0 and not self.teacher_mirror)
+        demand(fits, "teacher_probs", "cache with teacher_mirror or min_agreement", self.teacher_probs)
         demand(0.1 <= self.temperature <= 100, "temperature", "0.1 to 100", self.temperature)
         demand(self.temperature == 1 or self.loss == "kl", "temperature", "1 where the loss is not kl",
                self.temperature)

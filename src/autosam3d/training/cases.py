@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autosam3d.data.cache import KEY_BYTES, CachedCase, cache_cases, open_cached
 from autosam3d.data.folder import CaseSet
+from autosam3d.io.files import write_text_atomic
 from autosam3d.training.run import Run, local_ranks
 from autosam3d.training.teacher import cache_probabilities, open_probabilities
 
@@ -55,7 +56,22 @@ def ask_teacher(run: Run, cases: list[CachedCase], cache_dir: Path) -> list[Cach
         run.stop.demand_none()  # the exception of a signal that met a destructor was swallowed
 
     checked = cache_probabilities(mine, teacher, run.recipe, cache_dir, run.observer.on_teacher, watch)
-    if run.fabric.world_size == 1:
-        return checked
-    run.fabric.barrier()
-    return open_probabilities(cases, teacher, run.recipe, cache_dir)
+    if run.fabric.world_size > 1:
+        run.fabric.barrier()
+        checked = open_probabilities(cases, teacher, run.recipe, cache_dir)
+    return _agreed(run, checked)
+
+
+def _agreed(run: Run, cases: list[CachedCase]) -> list[CachedCase]:
+    """`cases` less the scans without labels on which the teacher's voters disagree; ``left_out.csv`` lists those."""
+    assert run.recipe.distill is not None
+    least = run.recipe.distill.min_agreement
+    doubted = [case for case in cases if case.drawn == frozenset() and case.agreement is not None
+               and case.agreement < least]
+    if run.fabric.is_global_zero and least > 0:
+        rows = [f"{case.name},{case.agreement:.4f}\n" for case in doubted]
+        write_text_atomic(run.folder / "left_out.csv", "".join(["case,agreement\n", *rows]))
+        run.observer.on_message(f"{len(doubted)} scans without labels are left out, on which the teacher's voters "
+                                f"agree less than {least:g} (left_out.csv)")
+    names = {case.name for case in doubted}
+    return [case for case in cases if case.name not in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,64 +16,89 @@ import torch
 from torch import Tensor
 
 from autosam3d.checkpoints.checkpoint import LoadedModel, load_model
-from autosam3d.data.cache import CachedCase, labels_of, without_background
+from autosam3d.data.cache import CachedCase, labels_of, labels_of_interest, without_background
 from autosam3d.data.centers import COUNTS_DTYPE, count_organs
 from autosam3d.data.entries import Entry, StoredArray, open_entry, open_or_build
-from autosam3d.errors import CheckpointError
+from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.geometry.patches import Tiling
 from autosam3d.inference.pipeline import probabilities_prepared
 from autosam3d.recipes.recipe import Recipe
 
 # Raise it when the probabilities of one teacher for one scan change in a way that its settings do not show.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
 class _Told:
-    """What a teacher said of a case: its probabilities, and `organ_voxels` of its likeliest labels."""
+    """What a teacher said of a case: its probabilities, and `organ_voxels` of where it is worth to look."""
 
     probs: StoredArray
     organ_voxels: np.ndarray
+    agreement: float | None
+    """Mean Dice of its voters with one another, over the organs that any of them sees; None of a single voter."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model on the device of the training."""
+    """Trained models on the device of the training; what several say is the mean of their probabilities."""
 
-    model: LoadedModel
+    models: tuple[LoadedModel, ...]
 
     @cached_property
     def origin(self) -> dict[str, Any]:
         """What a student's checkpoint says of its teacher."""
-        return {"sha256": self.model.sha256, "recipe": self.model.recipe.name,
-                "val_dice": self.model.metrics.get("val_dice")}
+        members = [{"sha256": model.sha256, "recipe": model.recipe.name, "val_dice": model.metrics.get("val_dice")}
+                   for model in self.models]
+        if len(members) == 1:
+            return members[0]
+        digest = hashlib.sha256("".join(sorted(model.sha256 for model in self.models)).encode()).hexdigest()
+        return {"sha256": digest, "recipe": " and ".join(m["recipe"] for m in members), "val_dice": None,
+                "members": members}
 
     @torch.no_grad()
     def probabilities(self, voxels: Tensor) -> Tensor:
         """Of crops [B, 1, D, H, W]: float32 [B, K, D, H, W], without gradient.
 
         Raises:
-            CheckpointError: CROP, the network takes no crops of this size.
+            CheckpointError: CROP, a network takes no crops of this size.
         """
-        try:
-            logits = self.model.network(voxels)
-        except (ValueError, RuntimeError) as error:
-            own, size = self.model.recipe.model.patch_size, tuple(voxels.shape[2:])
-            if isinstance(error, torch.OutOfMemoryError) or size == tuple(own):
-                raise
-            raise CheckpointError("CROP", self.model.recipe.name, f"expected crops of {own} voxels as the teacher was "
-                                  f"trained on, got the student's of {size}",
-                                  "say --set distill.teacher_probs=cache, or give the student the teacher's crop"
-                                  ) from error
-        return torch.softmax(logits.float(), dim=1)
+        said = [torch.softmax(_logits(model, voxels).float(), dim=1) for model in self.models]
+        return said[0] if len(said) == 1 else torch.stack(said).mean(0)
 
 
-def load_teacher(path: str | Path, student: Recipe, *, sam: str | Path | None, device: str | torch.device) -> Teacher:
-    """The model at `path`, checked to teach what `student` is to learn.
+def _logits(model: LoadedModel, voxels: Tensor) -> Tensor:
+    try:
+        return model.network(voxels)
+    except (ValueError, RuntimeError) as error:
+        own, size = model.recipe.model.patch_size, tuple(voxels.shape[2:])
+        if isinstance(error, torch.OutOfMemoryError) or size == tuple(own):
+            raise
+        raise CheckpointError("CROP", model.recipe.name, f"expected crops of {own} voxels as the teacher was trained "
+                              f"on, got the student's of {size}", "say --set distill.teacher_probs=cache, or give the "
+                              "student the teacher's crop") from error
+
+
+def load_teacher(
+    paths: str | Path | Sequence[str | Path], student: Recipe, *, sam: str | Path | None, device: str | torch.device
+) -> Teacher:
+    """The model or models at `paths`, each checked to teach what `student` is to learn.
+
+    Args:
+        sam: SAM file of those that need one, where it lies elsewhere than in their training.
 
     Raises:
-        CheckpointError: the model is broken, or MISMATCH: it knows other organs or sees scans in another form.
+        CheckpointError: a model is broken, or MISMATCH: it knows other organs or sees scans in another form.
+        UsageError: SAME_TEACHER, one is named twice.
     """
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    models = tuple(_load_member(path, student, sam, device) for path in several)
+    if len({model.sha256 for model in models}) < len(models):
+        raise UsageError("SAME_TEACHER", several[-1], "expected different teachers, got one of them twice",
+                         "name each once")
+    return Teacher(models)
+
+
+def _load_member(path: str | Path, student: Recipe, sam: str | Path | None, device: str | torch.device) -> LoadedModel:
     model = load_model(path, sam=sam, device=device)
     teacher, where = model.recipe, str(path)
     if teacher.labels.organs != student.labels.organs:
@@ -91,7 +117,7 @@ def load_teacher(path: str | Path, student: Recipe, *, sam: str | Path | None, d
                               f"preprocess.{key} {theirs[key]} instead of {ours[key]}",
                               "give the student the preprocessing of its teacher")
     model.network.requires_grad_(False)
-    return Teacher(model)
+    return model
 
 
 def cache_probabilities(
@@ -140,18 +166,20 @@ def open_probabilities(cases: Sequence[CachedCase], teacher: Teacher, recipe: Re
 
 def _with_probs(case: CachedCase, told: _Told, recipe: Recipe) -> CachedCase:
     assert recipe.distill is not None
-    if recipe.distill.label_weight > 0:
-        return replace(case, probs=told.probs)
-    # A student that learns from the teacher alone is not told by the labels where to look, either.
-    return replace(case, probs=told.probs, organ_voxels=told.organ_voxels, organs_of_teacher=True)
+    if recipe.distill.label_weight > 0 and case.drawn != frozenset():
+        return replace(case, probs=told.probs, agreement=told.agreement)
+    # Where the teacher alone speaks, labels do not say where to look, either.
+    return replace(case, probs=told.probs, organ_voxels=told.organ_voxels, organs_of_teacher=True,
+                   agreement=told.agreement)
 
 
 def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) -> Entry:
     """Beside the arrays of its case; the name says which teacher and how it looked."""
     assert recipe.distill is not None
-    model = teacher.model
-    parts = {"version": _CACHE_VERSION, "teacher": model.sha256, "recipe": model.recipe.digest("model", "preprocess"),
-             "overlap": recipe.distill.teacher_overlap, "importance": model.recipe.inference.importance}
+    parts = {"version": _CACHE_VERSION, "overlap": recipe.distill.teacher_overlap,
+             "mirror": recipe.distill.teacher_mirror,
+             "teachers": sorted((model.sha256, model.recipe.digest("model", "preprocess"),
+                                 model.recipe.inference.importance) for model in teacher.models)}
     name = f"teacher-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
     folder = cache_dir / case.key
     return Entry(folder / f"{name}.json", {"probs": folder / f"{name}.npy"})
@@ -160,10 +188,10 @@ def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) 
 def _read(case: CachedCase, recipe: Recipe, entry: Entry, facts: Mapping[str, Any]) -> _Told:
     probs, counts = entry.stored("probs"), np.array(facts["organ_voxels"], COUNTS_DTYPE)
     num_organs = len(recipe.labels.organs)
-    fits = probs.shape == (num_organs, *case.labels.shape) and counts.shape == (len(case.labels), num_organs)
+    fits = probs.shape == (num_organs, *case.labels.shape) and counts.shape == (len(case.labels), num_organs + 1)
     if probs.dtype != np.uint8 or not fits:
         raise ValueError(f"{entry.info_path}: probabilities of another type or shape")
-    return _Told(probs, counts)
+    return _Told(probs, counts, facts["agreement"])
 
 
 def _build(
@@ -171,13 +199,49 @@ def _build(
 ) -> None:
     """Have the teacher look at a whole case."""
     assert recipe.distill is not None
-    model = teacher.model
-    tiling = Tiling(overlap=recipe.distill.teacher_overlap, importance=model.recipe.inference.importance)
+    mirrors = (False, True) if recipe.distill.teacher_mirror else (False,)
+    total, labels = np.zeros((len(recipe.labels.organs), *case.labels.shape), np.uint16), []
+    for model in teacher.models:
+        tiling = Tiling(overlap=recipe.distill.teacher_overlap, importance=model.recipe.inference.importance)
+        for mirrored in mirrors:
+            said = _said(case, model, recipe, tiling, mirrored, watch)
+            total += said
+            labels.append(np.stack([labels_of(said[:, z]) for z in range(said.shape[1])]))
+    voters = len(labels)
+    probs = ((total + voters // 2) // voters).astype(np.uint8)
+    counts = count_organs(lambda z: labels_of_interest(probs[:, z]), len(case.labels), len(probs) + 1)
+    entry.write({"probs": probs}, {
+        "teacher_sha256": teacher.origin["sha256"], "organ_voxels": counts.tolist(),
+        "agreement": agreement(labels, recipe.labels.num_outputs)})
+
+
+def _said(
+    case: CachedCase, model: LoadedModel, recipe: Recipe, tiling: Tiling, mirrored: bool,
+    watch: Callable[[int, int], None] | None,
+) -> np.ndarray:
+    """uint8 [K - 1, z, y, x]: what one model says, of the scan or of its mirror image turned back."""
+    voxels = np.asarray(case.voxels, np.float32)
+    if mirrored:
+        voxels = np.ascontiguousarray(voxels[..., ::-1])
     probs = np.empty((len(recipe.labels.organs), *case.labels.shape), np.uint8)
     z = 0
-    for slab in probabilities_prepared(np.asarray(case.voxels, np.float32), model.predictor, tiling,
-                                       air=recipe.preprocess.air, progress=watch):
+    for slab in probabilities_prepared(voxels, model.predictor, tiling, air=recipe.preprocess.air, progress=watch):
         probs[:, z : z + slab.shape[1]] = without_background(slab)
         z += slab.shape[1]
-    counts = count_organs(lambda z: labels_of(probs[:, z]), len(case.labels), len(probs))
-    entry.write({"probs": probs}, {"teacher_sha256": model.sha256, "organ_voxels": counts.tolist()})
+    if not mirrored:
+        return probs
+    # A right organ is a left one in the mirror.
+    organs = recipe.labels.mirror_table[1 : recipe.labels.num_outputs].astype(np.intp) - 1
+    return probs[organs][..., ::-1]
+
+
+def agreement(labels: Sequence[np.ndarray], num_outputs: int) -> float | None:
+    """Mean Dice of every two label maps over the organs that one of them has; None of one map, 1 of empty ones."""
+    scores = []
+    for first, second in itertools.combinations(labels, 2):
+        sizes = np.bincount(first.ravel(), minlength=num_outputs) + np.bincount(second.ravel(), minlength=num_outputs)
+        both = np.bincount(first[first == second], minlength=num_outputs)
+        scores += [2 * b / s for b, s in zip(both[1:], sizes[1:], strict=True) if s]
+    if len(labels) < 2:
+        return None
+    return float(np.mean(scores)) if scores else 1.0

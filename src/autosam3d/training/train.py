@@ -59,6 +59,8 @@ class TeacherSource:
     """A run folder, a packed model or a checkpoint's JSON."""
     sam: str | Path | None = None
     """Its SAM file, where that lies elsewhere than in its training."""
+    further: tuple[str | Path, ...] = ()
+    """More teachers; what all of them say is averaged."""
 
 
 @dataclass(frozen=True)
@@ -324,4 +326,7 @@ def _load_teacher(recipe: Recipe, source: TeacherSource | None, device: torch.de
     if source is None:
         raise UsageError("NO_TEACHER", recipe.name, "expected a teacher, since the recipe distils",
                          "use `autosam3d distill`, or set distill.lambda=1 to learn from the labels alone")
-    return load_teacher(source.path, recipe, sam=source.sam, device=device)
+    if recipe.distill.min_agreement > 0 and not source.further and not recipe.distill.teacher_mirror:
+        raise UsageError("ONE_VOTER", "distill.min_agreement", "expected two voters or more, got one teacher",
+                         "name a second one with --teacher, or set distill.teacher_mirror=true")
+    return load_teacher([source.path, *source.further], recipe, sam=source.sam, device=device)
