@@ -62,7 +62,7 @@ class LabelMap:
 
     organs: tuple[str, ...]
     side_pairs: tuple[tuple[str, str], ...] = ()
-    super_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    super_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.organs:

@@ -385,7 +385,7 @@ def test_a_teacher_of_one_crop_size_says_so_when_it_is_asked_live() -> None:
             raise RuntimeError("The size of tensor a (8) must match the size of tensor b (27)")
 
     network = Fixed()
-    asked = Teacher(LoadedModel(TEACHER, network, torch.device("cpu"), "0", {}))
+    asked = Teacher((LoadedModel(TEACHER, network, torch.device("cpu"), "0", {}),))
     with pytest.raises(CheckpointError, match="teacher_probs=cache"):
         asked.probabilities(torch.zeros(1, 1, 32, 32, 32))
     with pytest.raises(RuntimeError, match="must match"):

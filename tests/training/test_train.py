@@ -22,6 +22,7 @@ import autosam3d.checkpoints.checkpoint as checkpoint_module
 import autosam3d.checkpoints.tensor_file as tensor_file_module
 import autosam3d.data.cache as cache_module
 import autosam3d.data.entries as entries_module
+import autosam3d.training.objective as objective_module
 import autosam3d.training.run as run_module
 import autosam3d.training.run_folder as folder_module
 import autosam3d.training.state as state_module
@@ -526,7 +527,7 @@ def poisoned(steps: set[int]) -> Callable[..., SegmentationLoss]:
 
 def test_one_bad_step_is_skipped(start: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                  caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(train_module, "dice_ce_loss", poisoned({2}))
+    monkeypatch.setattr(objective_module, "dice_ce_loss", poisoned({2}))
     assert start(mini_recipe(train__epochs=2), tmp_path / "run").epoch == 2
     rows = log_rows(tmp_path / "run")
     assert [row[3] == "nan" for row in rows[1:]] == [False, True, False, False]
@@ -542,7 +543,7 @@ def test_a_step_and_a_model_that_do_not_fit_say_so(
 
     recipe = mini_recipe(train__epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "dice_ce_loss", too_large)
+        patch.setattr(objective_module, "dice_ce_loss", too_large)
         with pytest.raises(ResourceError, match=r"a training step \(batch of 2, crops of 16 x 16 x 16") as caught:
             start(recipe, tmp_path / "run")
     assert caught.value.code == "MEMORY" and "train.batch_size" in caught.value.remedy
@@ -558,7 +559,7 @@ def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_weights(
 ) -> None:
     # Five in a row over the border of an epoch of three steps.
     recipe = mini_recipe(sampling__patches_per_volume=2, train__batch_size=3, optim__ema=0.9)
-    monkeypatch.setattr(train_module, "dice_ce_loss", poisoned(set(range(3, 30))))
+    monkeypatch.setattr(objective_module, "dice_ce_loss", poisoned(set(range(3, 30))))
     with pytest.raises(CheckpointError) as caught:
         start(recipe, tmp_path / "run")
     assert caught.value.code == "NONFINITE" and caught.value.exit_code == 4 and "step 7;" in caught.value.fault
@@ -751,7 +752,7 @@ def test_fewer_validation_cases_on_request(start: Callable[..., TrainResult], tm
 def test_bf16_trains_in_bf16_and_keeps_float32_weights(start: Callable[..., TrainResult], tmp_path: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
-    real = train_module.dice_ce_loss
+    real = objective_module.dice_ce_loss
 
     def watch(logits: torch.Tensor, *args: Any, **options: Any) -> SegmentationLoss:
         loss = real(logits, *args, **options)
@@ -759,7 +760,7 @@ def test_bf16_trains_in_bf16_and_keeps_float32_weights(start: Callable[..., Trai
         return loss
 
     inner: set[torch.dtype] = set()
-    monkeypatch.setattr(train_module, "dice_ce_loss", watch)
+    monkeypatch.setattr(objective_module, "dice_ce_loss", watch)
     from autosam3d.models.autosam.encoder import Mlp
 
     forward = Mlp.forward

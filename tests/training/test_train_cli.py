@@ -200,7 +200,7 @@ def test_wrong_usage(folder: Path, tmp_path: Path) -> None:
                    "optim.warmup_epochs", "train.epochs")
     demand_failure(command_line.run("train", recipe, *base, "--set", "model.patch_size=[15,16,16]"), 2, "BAD_VALUE")
     demand_failure(command_line.run("train", recipe, *base, "--set", "nonsense"), 2, "OVERRIDE")
-    demand_failure(command_line.run("train", recipe), 2, "USAGE")
+    demand_failure(command_line.run("train", recipe), 2, "DATA")
     assert not run.exists() or list(run.iterdir()) == []  # nothing was begun
 
 
