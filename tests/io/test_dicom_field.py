@@ -283,3 +283,33 @@ def test_only_the_transfer_syntax_says_that_a_file_is_deflated(tmp_path: Path) -
         identify(path, "a file")
     assert caught.value.code == "CODEC"
     assert _refused(path.parent).code == "CODEC"
+
+
+def test_raw_numbers_of_a_series_are_those_that_are_stored(tmp_path: Path) -> None:
+    """No rescale is asked for, and padding becomes the lowest number that is no padding."""
+    for name in ("a", "b", "c", "hu"):
+        (tmp_path / name).mkdir()
+    from_zero = bad._set(RescaleIntercept=0, RescaleSlope=1)
+    plain = read_ct(bad.series(from_zero)(tmp_path / "a"), ReadOptions(intensity="raw"))
+    assert plain.intensity == "raw"
+    with pytest.raises(VolumeError) as caught:
+        read_ct(bad.series()(tmp_path / "hu"), ReadOptions(intensity="raw"))
+    assert caught.value.code == "IS_HU"
+
+    def without_rescale(ds: bad.FileDataset, index: int) -> None:
+        del ds.RescaleSlope, ds.RescaleIntercept
+
+    bare = read_ct(bad.series(without_rescale)(tmp_path / "b"), ReadOptions(intensity="raw"))
+    np.testing.assert_array_equal(bare.voxels_hu, plain.voxels_hu)
+
+    def padded(ds: bad.FileDataset, index: int) -> None:
+        from_zero(ds, index)
+        pixels = ds.pixel_array.copy()
+        pixels[0, :] = 4000
+        ds.PixelData = pixels.tobytes()
+        ds.PixelPaddingValue = 4000
+
+    volume = read_ct(bad.series(padded)(tmp_path / "c"), ReadOptions(intensity="raw"))
+    changed = volume.voxels_hu != plain.voxels_hu
+    assert float(volume.voxels_hu.max()) < 4000 and any("the lowest number" in text for text in volume.warnings)
+    assert set(np.unique(volume.voxels_hu[changed])) <= {volume.voxels_hu.min()}

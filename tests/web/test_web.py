@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from autosam3d.errors import CheckpointError, UsageError
 from autosam3d.export.web import MARKER, write_web_folder
 from autosam3d.inference.pipeline import segment
 from autosam3d.io import read_ct, read_segmentation
+from autosam3d.recipes.reading import Reading
 from web_browser import Page, absent
 
 REPO = Path(__file__).resolve().parents[2]
@@ -102,6 +104,10 @@ def test_another_model_is_another_version(web_export: Path, tmp_path: Path) -> N
     one = write_web_folder(export, tmp_path / "one")
     again = write_web_folder(export, tmp_path / "again")
     assert one.version == again.version
+    for reading in (Reading(intensity="raw"), Reading(intensity_offset=-1024)):  # the page reads HU as it is stored
+        other = replace(export, recipe=replace(export.recipe, reading=reading))
+        with pytest.raises(UsageError, match="run it with autosam3d segment"):
+            write_web_folder(other, tmp_path / "raw")
     export.meta["use"]["overlap"] = 0.5
     assert write_web_folder(export, tmp_path / "other").version != one.version
 
