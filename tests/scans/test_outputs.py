@@ -110,6 +110,21 @@ def test_a_writer_that_is_killed_leaves_what_it_replaces_protected(
     assert state_of(output) == "finished"
 
 
+@pytest.mark.parametrize("foreign", [None, "a person's labels"])
+def test_killed_again_and_again_it_is_still_this_work(tmp_path: Path, foreign: str | None) -> None:
+    """What a killed process had written is ours for the next one, which may be killed before it replaces it."""
+    output = Output(tmp_path / "organs.nii.gz")
+    if foreign is not None:
+        output.path.write_text(foreign)
+    demand_killed(lambda: output.write(identity_of(output), lambda: die(output.path.write_text("labels"))))
+    for _ in range(2):
+        assert state_of(output) == "begun"
+        demand_killed(lambda: output.write(identity_of(output), die))
+    assert state_of(output) == "begun" and state_of(output, input_sha256="other") == "foreign"
+    make(output)
+    assert state_of(output) == "finished"
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_failed_write_puts_the_report_back(tmp_path: Path, before: bool) -> None:
     output = Output(tmp_path / "organs.nii.gz")

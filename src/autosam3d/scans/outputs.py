@@ -114,7 +114,10 @@ class Output:
         replaced = _sha256_if_there(self.path)
         old_report = self.report.read_bytes() if self.report.is_file() else None
         told = {**identity, "output": self.path.name}
-        _write_report(self.report, told | {"status": "writing", "replaces_sha256": replaced})
+        protected = replaced
+        if replaced is not None and self.state(lambda: identity) == "begun":  # killed before: what is there is ours
+            protected = read_report(self.report).get("replaces_sha256")
+        _write_report(self.report, told | {"status": "writing", "replaces_sha256": protected})
         try:
             findings = write()
         except BaseException:
