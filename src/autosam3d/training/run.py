@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -82,8 +83,10 @@ class Run:
     """Moving average of the tuned weights; empty when `optim.ema` is 0."""
     bad_steps: int = 0
     """Steps in a row, up to the last one, whose gradient was not finite."""
-    data_sha256: str = ""
-    """Of everything that the preprocessed cases were made from."""
+    train_keys: list[str] = field(default_factory=list)
+    """Of each training case what it was made from, sorted."""
+    val_keys: list[str] = field(default_factory=list)
+    """The same of the validation cases."""
     organ_cases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Organ to {dataset: its training cases in which the organ was looked for}."""
     saved: Position | None = None
@@ -201,7 +204,9 @@ def save_run(run: Run) -> None:
     """
     run.fabric.barrier()
     if run.fabric.is_global_zero:
-        place = {"progress": vars(run.position), "data_sha256": run.data_sha256, "world_size": run.fabric.world_size}
+        place = {"progress": vars(run.position), "world_size": run.fabric.world_size,
+                 "threads": torch.get_num_threads(), "val_keys": run.val_keys,
+                 "train_sha256": _sha256_of(run.train_keys), "data_sha256": _sha256_of((run.train_keys, run.val_keys))}
         save_state(run.folder, run.trained.tensors(), _meta(run, _KIND) | place)
     run.fabric.barrier()
     run.saved = replace(run.position)
@@ -246,6 +251,10 @@ def resume_run(run: Run) -> None:
     if run.fabric.is_global_zero:
         saved.keep_as_last()
     run.saved = replace(run.position)
+    before, now = saved.meta.get("threads"), torch.get_num_threads()
+    if before not in (None, now) and run.fabric.device.type == "cpu":
+        log.warning("the run was saved with %s threads and goes on with %s: sums are taken in another order, so the "
+                    "last bits of the weights can differ from those of an undisturbed run", before, now)
     run.observer.on_message(f"resuming at epoch {run.position.epoch + 1}, step {run.position.global_step}")
 
 
@@ -259,4 +268,12 @@ def _demand_same_origin(run: Run, saved: SavedState) -> None:
     if before != now:
         raise UsageError("OTHER_TEACHER", saved.path, "the run began with another teacher" if before else
                          "the run began without a teacher", "give the same teacher, or name a new run folder")
-    saved.demand_same_data(run.data_sha256, "training and validation files")
+    old, new = set(saved.meta.get("val_keys", ())), set(run.val_keys)
+    if (saved.meta["recipe"]["train"]["val_cases"] != run.recipe.train.val_cases and (old < new or new < old)
+            and saved.meta.get("train_sha256") == _sha256_of(run.train_keys)):
+        return  # the same files, more or fewer of them to validate on
+    saved.demand_same_data(_sha256_of((run.train_keys, run.val_keys)), "training and validation files")
+
+
+def _sha256_of(keys: list[str] | tuple[list[str], list[str]]) -> str:
+    return hashlib.sha256(repr(keys).encode()).hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from autosam3d.recipes.yaml_text import parse_yaml
 from autosam3d.training.optimizer import state_bytes
 from autosam3d.training.run import Run
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
@@ -39,18 +43,48 @@ def hold_run_folder(folder: Path, fabric: Fabric) -> Iterator[None]:
         yield
 
 
+FREE = ("num_workers", "save_every_steps", "validate_every", "val_cases", "val_overlap", "max_nan_steps")
+"""Settings of `train` that change no step, with which a run may therefore go on otherwise than it began."""
+_CHOOSE_BEST = ("validate_every", "val_cases", "val_overlap")
+
+
 def prepare_run_folder(folder: Path, recipe: Recipe, fabric: Fabric) -> None:
-    """Write recipe.yaml into `folder`, or check that the run in it is of the same recipe and settings.
+    """Write recipe.yaml into `folder`, or check that the run in it is of the same recipe and settings, but for `FREE`.
 
     Raises:
         UsageError: OTHER_RUN.
         ResourceError: NOT_WRITABLE.
     """
-    text = dump_recipe(recipe)
+    text, path = dump_recipe(recipe), folder / "recipe.yaml"
     if fabric.is_global_zero:
-        claim_run_folder(folder, "recipe.yaml", text)
+        claim_run_folder(folder, path.name, text)
     fabric.barrier()
-    demand_same_run(folder, "recipe.yaml", text, lambda there: _means(there, recipe, folder / "recipe.yaml"))
+    begun = _recipe_at(path)
+    if begun is None:
+        demand_same_run(folder, path.name, text)
+        return
+    as_begun = replace(recipe, train=replace(recipe.train, **{key: getattr(begun.train, key) for key in FREE}))
+    # A key that an older version did not know has its default.
+    demand_same_run(folder, path.name, dump_recipe(as_begun), lambda _: begun == as_begun)
+
+
+def keep_recipe(run: Run) -> None:
+    """Let recipe.yaml say how a run goes on that has been taken up with other settings of `FREE`.
+
+    Raises:
+        ResourceError: NOT_WRITABLE, NO_SPACE.
+    """
+    path, recipe = run.folder / "recipe.yaml", run.recipe
+    run.fabric.barrier()  # all have read it
+    begun = _recipe_at(path)
+    if begun is None or begun == recipe or not run.fabric.is_global_zero:
+        return
+    for key in _CHOOSE_BEST:
+        before, now = getattr(begun.train, key), getattr(recipe.train, key)
+        if before != now:
+            log.warning("train.%s is %s now and was %s: from here on the best weights are chosen otherwise, and Dice "
+                        "of validations before and after may not compare", key, now, before)
+    write_text_atomic(path, dump_recipe(recipe))
 
 
 def claim_run_folder(folder: Path, name: str, text: str) -> None:
@@ -95,12 +129,12 @@ def demand_same_run(folder: Path, name: str, text: str, same: Callable[[str], bo
                          f"got {new!r}", "name a new folder with --out, or give the same settings")
 
 
-def _means(text: str, recipe: Recipe, path: Path) -> bool:
-    """Whether a resolved recipe is this one: a key that an older version did not know has its default."""
+def _recipe_at(path: Path) -> Recipe | None:
+    """What a resolved recipe says; None where it is none."""
     try:
-        return recipe_from_dict(parse_yaml(text, str(path)), path) == recipe
-    except RecipeError:
-        return False
+        return recipe_from_dict(parse_yaml(path.read_text("utf-8"), str(path)), path)
+    except (OSError, ValueError, RecipeError):
+        return None
 
 
 def demand_space(run: Run) -> None:

@@ -7,7 +7,6 @@ before it; several processes agree on it, between two steps and after each windo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -40,7 +39,7 @@ from autosam3d.training.run import (
     start_run,
     warnings_of_one_rank,
 )
-from autosam3d.training.run_folder import demand_space, hold_run_folder, prepare_run_folder
+from autosam3d.training.run_folder import demand_space, hold_run_folder, keep_recipe, prepare_run_folder
 from autosam3d.training.runlog import RunLog
 from autosam3d.training.schedule import demand_full_rate, learning_rate
 from autosam3d.training.state import copy_into
@@ -93,7 +92,8 @@ def train(
     window of a validation, that they are in.
 
     Args:
-        run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe.
+        run_folder: made if absent; a run that stands there already is resumed, if it is of the same recipe, but for
+            settings that change no step (`run_folder.FREE`).
         sam: SAM weights, a file or a Hugging Face id. None trains everything from scratch.
         teacher: whom the network learns from, as ``recipe.distill`` says. Not even opened where the labels alone count.
         device: "auto", "cpu", "cuda" or "cuda:N". Started by `torchrun`, each process takes its own device.
@@ -140,10 +140,10 @@ def _take_up(run: Run, cases: CaseSet, cache_dir: Path) -> tuple[list[CachedCase
     """Training and validation cases, and `run` where it stood when it was last saved."""
     train_cases, val_cases = cache_on_all_ranks(run, cases, cache_dir)
     demand_organs(train_cases, run.recipe, cases.folder)
-    keys = sorted(case.key for case in train_cases), sorted(case.key for case in val_cases)
-    run.data_sha256 = hashlib.sha256(repr(keys).encode()).hexdigest()
+    run.train_keys, run.val_keys = (sorted(case.key for case in part) for part in (train_cases, val_cases))
     run.organ_cases = organ_counts(cases.train, run.recipe, cases.folder.name)
     resume_run(run)
+    keep_recipe(run)
     return ask_teacher(run, train_cases, cache_dir), val_cases
 
 
