@@ -102,8 +102,8 @@ def recipe_of(meta: Mapping[str, Any], json_path: Path) -> Recipe:
         return recipe_from_dict(meta["recipe"], json_path)
     except RecipeError as error:
         key = str(error.where).removeprefix(str(json_path)).removeprefix(": ")
-        told = f"{key}: {error.fault}" if key else error.fault
-        raise CheckpointError("MISMATCH", json_path, f"its recipe is not valid here: {told}",
+        fault = f"{key}: {error.fault}" if key else error.fault
+        raise CheckpointError("MISMATCH", json_path, f"its recipe is not valid here: {fault}",
                               "use the version of autosam3d that wrote it") from None
 
 

@@ -26,8 +26,8 @@ def network_bytes(json_path: Path, meta: Mapping[str, Any], recipe: Recipe) -> i
         recipe: in it.
     """
     weights = meta["weights"]
-    told = weights.get("bytes")
-    own = told if isinstance(told, int) else 0
+    stated = weights.get("bytes")
+    own = stated if isinstance(stated, int) else 0
     try:
         with safe_open(json_path.parent / str(weights.get("file")), framework="np") as file:
             names = list(file.keys())

@@ -139,12 +139,13 @@ def _int8_scans(wish: list[Path] | None, has_ct: bool) -> list[Path]:
 def _print_int8(int8: Any) -> None:
     from autosam3d.export.certificate import int8_text
 
-    told = int8.as_dict()
-    worst = min(told["organs"], key=lambda name: told["organs"][name]["worst"])
-    typer.echo(f"openvino-int8: {int8_text(told)}; on {told['judging_scans']} scans that did not calibrate it Dice "
-               f"against float32 is {told['mean_dice']:.4f}, at worst {told['organs'][worst]['worst']:.4f} ({worst})")
-    if told["organs_not_judged"]:
-        typer.echo(f"these scans show no {', '.join(told['organs_not_judged'])}: INT8 is not judged there", err=True)
+    figures = int8.as_dict()
+    worst = min(figures["organs"], key=lambda name: figures["organs"][name]["worst"])
+    typer.echo(f"openvino-int8: {int8_text(figures)}; on {figures['judging_scans']} scans that did not calibrate it "
+               f"Dice against float32 is {figures['mean_dice']:.4f}, at worst {figures['organs'][worst]['worst']:.4f} "
+               f"({worst})")
+    if figures["organs_not_judged"]:
+        typer.echo(f"these scans show no {', '.join(figures['organs_not_judged'])}: INT8 is not judged there", err=True)
 
 
 def _print_parity(rows: Any, not_run: dict[str, str]) -> None:

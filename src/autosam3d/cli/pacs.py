@@ -118,8 +118,8 @@ def status(
         jobs, unsettled = ledger.jobs(), ledger.unsettled()
     incoming = num_series(StateFolder(state).incoming)
     if as_json:
-        told = {"series": [job.as_dict() for job in jobs], "unsettled_studies": unsettled, "incoming_series": incoming}
-        typer.echo(json.dumps(told, indent=1))
+        rows = {"series": [job.as_dict() for job in jobs], "unsettled_studies": unsettled, "incoming_series": incoming}
+        typer.echo(json.dumps(rows, indent=1))
         return
     typer.echo(f"{'series':16}  {'state':9}  {'slices':>6}  {'tries':>5}  {'changed':19}  reason")
     for job in jobs:

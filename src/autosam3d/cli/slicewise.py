@@ -71,10 +71,10 @@ def segment(
     chosen = _chosen(cases, part, keys.cases)
 
     model = load_slice_sam(sam, tuned=tuned, device=pick_device(device))
-    told: dict[str, Any] = model.tuned.meta.get("settings", {}) if model.tuned else {}
-    prompts = keys.prompt_spec(prompt or told.get("prompt", "point"))
+    tuned_with: dict[str, Any] = model.tuned.meta.get("settings", {}) if model.tuned else {}
+    prompts = keys.prompt_spec(prompt or tuned_with.get("prompt", "point"))
     with progress_bars() as bars:
-        settings = SlicewiseSettings(framing=_framing(plan, style or told.get("framing", {}).get("style", "sam")),
+        settings = SlicewiseSettings(framing=_framing(plan, style or tuned_with.get("framing", {}).get("style", "sam")),
                                      prompts=prompts, read_options=plan.reading.options())
         result = segment_cases(chosen, model, out, plan.labels, settings, cache=cache, overwrite=overwrite,
                                progress=BatchView(bars, "cases", "slices"))

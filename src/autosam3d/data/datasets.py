@@ -141,10 +141,10 @@ class _Facts:
         self, folder: Path, index: Mapping[str, Any], source: DataSource, recipe: Recipe, means: Mapping[str, int]
     ) -> None:
         self._folder, self._index, self._recipe, self._means = folder, index, recipe, means
-        strangers = sorted(set(source.drawn or ()) - set(index["labels"]))
-        if strangers:
+        unknown = sorted(set(source.drawn or ()) - set(index["labels"]))
+        if unknown:
             raise VolumeError("PARTIAL_LABELS", folder / "dataset.json", f"expected the names of data.{source.name}."
-                              f"drawn among its labels, got {', '.join(strangers)}", "correct the recipe")
+                              f"drawn among its labels, got {', '.join(unknown)}", "correct the recipe")
         self._looked = looked_for(folder, index)
         self._default = frozenset(source.drawn if source.drawn is not None else means)
 
@@ -167,24 +167,24 @@ class _Facts:
 
 def _meanings(source: DataSource, labels: Mapping[str, Any], recipe: Recipe, where: Path) -> dict[str, int]:
     """Name in ``dataset.json`` to the recipe's value, 0 for what the model does not learn."""
-    strangers = sorted(set(source.organs) - set(labels))
-    if strangers:
-        near = difflib.get_close_matches(strangers[0], [str(name) for name in labels], 1)
+    unknown = sorted(set(source.organs) - set(labels))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [str(name) for name in labels], 1)
         raise VolumeError("LABELS", where, f"expected the names of data.{source.name}.organs among its labels "
-                          f"{[n for n in labels if n != 'background']}, got {', '.join(strangers)}",
+                          f"{[n for n in labels if n != 'background']}, got {', '.join(unknown)}",
                           f"write {near[0]}" if near else "correct the recipe")
     values = {plain_name(name): value for name, value in recipe.labels.values.items()}
     dropped = {plain_name(organ) for organ in recipe.dataset.background_organs} | {"background"}
-    means, unknown = {}, []
+    means, unexplained = {}, []
     for name in labels:
         if name == "background":
             continue
         meant = plain_name(source.organs.get(name, name))
         if meant not in values and meant not in dropped:
-            unknown.append(name)
+            unexplained.append(name)
         means[name] = values.get(meant, 0)
-    if unknown or not any(means.values()):
-        got = f"got {', '.join(unknown)}" if unknown else f"got {', '.join(means) or 'none'}"
+    if unexplained or not any(means.values()):
+        got = f"got {', '.join(unexplained)}" if unexplained else f"got {', '.join(means) or 'none'}"
         raise VolumeError("LABELS", where, f"expected organs of the recipe {recipe.name} "
                           f"({', '.join(recipe.labels.values)}), {got}",
                           f"say in the recipe what they mean: data: [{{name: {source.name}, organs: "

@@ -53,7 +53,7 @@ def evaluate_folder(
     Args:
         predictions: a folder of label maps, or one file.
         truth: the same for the truth.
-        labels: the organs that are scored; None as told above.
+        labels: the organs that are scored; None as described above.
         tolerances_mm: of the NSD; the first one is the headline.
         ct_folder: scans for pictures; default the ``images*`` sibling of a ``labels*`` truth folder, if it exists.
         read_options: for reading both sides.

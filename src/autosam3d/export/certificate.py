@@ -89,8 +89,8 @@ def _int8_lines(int8: dict[str, Any]) -> list[str]:
     return [
         "## INT8", "", f"openvino-int8: {int8_text(int8)}. It is run only where it is named.",
         f"Bounds: Dice against float32 {bounds['mean_dice']:g} in the mean of the organs, {bounds['worst_dice']:g} for "
-        f"the worst of any scan, from {bounds['dice_judged_from_voxels']} voxels on; logits and equal labels are told, "
-        "not judged.",
+        f"the worst of any scan, from {bounds['dice_judged_from_voxels']} voxels on; logits and equal labels are "
+        "reported, not judged.",
         f"Judged on {int8['judging_scans']} whole scans that did not calibrate it: mean Dice {int8['mean_dice']:.4f}.",
         "", "| organ | mean Dice | worst scan | scans |", "|---|---|---|---|",
         *(f"| {name} | {organ['mean']:.4f} | {organ['worst']:.4f} | {organ['scans']} |"

@@ -13,8 +13,9 @@ no bound for its logits; labels and Dice say whether it matters. A Dice is judge
 one voxel at a border moves it by more than the bound. What a case does not show, it does not prove: organs that are in
 none of its windows are named.
 
-INT8 is another network by intent, so its logits and its share of equal labels are told and not judged. It has bounds of
-its own, on Dice alone: 0.99 in the mean of the organs, 0.97 for the worst. *Source*: the issue that asked for INT8.
+INT8 is another network by intent, so its logits and its share of equal labels are reported and not judged. It has
+bounds of its own, on Dice alone: 0.99 in the mean of the organs, 0.97 for the worst. *Source*: the issue that asked
+for INT8.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Reference:
     logits: np.ndarray
     """float32 [n, K, D, H, W]."""
     of_stored_weights: bool = True
-    """False where they are of the weights as they were trained: then the difference is told and not judged."""
+    """False where they are of the weights as they were trained: then the difference is reported and not judged."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How long a scan will take: told as soon as it is known, where it is long."""
+"""How long a scan will take: announced as soon as it is known, where it is long."""
 
 from __future__ import annotations
 

@@ -94,9 +94,11 @@ def demand_labels(note: str, labels: Sequence[str], where: Path) -> None:
     except (ValueError, RecursionError):
         got = None
     if got != list(labels):
-        told = f"{len(got)}, {', '.join(str(n)[:40] for n in got[:64])}" if isinstance(got, list) else "unnamed classes"
+        listed = "unnamed classes"
+        if isinstance(got, list):
+            listed = f"{len(got)}, {', '.join(str(n)[:40] for n in got[:64])}"
         raise CheckpointError("MISMATCH", where, f"expected a network of {len(labels)} classes, {', '.join(labels)}; "
-                              f"got one of {told}", "export the model again, or copy the whole folder again")
+                              f"got one of {listed}", "export the model again, or copy the whole folder again")
 
 
 def labels_note(labels: Sequence[str]) -> str:

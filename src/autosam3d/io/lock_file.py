@@ -40,7 +40,7 @@ def hold_folder(
 ) -> Iterator[HeldFolder]:
     """Make `folder`; inside, this process alone works there. The hold ends with the process, however it ends.
 
-    The lock file is signed with process and host, so that whoever is turned away is told by whom; an orderly end
+    The lock file is signed with process and host, so that whoever is turned away learns by whom; an orderly end
     empties it. Windows has no such locks: there the folder is made and nobody is turned away.
 
     Args:

@@ -93,10 +93,10 @@ class ReadOptions:
             return None
         if self.asked_by == "library":
             return f"ReadOptions({name}{value!r})"
-        told = str(value).lower() if isinstance(value, bool) else value
+        text = str(value).lower() if isinstance(value, bool) else value
         if name.endswith("="):
-            return f"{name}{told}"
-        return name if value is True else f"{name} {told}"
+            return f"{name}{text}"
+        return name if value is True else f"{name} {text}"
 
     def remedy(self, option: str, value: object, plain: str, more: str = ", or use {}") -> str:
         """A remedy: `plain`, and `more` behind it where who asked can give `value` to an option.

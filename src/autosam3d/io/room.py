@@ -1,4 +1,4 @@
-"""Room on a disk: asked for before long work, and told in bytes where it has run out."""
+"""Room on a disk: checked before long work, and reported in bytes where it has run out."""
 
 from __future__ import annotations
 

@@ -98,17 +98,17 @@ class Recipe:
         demand(fits, "train.deep_supervision", f"false, since {self.model.network} has no coarser outputs",
                 self.train.deep_supervision)
         values = (self.dataset.download and self.dataset.download.label_values) or {}
-        strangers = sorted(set(values.values()) - {*self.labels.organs, "background"})
-        demand(not strangers, "dataset.download.label_values", "names of organs or background", strangers)
+        unknown = sorted(set(values.values()) - {*self.labels.organs, "background"})
+        demand(not unknown, "dataset.download.label_values", "names of organs or background", unknown)
         names = [source.name for source in self.data]
         demand(len(set(names)) == len(names), "data", "datasets of different names", names)
         for source in self.data:
             fits = source.reading is None or source.reading.intensity == self.reading.intensity
             demand(fits, f"data.{source.name}.reading.intensity", f"{self.reading.intensity}, as the recipe's reading",
                    source.reading and source.reading.intensity)
-            strangers = sorted({*source.organs.values()} - {*self.labels.values, "background"})
-            demand(not strangers, f"data.{source.name}.organs", "organs or super-classes of the recipe, or background",
-                   strangers)
+            unknown = sorted({*source.organs.values()} - {*self.labels.values, "background"})
+            demand(not unknown, f"data.{source.name}.organs", "organs or super-classes of the recipe, or background",
+                   unknown)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON or YAML."""

@@ -57,9 +57,9 @@ def with_model(recipe: Mapping[str, Any], preset: str | Path) -> dict[str, Any]:
         RecipeError: NO_PRESET, or a preset that is none.
     """
     method, where = _read_preset(preset)
-    strangers = sorted(str(key) for key in set(method) - {*_PRESET_SECTIONS})
-    if strangers:
-        raise RecipeError("UNKNOWN_KEY", f"{where}: {strangers[0]}", "no such key in a model preset",
+    unknown = sorted(str(key) for key in set(method) - {*_PRESET_SECTIONS})
+    if unknown:
+        raise RecipeError("UNKNOWN_KEY", f"{where}: {unknown[0]}", "no such key in a model preset",
                           f"remove it: a preset has {', '.join(_PRESET_SECTIONS)}")
     for section in ("model", "optim", "train"):
         if not isinstance(method.get(section), dict):

@@ -65,8 +65,8 @@ def fastest_backend(export: Export, threads: int) -> str:
     if not costs:
         return names[-1]  # loading it will say what is wrong
     best = min(costs, key=costs.__getitem__)
-    told = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in costs.items())
-    _log.info("runtimes measured, a window takes: %s", told)
+    measured = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in costs.items())
+    _log.info("runtimes measured, a window takes: %s", measured)
     with contextlib.suppress(AutoSam3dError, OSError):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def segment_batch(
         segment_options: how the windows walk, and within which memory.
         overwrite: replace outputs that are there and are not this very batch's; without it nothing is begun.
         preview: also write a picture, ``CASE.png``.
-        progress: told of scans and windows.
+        progress: called with scans and windows.
 
     Returns:
         Also where cases failed; a failure is an `AutoSam3dError`, anything else is a bug and passes through.

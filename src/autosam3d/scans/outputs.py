@@ -113,18 +113,18 @@ class Output:
         remove_stale_temporaries(self.path.parent)
         replaced = _sha256_if_there(self.path)
         old_report = self.report.read_bytes() if self.report.is_file() else None
-        told = {**identity, "output": self.path.name}
+        facts = {**identity, "output": self.path.name}
         protected = replaced
         if replaced is not None and self.state(lambda: identity) == "begun":  # killed before: what is there is ours
             protected = read_report(self.report).get("replaces_sha256")
-        _write_report(self.report, told | {"status": "writing", "replaces_sha256": protected})
+        _write_report(self.report, facts | {"status": "writing", "replaces_sha256": protected})
         try:
             findings = write()
         except BaseException:
             if _sha256_if_there(self.path) == replaced:
                 _put_back(self.report, old_report)
             raise
-        _write_report(self.report, told | {**findings, "output_sha256": sha256_of(self.path), "status": "finished"})
+        _write_report(self.report, facts | {**findings, "output_sha256": sha256_of(self.path), "status": "finished"})
         if replaced is not None:
             self._remove_reports_of(replaced)
 
@@ -166,7 +166,7 @@ class Output:
         """Whether a report that stands in this one's place is that of another output, which is there."""
         if not report:
             return False
-        if isinstance(told := report.get("output"), str) and (name := Path(told).name):
+        if isinstance(named := report.get("output"), str) and (name := Path(named).name):
             other = self.path.with_name(name)
             return other.name != self.path.name and other.exists() and not (
                 self.path.exists() and other.samefile(self.path))

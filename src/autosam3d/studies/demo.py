@@ -40,7 +40,7 @@ def run_demo(folder: Path, observer: Observer, show: Show) -> DemoResult:
     """Everything below `folder`; a demo that stands there is taken up where it stopped, and what it has is kept.
 
     Args:
-        observer: is shown the training, and told what an earlier call has done.
+        observer: is shown the training, and informed of what an earlier call has done.
         show: for the stages beside training.
     """
     started = time.perf_counter()

@@ -125,15 +125,15 @@ def _marginal_loss(
     log_probs: Tensor, labels: Tensor, groups: Tensor, dice_weight: float, ce_weight: float, batch_dice: bool
 ) -> SegmentationLoss:
     possible = groups.any(2)  # B V
-    told = possible[:, 1:].any(1)
-    if not told.any():
+    labelled = possible[:, 1:].any(1)
+    if not labelled.any():
         nothing = log_probs.sum() * 0
         dice = nothing
         if batch_dice and _num_ranks() > 1:  # the other ranks wait for this one's sums
             none = nothing.expand(possible.shape[1])
             dice = _dice_over_ranks(none, none, possible.any(0))
         return SegmentationLoss(nothing + dice_weight * dice, dice.detach(), nothing.detach())
-    log_probs, labels, groups, possible = log_probs[told], labels[told], groups[told], possible[told]
+    log_probs, labels, groups, possible = log_probs[labelled], labels[labelled], groups[labelled], possible[labelled]
     members = torch.stack([table[crop] for table, crop in zip(groups, labels, strict=True)]).movedim(-1, 1)
     cross_entropy = -torch.logsumexp(log_probs.masked_fill(~members, -torch.inf), dim=1).mean()
     probs = torch.einsum("bvk,bkzyx->bvzyx", groups.float(), log_probs.exp())
@@ -150,8 +150,8 @@ def _marginal_loss(
 
 def _dice_over_ranks(overlap: Tensor, total: Tensor, possible: Tensor) -> Tensor:
     """1 - Dice of the sums of all ranks, (V) each, the mean over the values that some rank's maps can hold."""
-    overlap, total, told = _over_ranks(torch.stack((overlap, total, possible.to(overlap.dtype))))
-    held = told > 0.5
+    overlap, total, holders = _over_ranks(torch.stack((overlap, total, possible.to(overlap.dtype))))
+    held = holders > 0.5
     if not held.any():
         return overlap.sum() * 0
     return 1 - ((2 * overlap + _SMOOTH) / (total + _SMOOTH))[held].mean()

@@ -54,27 +54,27 @@ def step_objective(
     settings, distill = run.recipe.train, run.recipe.distill
     weight = distill.label_weight if distill else 1.0
     values: dict[str, Tensor] = {}
-    own = told = total = None
+    from_labels = from_teacher = total = None
     if weight > 0 or weigh:
         how = {"dice_weight": settings.dice_weight, "ce_weight": settings.ce_weight, "batch_dice": settings.batch_dice}
         deep = isinstance(outputs, list)
         parts = (deep_dice_ce_loss(outputs, labels, groups, **how) if deep
                  else dice_ce_loss(outputs, labels, groups, **how))
-        own = parts.total
+        from_labels = parts.total
         if weight > 0:
             values |= {"dice_loss": parts.dice, "ce_loss": parts.cross_entropy}
-            total = own if weight == 1 else weight * own
+            total = from_labels if weight == 1 else weight * from_labels
     if distill and weight < 1:
         assert run.teacher is not None
         if probs is None:
             with run.fabric.autocast():
                 probs = run.teacher.probabilities(voxels)
         finest = outputs[0] if isinstance(outputs, list) else outputs
-        told = teacher_term(finest, probs, distill, settings.batch_dice)
-        values["teacher_loss"] = told
-        total = (1 - weight) * told if total is None else total + (1 - weight) * told
+        from_teacher = teacher_term(finest, probs, distill, settings.batch_dice)
+        values["teacher_loss"] = from_teacher
+        total = (1 - weight) * from_teacher if total is None else total + (1 - weight) * from_teacher
     assert total is not None
-    return Objective(total, own, told, {"loss": total, **values})
+    return Objective(total, from_labels, from_teacher, {"loss": total, **values})
 
 
 def teacher_term(logits: Tensor, probs: Tensor, distill: Distillation, batch_dice: bool) -> Tensor:

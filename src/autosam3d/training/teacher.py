@@ -29,7 +29,7 @@ _CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Answer:
     """What a teacher said of a case: its probabilities, and `organ_voxels` of where it is worth to look."""
 
     probs: StoredArray
@@ -142,9 +142,10 @@ def cache_probabilities(
         if progress:
             progress(index, len(cases))
         entry = _entry(case, teacher, recipe, cache_dir)
-        told = open_or_build(entry, partial(_read, case, recipe), partial(_build, entry, case, teacher, recipe, watch),
-                              f"the teacher's probabilities of {case.name}")
-        done.append(_with_probs(case, told, recipe))
+        build = partial(_build, entry, case, teacher, recipe, watch)
+        answer = open_or_build(entry, partial(_read, case, recipe), build,
+                               f"the teacher's probabilities of {case.name}")
+        done.append(_with_probs(case, answer, recipe))
     if progress:
         progress(len(cases), len(cases))
     return done
@@ -159,18 +160,18 @@ def open_probabilities(cases: Sequence[CachedCase], teacher: Teacher, recipe: Re
     """
     opened = []
     for case in cases:
-        told = open_entry(_entry(case, teacher, recipe, cache_dir), partial(_read, case, recipe))
-        opened.append(_with_probs(case, told, recipe))
+        answer = open_entry(_entry(case, teacher, recipe, cache_dir), partial(_read, case, recipe))
+        opened.append(_with_probs(case, answer, recipe))
     return opened
 
 
-def _with_probs(case: CachedCase, told: _Told, recipe: Recipe) -> CachedCase:
+def _with_probs(case: CachedCase, answer: _Answer, recipe: Recipe) -> CachedCase:
     assert recipe.distill is not None
     if recipe.distill.label_weight > 0 and case.drawn != frozenset():
-        return replace(case, probs=told.probs, agreement=told.agreement)
+        return replace(case, probs=answer.probs, agreement=answer.agreement)
     # Where the teacher alone speaks, labels do not say where to look, either.
-    return replace(case, probs=told.probs, organ_voxels=told.organ_voxels, organs_of_teacher=True,
-                   agreement=told.agreement)
+    return replace(case, probs=answer.probs, organ_voxels=answer.organ_voxels, organs_of_teacher=True,
+                   agreement=answer.agreement)
 
 
 def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) -> Entry:
@@ -185,13 +186,13 @@ def _entry(case: CachedCase, teacher: Teacher, recipe: Recipe, cache_dir: Path) 
     return Entry(folder / f"{name}.json", {"probs": folder / f"{name}.npy"})
 
 
-def _read(case: CachedCase, recipe: Recipe, entry: Entry, facts: Mapping[str, Any]) -> _Told:
+def _read(case: CachedCase, recipe: Recipe, entry: Entry, facts: Mapping[str, Any]) -> _Answer:
     probs, counts = entry.stored("probs"), np.array(facts["organ_voxels"], COUNTS_DTYPE)
     num_organs = len(recipe.labels.organs)
     fits = probs.shape == (num_organs, *case.labels.shape) and counts.shape == (len(case.labels), num_organs + 1)
     if probs.dtype != np.uint8 or not fits:
         raise ValueError(f"{entry.info_path}: probabilities of another type or shape")
-    return _Told(probs, counts, facts["agreement"])
+    return _Answer(probs, counts, facts["agreement"])
 
 
 def _build(

@@ -144,8 +144,8 @@ def _without_few(labels: list[Hashable], *values: Hashable, at_least: int) -> li
 
 def _passes(times_s: list[float | None]) -> list[Hashable]:
     """Which pass of the scanner each slice is of: the times fall into groups with pauses between."""
-    told = sorted({time for time in times_s if time is not None})
-    starts = [told[0], *(b for a, b in itertools.pairwise(told) if b - a > _MIN_PAUSE_S)] if told else []
+    known = sorted({time for time in times_s if time is not None})
+    starts = [known[0], *(b for a, b in itertools.pairwise(known) if b - a > _MIN_PAUSE_S)] if known else []
     labels: list[Hashable] = [-1 if time is None else sum(start <= time for start in starts) for time in times_s]
     labels = _without_few(labels, -1, at_least=_MIN_WITHOUT)
     return _without_few(labels, *set(labels), at_least=_MIN_LIKELY_SLICES)
@@ -155,18 +155,18 @@ def _ramps(numbers: list[int | None]) -> list[Hashable]:
     """Two runs of numbers that alternate from slice to slice, as 1, 47, 2, 48: two passes that no tag tells apart."""
     if None in numbers or len(numbers) < 2 * _MIN_WITHOUT:
         return [None] * len(numbers)
-    told = np.array(numbers)
-    own = told[2:] - told[:-2]
+    known = np.array(numbers)
+    own = known[2:] - known[:-2]
     alternate = abs(int(own[0])) == 1 and (own == own[0]).all()
     return [index % 2 for index in range(len(numbers))] if alternate else [None] * len(numbers)
 
 
 def _lie_in_one_another(labels: list[Hashable], places: list[int]) -> bool:
     """Whether the groups are anything but blocks one above the other."""
-    told = [(place, label) for place, label in zip(places, labels, strict=True) if label is not None]
-    changes = [(below, above) for below, above in itertools.pairwise(told) if below[1] != above[1]]
+    known = [(place, label) for place, label in zip(places, labels, strict=True) if label is not None]
+    changes = [(below, above) for below, above in itertools.pairwise(known) if below[1] != above[1]]
     shared = any(below[0] == above[0] for below, above in changes)
-    return shared or 1 + len(changes) > len({label for _, label in told})
+    return shared or 1 + len(changes) > len({label for _, label in known})
 
 
 def _parted(keys: dict[str, list[Hashable]], places: list[int]) -> tuple[list[list[int]], list[str]]:
@@ -202,7 +202,7 @@ def _start_s(group: list[int], found: list[Acquired]) -> float:
 
 def _choice(groups: dict[int, list[int]], found: list[Acquired], heights_mm: np.ndarray, where: str | Path,
             options: ReadOptions, fault: str) -> UsageError:
-    """Times are told as seconds after the first, as the time of day may be a patient's."""
+    """Times are given as seconds after the first, as the time of day may be a patient's."""
     zero = min((a.time_s for a in found if a.time_s is not None), default=None)
     if not all(any(found[index].time_s is not None for index in group) for group in groups.values()):
         zero = None

@@ -1,4 +1,4 @@
-"""The files of a folder, opened with distrust: which of them are DICOM, and what each of these is.
+"""The files of a folder, opened without believing them: which of them are DICOM, and what each of these is.
 
 No name, number, date or text of a patient leaves this module: messages name a file by its place in the sorted
 folder.

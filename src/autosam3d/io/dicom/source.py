@@ -101,7 +101,7 @@ def read_source_series(folder: str | Path, grid: SourceGrid | None, options: Rea
         identity = _identity(first, warnings)
         identity.StudyInstanceUID = _uid(first, "StudyInstanceUID", f"{folder}: file {slices[0].number}")
         images = tuple(_image(ct_slice, folder, mm) for ct_slice, mm in zip(slices, thicknesses_mm, strict=True))
-    if is_even:  # one distance for all is told only where there is one
+    if is_even:  # one distance for all is stated only where there is one
         for image in images:
             image.SpacingBetweenSlices = image.SliceThickness
     if len({image.SOPInstanceUID for image in images}) != len(images):

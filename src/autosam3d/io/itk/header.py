@@ -81,8 +81,8 @@ def no_orientation(path: str | Path, fields: str, options: ReadOptions) -> Volum
 def demand_spacings(spacings: np.ndarray, path: str | Path) -> None:
     """Raises VolumeError SPACING where one is no length."""
     if not (np.isfinite(spacings).all() and (spacings > 0).all()):
-        told = ", ".join(f"{s:g}" for s in spacings)
-        raise VolumeError("SPACING", path, f"expected positive spacings, got {told}", EXPORT)
+        listed = ", ".join(f"{s:g}" for s in spacings)
+        raise VolumeError("SPACING", path, f"expected positive spacings, got {listed}", EXPORT)
 
 
 def demanded(fields: Mapping[str, str], name: str, path: str | Path) -> str:

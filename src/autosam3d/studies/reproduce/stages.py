@@ -124,8 +124,8 @@ def _nnunet(run: PlannedRun, study: Study, given: Given) -> list[str]:
     length = ["--minutes", f"{study.budget_minutes:g}"] if study.budget_minutes else []
     small = (f"patch={list(SMALL_PATCH)}", "batch=2", "iterations=50") if run.spec.small else ()
     usual = asdict(Reading())
-    reading = (f"reading.{key}={json.dumps(told)}" for key, told in asdict(run.recipe.reading).items()
-               if told != usual[key])
+    reading = (f"reading.{key}={json.dumps(value)}" for key, value in asdict(run.recipe.reading).items()
+               if value != usual[key])
     size = [word for key in (*small, *reading) for word in ("--set", key)]
     return ["nnunet", str(study.data), str(run.run), "--preset", run.spec.model, "--python",
             str(given.nnunet_python or sys.executable), *length, *size, *_TOLERANCES]

@@ -146,8 +146,8 @@ def _rows(spec: PaperTable, models: set[str]) -> tuple[Row, ...]:
     """The paper's, then those that it lacks and `models` have."""
     more = [row for row in spec.more_rows if row.key in models]
     known = {row.key for row in (*spec.rows, *more)}
-    strangers = (Row(key=model, name=model, facts=("",) * len(spec.facts)) for model in sorted(models - known))
-    return (*spec.rows, *more, *strangers)
+    others = (Row(key=model, name=model, facts=("",) * len(spec.facts)) for model in sorted(models - known))
+    return (*spec.rows, *more, *others)
 
 
 def tests_table(key: str, families: Mapping[tuple[str, Measure], Sequence[Comparison]]) -> Table | None:

@@ -1,4 +1,4 @@
-"""Many cases through SAM slice by slice: finished ones are skipped, failures are told, the rest is done."""
+"""Many cases through SAM slice by slice: finished ones are skipped, failures are reported, the rest is done."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def segment_cases(
         settings: pictures, prompts and reading.
         cache: a folder for embeddings, for several prompts or tunings on one encoder; None keeps none.
         overwrite: replace outputs that are not of this very call; without it nothing is begun.
-        progress: told of cases, and of the slices of the case at work in the place of windows.
+        progress: called with cases, and of the slices of the case at work in the place of windows.
 
     Returns:
         Also where cases failed.
