@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from autosam3d.io.files import sha256_of
 from made_once import made_once
 from mini_run import mini_recipe
 
+PACKAGED = Path(__file__).resolve().parents[1] / "src/autosam3d/weights/openkbp_tiny"
 SIZE = (16, 16, 16)
 LABELS = ["background", "right_kidney", "left_kidney"]
 
@@ -59,6 +62,19 @@ def mini_export(seed: int = 0) -> Path:
     from autosam3d.export.export import export_model
 
     return made_once(f"mini_export_{seed}", lambda folder: export_model(loaded(Convolutions(seed)), folder))
+
+
+@functools.cache
+def packaged_export() -> Path:
+    """The packaged model, exported (read-only, please); AUTOSAM3D_WEB_EXPORT names a folder where that was done."""
+    if ready := os.environ.get("AUTOSAM3D_WEB_EXPORT"):
+        return Path(ready)
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package, reason="needs the extra export")
+    from autosam3d.checkpoints.checkpoint import load_model
+    from autosam3d.export.export import export_model
+
+    return made_once("packaged_export", lambda folder: export_model(load_model(PACKAGED), folder))
 
 
 def copied(folder: Path, export: Path | None = None) -> Path:

@@ -21,7 +21,7 @@ from autosam3d.checkpoints.exported import open_export
 from autosam3d.data.phantom import make_phantom
 from autosam3d.export.web import write_web_folder
 from autosam3d.io.nifti.write import write_ct
-from made_once import made_once
+from exports import mini_export, packaged_export
 
 REPO = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("AUTOSAM3D_CHROMIUM") or shutil.which("chromium")
@@ -40,16 +40,8 @@ def absent(what: str) -> None:
 
 @pytest.fixture(scope="session")
 def web_export() -> Path:
-    """The packaged model, exported; AUTOSAM3D_WEB_EXPORT names a folder where that was done before."""
-    if ready := os.environ.get("AUTOSAM3D_WEB_EXPORT"):
-        return Path(ready)
-    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-        pytest.importorskip(package, reason="needs the extra export")
-    from autosam3d.checkpoints.checkpoint import load_model
-    from autosam3d.export.export import export_model
-
-    model = REPO / "src/autosam3d/weights/openkbp_tiny"
-    return made_once("web_export", lambda folder: export_model(load_model(model), folder))
+    """The packaged model, exported."""
+    return packaged_export()
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +55,6 @@ def site(web_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mini_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a network of three convolutions, for what is not about the network: SwiftShader needs minutes for a window
     of the packaged one, WebAssembly a second."""
-    from exports import mini_export
-
     folder = tmp_path_factory.mktemp("mini") / "site"
     write_web_folder(open_export(mini_export()), folder)
     return folder

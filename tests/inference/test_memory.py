@@ -71,7 +71,7 @@ _MODELS = {
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a child is told in KiB on Linux")
-@pytest.mark.parametrize("kind", _MODELS)
+@pytest.mark.parametrize("kind", ["windows", pytest.param("scan", marks=pytest.mark.soak)])
 def test_a_process_stays_below_max_ram_or_refuses(kind: str, tmp_path: Path) -> None:
     changes, shape = _MODELS[kind]
     write_model(tmp_path, inference__overlap=0.0, **changes)

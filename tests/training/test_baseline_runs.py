@@ -111,6 +111,7 @@ def test_the_kept_model_has_no_side_outputs_and_segments(run: tuple[str, Path], 
     assert ("with the outputs of deep supervision" in text) == (network in DEEP)
 
 
+@pytest.mark.soak
 def test_the_loss_falls(folder: Path, cases: CaseSet, tmp_path: Path) -> None:
     for network in NETWORKS:
         recipe = recipe_of(network, sampling__patches_per_volume=4, sampling__foreground_share=1.0, train__epochs=4,

@@ -108,6 +108,7 @@ def test_samples_are_slices_with_an_organ_that_is_large_enough(folder: Path) -> 
     assert caught.value.code == "NO_SAMPLES"
 
 
+@pytest.mark.soak
 def test_tuning_lowers_the_loss_and_raises_dice(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path, replace(SETTINGS, scope="full", epochs=12, lr=3e-3, save_every_steps=1000))
     losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
