@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from autosam3d.errors import ResourceError
 from autosam3d.training.runlog import STEP_COLUMNS, RunLog
 
 VALUES = {"lr": 5e-4, "loss": 1 / 3, "dice_loss": 0.25, "ce_loss": 1 / 12, "grad_norm": 1.5, "seconds": 0.5,
@@ -101,8 +103,46 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").mkdir()
-    with pytest.raises(ResourceError) as caught:
-        RunLog(tmp_path / "log.csv" / "absent", 0)
-    assert caught.value.code == "LOG"
+def to_a_full_disk(path: Path) -> None:
+    path.symlink_to("/dev/full")
+
+
+def is_a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("fault", [to_a_full_disk, is_a_folder])
+def test_what_cannot_be_written_is_told_once_and_stops_nothing(fault: Callable[[Path], None], tmp_path: Path,
+                                                              caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("log.csv", "validation.csv"):
+        fault(tmp_path / name)
+    (tmp_path / "tensorboard").touch()
+    log = RunLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.step(0, step, VALUES)
+        log.validation(0, step, validation(0.5))
+    log.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3 and all("cannot be written" in text and "goes on" in text for text in told)
+    assert {Path(text.split(":")[0]).name for text in told} == {"log.csv", "validation.csv", "tensorboard"}
+
+
+def test_a_row_is_whole_or_absent_and_rows_come_back_with_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
+    real = os.write
+    log = RunLog(tmp_path, 0)
+    log.step(0, 1, VALUES)
+
+    def half(descriptor: int, content: bytes) -> int:
+        if not content.startswith(b"0,2"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, content[:5])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autosam3d.training.runlog.os.write", half)
+        log.step(0, 2, VALUES)
+    log.step(0, 3, VALUES)
+    log.close()
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows] == ["step", "1", "3"] and len(rows[2].split(",")) == len(STEP_COLUMNS)
+    assert "log.csv: cannot be written (no space left on device)" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -21,6 +22,42 @@ def one_line(text: str) -> str:
     text = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return re.sub(r"\S{400,}", lambda word: f"{word[0][:150]}...{word[0][-150:]}", text)
+
+
+def say(text: str, err: bool = False) -> None:
+    """A line about work that is done and kept elsewhere: lost where it cannot be written, as on a full disk."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except OSError:
+        to_nowhere(stream.fileno())
+
+
+def to_nowhere(number: int) -> None:
+    """Let a stream of this process that cannot be written take what is left in it."""
+    descriptor = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(descriptor, number)
+    os.close(descriptor)
+
+
+def open_streams() -> None:
+    """Open the streams that this process was started without (``2>&-``), to nowhere: else the next file that is opened
+    is the stream's, and gets its words."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name, stream_number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(stream_number, "w", encoding="utf-8", closefd=False))
+
+
+def give_up_stderr() -> None:
+    """At the end of the process: words that could not be written are not tried again, and change no exit code."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        to_nowhere(2)
 
 
 class LogToStderr(logging.Handler):
@@ -51,7 +88,12 @@ def progress_bars() -> Progress:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
+    class Bystander(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich would end the process, and send stdout to nowhere, where nobody reads stderr any more."""
+            self.quiet = True
+
+    console = Bystander(stderr=True)
     return Progress(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                     TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
                     disable=not console.is_terminal)
@@ -70,11 +112,13 @@ class TrainingView:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> TrainingView:
-        self.bars.start()
+        with contextlib.suppress(OSError):
+            self.bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bars.stop()
+        with contextlib.suppress(OSError):
+            self.bars.stop()
 
     @property
     def observer(self) -> Any:

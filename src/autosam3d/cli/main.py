@@ -3,6 +3,7 @@ inside the commands."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import logging
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from autosam3d.cli import pacs, slicewise
-from autosam3d.cli.console import LogToStderr, one_line
+from autosam3d.cli.console import LogToStderr, give_up_stderr, one_line, open_streams
 from autosam3d.cli.datasets import phantom, prepare
 from autosam3d.cli.demo import demo
 from autosam3d.cli.evaluate import evaluate
@@ -29,7 +30,6 @@ from autosam3d.cli.serve import serve
 from autosam3d.cli.train import distill, train
 from autosam3d.errors import AutoSam3dError
 from autosam3d.inference.out_of_memory import ran_out_of_memory
-from autosam3d.io.open_files import at_limit, limit_reached
 from autosam3d.version import __version__
 
 app = typer.Typer(
@@ -74,6 +74,8 @@ for _group in (slicewise.app, pacs.app):
 
 def main() -> None:
     """Run the command line; every failure ends as one line on stderr and its exit code."""
+    open_streams()
+    atexit.register(give_up_stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -120,9 +122,11 @@ def _remedy(error: Any) -> str:
 
 def _fail_by_system(error: OSError, debug: bool) -> None:
     """What the operating system refused at a place where nobody expected it."""
-    if at_limit(error):
-        limit = limit_reached(error.filename or "autosam3d")
-        _fail(f"error[{limit.code}] {limit}", limit.exit_code, error if debug else None)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        # As `io.open_files` says it, which cannot be imported any more.
+        _fail(f"error[OPEN_FILES] {error.filename or 'autosam3d'}: cannot be opened: this process has reached its "
+              "limit of open files; raise it (`ulimit -n 4096`) and give the same command again", 5,
+              error if debug else None)
     reason = (error.strerror or str(error)).lower()
     if error.filename is None and sys.stdout is not None:
         # Printing has failed: what is left is not tried again at the end of the process.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from autosam3d.cli.console import BatchView, TrainingView, one_line, progress_bars
+from autosam3d.cli.console import BatchView, TrainingView, one_line, progress_bars, say
 from autosam3d.cli.options import Device, Sam, SetBoth, Threads, run_folder_outside, set_threads
 from autosam3d.errors import BatchError, UsageError, VolumeError
 
@@ -130,11 +130,11 @@ def tune(
         result = run_tuning(plan, cases, model, out, settings, cache=cache, read_options=plan.reading.options(),
                             observer=view.observer)
     if result.stopped_by is not None:
-        typer.echo(f"stopped and saved in {out}; the same command goes on from here", err=True)
+        say(f"stopped and saved in {out}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)
     best = f"best validation Dice {result.best_dice:.4f}" if result.best_dice is not None else "no validation cases"
-    typer.echo(f"{out}: tuned {result.step} steps in {result.seconds / 60:.1f} min, {best} (organs, slices and prompts "
-               "from the truth)")
+    say(f"{out}: tuned {result.step} steps in {result.seconds / 60:.1f} min, {best} (organs, slices and prompts "
+        "from the truth)")
 
 
 def _opened(recipe: str, data: Path, overrides: Sequence[str], out: Path) -> tuple[Recipe, CaseSet]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosam3d.cli.console import TrainingView
+from autosam3d.cli.console import TrainingView, say
 from autosam3d.cli.options import Device, Model, Sam, Set, Threads, run_folder_outside, set_threads
 from autosam3d.errors import RecipeError, UsageError
 
@@ -110,9 +110,9 @@ def _with_unlabelled(cases: CaseSet, folders: list[Path], label_weight: float) -
 def _report_training(folder: Path, result: Any) -> None:
     if result.stopped_by is not None:
         if result.rank == 0:
-            typer.echo(f"stopped and saved in {folder}; the same command goes on from here", err=True)
+            say(f"stopped and saved in {folder}; the same command goes on from here", err=True)
         raise typer.Exit(128 + result.stopped_by)
     if result.rank:
         return
     best = f"best validation Dice {result.best_dice:.4f}" if result.best_dice is not None else "no validation cases"
-    typer.echo(f"{folder}: trained {result.epoch} epochs in {result.seconds / 60:.1f} min, {best}")
+    say(f"{folder}: trained {result.epoch} epochs in {result.seconds / 60:.1f} min, {best}")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
@@ -61,6 +61,19 @@ class Observer:
     on_step: Callable[[int, int, Mapping[str, float]], None] = lambda done, total, values: None
     on_validation: Callable[[int, int], None] = lambda done, total: None
     on_message: Callable[[str], None] = lambda text: None
+
+    def unhindered(self) -> Observer:
+        """The same, of which nothing is a reason to stop: what cannot be told (a full disk, a reader that has gone) is
+        lost."""
+
+        def lost(tell: Callable[..., None]) -> Callable[..., None]:
+            def told(*facts: Any) -> None:
+                with suppress(OSError):
+                    tell(*facts)
+
+            return told
+
+        return Observer(**{name: lost(tell) for name, tell in vars(self).items()})
 
 
 @dataclass

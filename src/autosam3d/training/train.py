@@ -110,7 +110,7 @@ def train(
     demand_full_rate(recipe.optim, recipe.train.epochs)
     demand_files_for(recipe.train.num_workers)
     fabric = build_fabric(device, recipe.train.precision)
-    observer = observer if observer and fabric.is_global_zero else Observer()
+    observer = observer.unhindered() if observer and fabric.is_global_zero else Observer()
     stop = StopRequest(echo_s=2.0 if fabric.world_size > 1 else 0.0)
     with warnings_of_one_rank(fabric), hold_run_folder(run_folder, fabric), stop.listen():
         prepare_run_folder(run_folder, recipe, fabric)
@@ -155,11 +155,12 @@ def _train_epochs(
         _train_steps(run, loader, sampler, runlog)
         last = position.epoch + 1 == recipe.train.epochs
         validated = last or (position.epoch + 1) % recipe.train.validate_every == 0
-        if validated:
-            _validate_and_keep(run, val_cases, runlog)
+        message = _validate_and_keep(run, val_cases, runlog) if validated else None
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
         if validated:
             save_run(run)
+        if message:  # said once it is true whatever comes
+            run.observer.on_message(message)
 
 
 def _leave(run: Run) -> TrainResult:
@@ -295,8 +296,12 @@ def _averaged_weights(run: Run) -> Iterator[None]:
         copy_into(run.tuned, own)
 
 
-def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) -> None:
-    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
+def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) -> str | None:
+    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases.
+
+    Returns:
+        What is worth saying after the next save.
+    """
     position = run.position
     started = time.perf_counter()
     with _averaged_weights(run):
@@ -307,10 +312,11 @@ def _validate_and_keep(run: Run, val_cases: list[CachedCase], runlog: RunLog) ->
             position.best_dice = mean if mean is not None else position.best_dice
             save_model(run, _metrics_dict(run.recipe, dice, mean))
     position.seconds += time.perf_counter() - started
-    if mean is not None:
-        runlog.validation(position.epoch, position.global_step, _metrics_dict(run.recipe, dice, mean))
-        run.observer.on_message(f"epoch {position.epoch + 1}: validation Dice {mean:.3f} "
-                                f"(best {position.best_dice:.3f}, epoch {position.best_epoch + 1})")
+    if mean is None:
+        return None
+    runlog.validation(position.epoch, position.global_step, _metrics_dict(run.recipe, dice, mean))
+    return (f"epoch {position.epoch + 1}: validation Dice {mean:.3f} "
+            f"(best {position.best_dice:.3f}, epoch {position.best_epoch + 1})")
 
 
 def _metrics_dict(recipe: Recipe, dice: np.ndarray | None, mean: float | None) -> dict[str, Any]:

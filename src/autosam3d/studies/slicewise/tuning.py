@@ -103,7 +103,7 @@ def tune(
     if fabric.world_size > 1:
         raise UsageError("RANKS", "slicewise tune", f"expected one process, got {fabric.world_size}",
                          "start it without torchrun")
-    observer, stop = observer or Observer(), StopRequest()
+    observer, stop = (observer or Observer()).unhindered(), StopRequest()
     with hold_run_folder(folder, fabric), stop.listen():
         claim_folder(folder, identity_of(settings, recipe, sam))
         started = time.perf_counter()
@@ -167,15 +167,18 @@ def _encode_all(run: TuneRun) -> None:
 
 def _tune_epochs(run: TuneRun, runlog: RunLog) -> None:
     position, settings = run.position, run.settings
-    if position.global_step == 0:
-        _validate_and_keep(run, runlog)
+    message = _validate_and_keep(run, runlog) if position.global_step == 0 else None
     while not run.finished:
+        if message:
+            run.observer.on_message(message)
         _tune_steps(run, runlog)
         last = run.finished or position.epoch + 1 == settings.epochs
-        if last or (position.epoch + 1) % settings.validate_every == 0:
-            _validate_and_keep(run, runlog)
+        validated = last or (position.epoch + 1) % settings.validate_every == 0
+        message = _validate_and_keep(run, runlog) if validated else None
         position.epoch, position.step_in_epoch = position.epoch + 1, 0
         save_tuning(run)
+    if message:
+        run.observer.on_message(message)
 
 
 def _tune_steps(run: TuneRun, runlog: RunLog) -> None:
@@ -229,8 +232,12 @@ def _step(run: TuneRun, samples: Sequence[SliceSample], positions: Sequence[int]
             "grad_norm": float(norm)}, good
 
 
-def _validate_and_keep(run: TuneRun, runlog: RunLog) -> None:
-    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases."""
+def _validate_and_keep(run: TuneRun, runlog: RunLog) -> str | None:
+    """Validate; keep the weights if they are the best yet, or the last of a run without validation cases.
+
+    Returns:
+        What is worth saying after the next save.
+    """
     position, started = run.position, time.perf_counter()
     dice = _validate(run)
     mean = float(np.nanmean(dice)) if np.isfinite(dice).any() else None
@@ -241,10 +248,10 @@ def _validate_and_keep(run: TuneRun, runlog: RunLog) -> None:
         position.best_dice = mean if mean is not None else position.best_dice
         save_best(run, metrics)
     position.seconds += time.perf_counter() - started
-    if mean is not None:
-        runlog.validation(position.epoch, position.global_step, metrics)
-        run.observer.on_message(f"step {position.global_step}: validation Dice {mean:.3f} "
-                                f"(best {position.best_dice:.3f})")
+    if mean is None:
+        return None
+    runlog.validation(position.epoch, position.global_step, metrics)
+    return f"step {position.global_step}: validation Dice {mean:.3f} (best {position.best_dice:.3f})"
 
 
 def _validate(run: TuneRun) -> np.ndarray:
