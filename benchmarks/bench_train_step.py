@@ -80,7 +80,8 @@ def loader_child(precision: str, batch: str) -> None:
         sampler = StepSampler(dataset, int(batch))
         waited, steps, mark = 0.0, 0, time.perf_counter()
         started = mark
-        for ct, truth in CropLoader(dataset, sampler, 0, False):
+        for crops in CropLoader(dataset, sampler, 0, False):
+            ct, truth = crops["voxels"], crops["labels"]
             waited += time.perf_counter() - mark if steps else 0.0  # the first batch has nothing to hide behind
             started = started if steps else time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -45,7 +45,7 @@ def main(name: str, run: str, teacher_path: str, data: str, cache: str) -> None:
     norms = []
     for position in range(CROPS):
         crops = [dataset[(1000, 2 * position + i, (2 * position + i) % len(dataset))] for i in range(2)]
-        voxels, labels, probs = (torch.stack(parts) for parts in zip(*crops, strict=True))
+        voxels, labels, probs = (torch.stack([crop[name] for crop in crops]) for name in ("voxels", "labels", "probs"))
         logits = network(voxels)
         own = gradient(dice_ce_loss(logits, labels, batch_dice=batch_dice).total, network)
         told = gradient(teacher_mse(logits, probs), network)
