@@ -21,7 +21,7 @@ from autosam3d.io.files import write_text_atomic
 
 log = logging.getLogger(__name__)
 
-STEP_COLUMNS = ("epoch", "step", "lr", "loss", "dice_loss", "ce_loss", "teacher_mse", "grad_norm", "seconds",
+STEP_COLUMNS = ("epoch", "step", "lr", "loss", "dice_loss", "ce_loss", "teacher_loss", "grad_norm", "seconds",
                 "data_wait")
 
 
@@ -54,7 +54,7 @@ class RunLog:
         row = {"epoch": epoch, "step": step, **values}
         with self._no_reason_to_stop(self._steps):
             _append(self._steps, STEP_COLUMNS, [row.get(name, "") for name in STEP_COLUMNS])
-        names = ("loss", "dice_loss", "ce_loss", "teacher_mse", "lr", "data_wait")
+        names = ("loss", "dice_loss", "ce_loss", "teacher_loss", "lr", "data_wait")
         self._to_board(step, {f"train/{name}": values[name] for name in names if name in values})
 
     def validation(self, epoch: int, step: int, metrics: Mapping[str, Any]) -> None:

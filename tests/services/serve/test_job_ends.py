@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -14,6 +13,7 @@ import httpx
 import pytest
 from running import until
 
+import own_loop
 from autosam3d.errors import ResourceError
 from autosam3d.services.serve import runner as runner_module
 from autosam3d.services.serve.app import make_app
@@ -185,7 +185,7 @@ def test_health_knows_workers_and_queue(served: Served) -> None:
             async with httpx.AsyncClient(transport=through, base_url="http://x") as client:
                 return await client.get("/health")
 
-        return asyncio.run(ask())
+        return own_loop.run(ask())
 
     told = health()
     assert told.status_code == 200

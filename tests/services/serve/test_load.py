@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from load import Held, burst
 from running import running, until
+
+import own_loop
 
 
 def test_a_burst_of_uploads(tmp_path: Path) -> None:
     """Bodies that are no scan: each is a job, refused by its worker."""
     with running(tmp_path / "busy", "--set", "queue=20", "--set", "max_upload_mib=4", "--set", "app=false") as service:
         pid = service.process.pid
-        warm = asyncio.run(burst(service.url, pid, service.folder, 40, bytes(1 << 20)))
+        warm = own_loop.run(burst(service.url, pid, service.folder, 40, bytes(1 << 20)))
         assert sum(warm.statuses.values()) == 40
 
         def at_rest() -> bool:
@@ -24,7 +25,7 @@ def test_a_burst_of_uploads(tmp_path: Path) -> None:
 
         until(at_rest, seconds=30)
         before = Held.by(pid, service.folder)
-        load = asyncio.run(burst(service.url, pid, service.folder, 60, bytes(2 << 20)))
+        load = own_loop.run(burst(service.url, pid, service.folder, 60, bytes(2 << 20)))
         assert not load.broken, load.broken
         assert sum(load.statuses.values()) == 60 and set(load.statuses) <= {202, 429, 503}, load.statuses
         assert load.statuses[202] >= 20 and load.without_retry_after == 0
