@@ -1,5 +1,5 @@
-"""Coroutines in a thread: a test of the browser may have run in this process before, and Playwright leaves its own event
-loop running in the main thread."""
+"""Coroutines in a thread: a test of the browser may have run in this process before, and Playwright leaves its own
+event loop running in the main thread."""
 
 from __future__ import annotations
 
