@@ -7,9 +7,10 @@ import pytest
 from scipy import ndimage
 
 from autosam3d import io
+from autosam3d.data import folder as folder_module
 from autosam3d.data.folder import open_dataset
 from autosam3d.data.phantom import BTCV_LABELS, make_phantom, write_phantom_dataset
-from autosam3d.errors import UsageError
+from autosam3d.errors import ResourceError, UsageError
 from autosam3d.recipes.recipe import load_recipe
 from autosam3d.volume import Segmentation, Volume, same_grid
 
@@ -157,6 +158,27 @@ def test_dataset_is_whole_and_can_be_opened(tmp_path: Path, monkeypatch: pytest.
     assert kept.stat().st_mtime_ns == before and lost.read_bytes() == content
     with pytest.raises(UsageError, match="expected an empty folder"):
         write_phantom_dataset(folder, 2, 1, 1, seed=6)
+
+
+def test_a_folder_that_a_full_disk_left_without_an_index_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    def full(*_: object) -> None:
+        raise ResourceError("NO_SPACE", tmp_path, "the disk is full", "free some")
+
+    folder = tmp_path / "data"
+    for name in ("splits_final.json", "dataset.json"):
+        write = folder_module.write_text_atomic
+        with monkeypatch.context() as patch, pytest.raises(ResourceError):
+            patch.setattr(folder_module, "write_text_atomic",
+                          lambda path, text, name=name, write=write: (full if path.name == name else write)(path, text))
+            write_phantom_dataset(folder, 1, 0, 0)
+    monkeypatch.setattr("autosam3d.data.phantom.make_phantom", lambda seed: make_phantom(seed, **SMALL))
+    write_phantom_dataset(folder, 1, 0, 0)
+    assert (folder / "imagesTr" / "phantom_000_0000.nii.gz").is_file() and (folder / "dataset.json").is_file()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "splits_final.json").write_text("somebody's")
+    with pytest.raises(UsageError, match="expected an empty folder"):
+        write_phantom_dataset(tmp_path / "other", 1, 0, 0)
 
 
 def test_source_grid_and_array_describe_the_same_voxels() -> None:

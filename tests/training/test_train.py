@@ -502,11 +502,12 @@ def test_a_full_disk_ends_the_run_and_what_was_saved_stays(whole: Path, start: C
 
 def test_too_little_space_is_refused_before_any_work(start: Callable[..., TrainResult], tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(ResourceError) as caught:
         start(RECIPE, tmp_path / "run", Observer(on_cache=lambda *_: pytest.fail("cases were prepared")))
     assert caught.value.code == "NO_SPACE"
-    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    assert "bytes needed" in caught.value.fault and "1000000 bytes free" in caught.value.fault
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(ResourceError, match=r"at least 4096 bytes needed \(4\.0 KiB\), 0 bytes free") as caught:
         start(RECIPE, tmp_path / "new")
     assert caught.value.where == str(tmp_path / "new") and not (tmp_path / "new").exists()

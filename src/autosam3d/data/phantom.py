@@ -17,6 +17,7 @@ from autosam3d.data.folder import index_description, write_index
 from autosam3d.data.phantom_anatomy import draw_abdomen
 from autosam3d.data.phantom_canvas import Canvas, rotation
 from autosam3d.errors import UsageError
+from autosam3d.io.files import remove_stale_temporaries
 from autosam3d.labels import LabelMap
 from autosam3d.volume import Segmentation, SourceGrid, Volume
 
@@ -76,9 +77,7 @@ def write_phantom_dataset(
     names = [f"phantom_{i:03d}" for i in range(num_train + num_val + num_test)]
     train, val = names[:num_train], names[num_train : num_train + num_val]
     about = f"CT phantoms, seed {seed}, {num_train} + {num_val} + {num_test} cases; no patient data"
-    if folder.is_dir() and any(folder.iterdir()) and index_description(folder) != about:
-        raise UsageError("OUTPUT_EXISTS", folder, "expected an empty folder or the same phantoms, got other files",
-                         "name a new folder")
+    _demand_ours(folder, about)
     for part in ("Tr", "Ts"):
         (folder / f"images{part}").mkdir(parents=True, exist_ok=True)
         (folder / f"labels{part}").mkdir(parents=True, exist_ok=True)
@@ -94,6 +93,17 @@ def write_phantom_dataset(
             io.write_segmentation(truth_path, truth, BTCV_LABELS)
         if progress:
             progress(i + 1, len(names))
+
+
+def _demand_ours(folder: Path, about: str) -> None:
+    """Refuse a folder that is neither empty nor begun by such a call, which writes its index before its first scan."""
+    if not folder.is_dir() or index_description(folder) == about:
+        return
+    remove_stale_temporaries(folder)
+    begun = {folder / "splits_final.json"} if (folder / "labelsTs").is_dir() else set()
+    if any(path.is_file() and path not in begun for path in folder.rglob("*")):
+        raise UsageError("OUTPUT_EXISTS", folder, "expected an empty folder or the same phantoms, got other files",
+                         "name a new folder")
 
 
 def _random_grid(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,11 +13,10 @@ from pathlib import Path
 from lightning_fabric import Fabric
 
 from autosam3d.checkpoints.checkpoint import remove_unnamed_weights
-from autosam3d.errors import RecipeError, ResourceError, UsageError
+from autosam3d.errors import RecipeError, UsageError
 from autosam3d.io.files import remove_stale_temporaries, write_text_atomic
 from autosam3d.io.folders import writable_folder
 from autosam3d.io.lock_file import hold_folder
-from autosam3d.io.memory import size_text
 from autosam3d.io.room import demand_room
 from autosam3d.recipes.recipe import Recipe, dump_recipe, recipe_from_dict
 from autosam3d.recipes.yaml_text import parse_yaml
@@ -150,7 +148,4 @@ def demand_space(run: Run) -> None:
     state += state_bytes(run.network, run.recipe)
     # last, previous and the next one being written; best and the next one.
     needed = 3 * state + 2 * weights - sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
-    free = shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise ResourceError("NO_SPACE", run.folder, f"expected {size_text(needed)} free for the checkpoints, got "
-                            f"{size_text(free)}", "free some space or name another folder with --out")
+    demand_room(run.folder, needed, "free some space or name another folder with --out")
