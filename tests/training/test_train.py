@@ -24,7 +24,6 @@ import autosam3d.data.cache as cache_module
 import autosam3d.data.entries as entries_module
 import autosam3d.training.objective as objective_module
 import autosam3d.training.run as run_module
-import autosam3d.training.run_folder as folder_module
 import autosam3d.training.state as state_module
 import autosam3d.training.train as train_module
 from autosam3d.checkpoints.checkpoint import load_model, read_checkpoint
