@@ -17,7 +17,8 @@ from autosam3d.geometry.preprocess import HuWindow, Preprocess
 from autosam3d.inference import memory
 from autosam3d.inference import pipeline as inference
 from autosam3d.inference.memory import estimate_ram_bytes
-from autosam3d.inference.pipeline import MirrorPredictor, SegmentOptions, label_prepared
+from autosam3d.inference.mirror import MirrorPredictor
+from autosam3d.inference.pipeline import SegmentOptions, label_prepared
 from autosam3d.inference.predictor import Predictor
 from autosam3d.labels import LabelMap
 from autosam3d.recipes.recipe import Recipe, load_recipe

@@ -78,20 +78,17 @@ def evaluate_folder(
         raise VolumeError("NO_PAIRS", predictions, f"expected files named as in {truth} ({_few(sorted(true))}), got "
                           f"{_few(sorted(predicted))}", "give both files of a case the same name")
     missing, extra = sorted(true.keys() - predicted.keys()), sorted(predicted.keys() - true.keys())
-    warnings = _without_partner(missing, extra)
-    for warning in warnings:
-        log.warning("%s: %s", predictions, warning)
+    warnings = _without_partner(missing, extra, predictions)
     naming.predicted_masks = sorted({image_stem(mask) for path in predicted.values() if path.is_dir()
                                      for mask in masks_in(path)})
     scans |= labelled_scans(Path(ct_folder) if ct_folder is not None else None, truth_folder)
+    report = progress or (lambda done, total: None)
     cases = []
     for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names))
+        report(done, len(names))
         cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name),
                                     read_options))
-    if progress is not None:
-        progress(len(names), len(names))
+    report(len(names), len(names))
     warnings += naming.warnings + _without_organs(cases) + _below_voxel_edges(tolerances_mm, cases)
     return Evaluation(
         cases=tuple(cases), organs=naming.used(), tolerances_mm=tolerances_mm,
@@ -243,12 +240,15 @@ def _evaluate_pair(
     )
 
 
-def _without_partner(missing: list[str], extra: list[str]) -> list[str]:
+def _without_partner(missing: list[str], extra: list[str], predictions: Path) -> list[str]:
+    """Warnings, which are logged as well."""
     warnings = []
     if missing:
         warnings.append(f"the truth has {counted(len(missing), 'case')} without a prediction: {_few(missing)}")
     if extra:
         warnings.append(f"{counted(len(extra), 'prediction')} without a truth left out: {_few(extra)}")
+    for warning in warnings:
+        log.warning("%s: %s", predictions, warning)
     return warnings
 
 

@@ -25,11 +25,9 @@ def describe_use(recipe: Recipe, opset: int, mobile: Sequence[str] = (), int8: b
         int8: whether an INT8 network lies beside it.
     """
     pre, labels, size = recipe.preprocess, recipe.labels, list(recipe.model.patch_size)
-    window = pre.hu_window
-    is_raw = recipe.reading.intensity == "raw"
+    window, is_raw = pre.hu_window, recipe.reading.intensity == "raw"
     widest = f"{min(-1024.0, window.low_hu):g}..{max(3071.0, window.high_hu):g}{'' if is_raw else ' HU'}"
-    crops = pre.crop_to_body and not is_raw
-    spacing = None if pre.spacing_mm is None else list(pre.spacing_mm)
+    crops, spacing = pre.crop_to_body and not is_raw, None if pre.spacing_mm is None else list(pre.spacing_mm)
     return {
         "what": "3D organ segmentation of CT; for research, not a medical device",
         "axes": "arrays are [z, y, x]: z grows to the head, y to the front, x to the patient's right",
