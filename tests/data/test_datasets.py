@@ -151,7 +151,7 @@ def test_what_the_datasets_must_not_be(tmp_path: Path) -> None:
     one, copy = make(tmp_path / "one", "ab", val="b"), make(tmp_path / "copy", "bc")
     refused([one, copy], recipe(), "LEAK", "the same file as")
     spleens = make(tmp_path / "spleens", "d", ("spleen",))
-    refused([one, spleens], recipe(), "LABELS", "spleen", "say in the recipe what they mean")
+    refused([one, spleens], recipe(), "LABELS", "organs: {spleen: ORGAN or background}")
     refused([f"two={one}"], recipe(), "DATA", "two=")
     refused([f"tow={one}"], recipe([{"name": "two"}]), "DATA", f"write two={one}")
     refused([one, copy], recipe([{"name": "two"}]), "DATA", "NAME=FOLDER for each")

@@ -188,7 +188,7 @@ def _meanings(source: DataSource, labels: Mapping[str, Any], recipe: Recipe, whe
         raise VolumeError("LABELS", where, f"expected organs of the recipe {recipe.name} "
                           f"({', '.join(recipe.labels.values)}), {got}",
                           f"say in the recipe what they mean: data: [{{name: {source.name}, organs: "
-                          f"{{{(unknown or [*means, 'NAME'])[0]}: ORGAN or background}}}}]")
+                          f"{{{(unexplained or [*means, 'NAME'])[0]}: ORGAN or background}}}}]")
     twice = [name for name, count in Counter(v for v in means.values() if v).items() if count > 1]
     if twice:
         names = [name for name, value in means.items() if value == twice[0]]
