@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,11 +79,9 @@ def evaluate_folder(
                           f"{_few(sorted(predicted))}", "give both files of a case the same name")
     missing, extra = sorted(true.keys() - predicted.keys()), sorted(predicted.keys() - true.keys())
     warnings = _without_partner(missing, extra, predictions)
-    naming.predicted_masks = sorted({image_stem(mask) for path in predicted.values() if path.is_dir()
-                                     for mask in masks_in(path)})
+    naming.predicted_masks = _mask_names(predicted.values())
     scans |= labelled_scans(Path(ct_folder) if ct_folder is not None else None, truth_folder)
-    report = progress or (lambda done, total: None)
-    cases = []
+    report, cases = progress or (lambda done, total: None), []
     for done, name in enumerate(names):
         report(done, len(names))
         cases.append(_evaluate_pair(name, predicted[name], true[name], naming, tolerances_mm, scans.get(name),
@@ -238,6 +236,11 @@ def _evaluate_pair(
         name=name, scores=tuple(scores), shape=truth.shape, spacing_mm=truth.spacing_mm, ct_path=ct_path,
         prediction_path=prediction_path, truth_path=truth_path, not_annotated=unknown, warnings=tuple(warnings),
     )
+
+
+def _mask_names(places: Iterable[Path]) -> list[str]:
+    """Organs of which there is a mask file in one of `places`, sorted."""
+    return sorted({image_stem(mask) for path in places if path.is_dir() for mask in masks_in(path)})
 
 
 def _without_partner(missing: list[str], extra: list[str], predictions: Path) -> list[str]:

@@ -242,7 +242,7 @@ class Distillation:
     loss: Literal["mse", "dice_ce", "kl"] = "mse"
     """The teacher's term: "mse", mean squared differences of probabilities, the paper's (3.6); "dice_ce", Dice and
     cross-entropy against the teacher's probabilities, of the labels' own scale; "kl", the Kullback-Leibler divergence a
-    voxel. What each weighs beside the labels: benchmarks/results/teaching.md."""
+    voxel. Which begins small organs, on a toy: benchmarks/results/teaching.md."""
     temperature: float = 1.0
     """Of "kl": both sides are softened by it and the divergence is multiplied by its square."""
     mse_reduction: Literal["mean", "class_sum"] = "mean"
